@@ -1,0 +1,22 @@
+"""Dynamic-depth ResNets for timm, trained by embedded knowledge distillation; the import registers the models."""
+from .calibration import calibrate_bn
+from .cifar_resnet import CifarResNet
+from .ddnn_resnet import DynamicDepthCifarResNet, DynamicDepthResNet
+from .dynamic_depth import SubNetOutput
+from .loss import EKDLoss, attention_map, attention_transfer, kl_divergence
+from .task import EKDTask
+from .version import __version__
+
+__all__ = [
+    'CifarResNet',
+    'DynamicDepthCifarResNet',
+    'DynamicDepthResNet',
+    'EKDLoss',
+    'EKDTask',
+    'SubNetOutput',
+    '__version__',
+    'attention_map',
+    'attention_transfer',
+    'calibrate_bn',
+    'kl_divergence',
+]

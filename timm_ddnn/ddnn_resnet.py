@@ -1,0 +1,146 @@
+"""Dynamic-depth ResNets: the classes, their default configurations and their entrypoints in timm's registry."""
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from .cifar_resnet import CIFAR_FEATURES, CifarResNet, cifar_cfg
+from .dynamic_depth import DynamicDepthMixin
+
+__all__ = ['DynamicDepthCifarResNet', 'DynamicDepthResNet']
+
+
+class DynamicDepthResNet(DynamicDepthMixin, ResNet):
+    """timm's `ResNet` that holds shallower ones in the same weights, see `DynamicDepthMixin`."""
+
+
+class DynamicDepthCifarResNet(DynamicDepthMixin, CifarResNet):
+    """`CifarResNet` that holds shallower ones in the same weights, see `DynamicDepthMixin`."""
+
+    plain_cls = CifarResNet
+    plain_prefix = 'cifar_'
+
+
+# Each of timm's weights makes a full-net; the first tag of an architecture is the one that timm takes by default.
+_IMAGENET_MODELS = (
+    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet50d', 'seresnet50', 'resnext50_32x4d')
+default_cfgs = generate_default_cfgs({
+    **{f'ddnn_{cfg.architecture}.{cfg.tag}': cfg for cfg in map(get_pretrained_cfg, _IMAGENET_MODELS)},
+    **{f'ddnn_resnet{depth}': cifar_cfg() for depth in (20, 32, 44, 56, 110)},
+})
+
+
+def _create_ddnn(cls: type[DynamicDepthMixin], variant: str, pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
+    if not kwargs.get('features_only', False):
+        return build_model_with_cfg(cls, variant, pretrained, **kwargs)
+
+    # timm's extractors take a net apart and rebuild it from its children, so each gets the plain net of one depth
+    model = None
+
+    def build_plain(**model_args: Any) -> ResNet:
+        nonlocal model
+        model = cls(**model_args)
+        return model.extract()
+
+    return build_model_with_cfg(
+        build_plain,
+        variant,
+        pretrained,
+        pretrained_filter_fn=lambda state_dict, _: model.extract_state_dict(state_dict),
+        feature_cfg=dict(CIFAR_FEATURES) if cls is DynamicDepthCifarResNet else None,
+        **kwargs,
+    )
+
+
+@register_model
+def ddnn_resnet18(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet of depths 18 and 10."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), subnets=((1, 1, 1, 1),))
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet34(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet of depths 34, 18 and 10."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), subnets=((2, 2, 2, 2), (1, 1, 1, 1)))
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+_RESNET50 = dict(block=Bottleneck, layers=(3, 4, 6, 3), subnets=((2, 2, 2, 2), (1, 1, 1, 1)))
+
+
+@register_model
+def ddnn_resnet50(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet of depths 50, 26 and 14."""
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet50', pretrained, **dict(_RESNET50, **kwargs))
+
+
+@register_model
+def ddnn_resnet50d(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet-D of depths 50, 26 and 14."""
+    model_args = dict(_RESNET50, stem_width=32, stem_type='deep', avg_down=True)
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet50d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_seresnet50(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic SE-ResNet of depths 50, 26 and 14."""
+    model_args = dict(_RESNET50, block_args=dict(attn_layer='se'))
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_seresnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNeXt of depths 50, 26 and 14."""
+    model_args = dict(_RESNET50, cardinality=32, base_width=4)
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnext50_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet101(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet of depths 101, 50 and 26."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), subnets=((3, 4, 6, 3), (2, 2, 2, 2)))
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet152(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet of depths 152, 101 and 50."""
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3), subnets=((3, 4, 23, 3), (3, 4, 6, 3)))
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet20(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic CIFAR ResNet of depths 20, 14 and 8."""
+    model_args = dict(block=BasicBlock, layers=(3, 3, 3), subnets=((2,) * 3, (1,) * 3))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet32(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic CIFAR ResNet of depths 32, 20 and 8."""
+    model_args = dict(block=BasicBlock, layers=(5, 5, 5), subnets=((3,) * 3, (1,) * 3))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet44(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic CIFAR ResNet of depths 44, 32 and 20."""
+    model_args = dict(block=BasicBlock, layers=(7, 7, 7), subnets=((5,) * 3, (3,) * 3))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet44', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet56(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic CIFAR ResNet of depths 56, 32 and 20."""
+    model_args = dict(block=BasicBlock, layers=(9, 9, 9), subnets=((5,) * 3, (3,) * 3))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet56', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet110(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic CIFAR ResNet of depths 110, 56 and 20."""
+    model_args = dict(block=BasicBlock, layers=(18, 18, 18), subnets=((9,) * 3, (3,) * 3))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet110', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,226 @@
+"""The terms of embedded knowledge distillation as pure functions of tensors, and the loss that adds them up."""
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .dynamic_depth import SubNetOutput
+
+__all__ = ['EKDLoss', 'attention_map', 'attention_transfer', 'kl_divergence']
+
+ATTENTION_FORMS = ('energy', 'standardized')
+
+
+def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Kullback-Leibler divergence of the class posteriors from the teacher's, times temperature squared.
+
+    `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, summed over classes, mean over the batch. The square keeps
+    the size of the gradient when the temperature changes (Hinton et al., arXiv 1503.02531). The teacher gets no
+    gradient.
+
+    Args:
+        logits: Student logits, [B, num_classes].
+        teacher_logits: Teacher logits, [B, num_classes].
+        temperature: Softmax temperature, > 0.
+
+    Returns:
+        A scalar, >= 0.
+    """
+    student = F.log_softmax(logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction='batchmean', log_target=True) * temperature ** 2
+
+
+def attention_map(feature: torch.Tensor, form: str = 'energy') -> torch.Tensor:
+    """Reduce a feature map to the spatial attention that it pays.
+
+    * 'energy': mean over channels of the squares, L2-normalized per sample (Zagoruyko and Komodakis, arXiv 1612.03928).
+    * 'standardized': sum over channels, standardized per sample to mean 0 and (biased) variance 1, with 1e-6 added
+      to the variance.
+
+    Args:
+        feature: Feature map, [B, C, H, W].
+        form: 'energy' or 'standardized'.
+
+    Returns:
+        Attention, [B, H*W].
+
+    Raises:
+        ValueError: If the form is unknown.
+    """
+    if form == 'energy':
+        return F.normalize(feature.square().mean(dim=1).flatten(1), dim=1)
+    if form == 'standardized':
+        attention = feature.sum(dim=1).flatten(1)
+        variance, mean = torch.var_mean(attention, dim=1, correction=0, keepdim=True)
+        return (attention - mean) / (variance + 1e-6).sqrt()
+    raise ValueError(f'attention must be of {ATTENTION_FORMS}, got {form!r}')
+
+
+def attention_transfer(feature: torch.Tensor, teacher_feature: torch.Tensor, form: str = 'energy') -> torch.Tensor:
+    """Distance between the attention of two feature maps of one resolution; the teacher gets no gradient.
+
+    Squared differences of `attention_map`, mean over the batch, and over H*W the sum ('energy', at most 2) or the mean
+    ('standardized', at most 4).
+
+    Args:
+        feature: Student feature map, [B, C, H, W].
+        teacher_feature: Teacher feature map, [B, C', H, W].
+        form: 'energy' or 'standardized'.
+
+    Returns:
+        A scalar, >= 0.
+
+    Raises:
+        ValueError: If batch or resolution of the maps differ, or the form is unknown.
+    """
+    if feature.shape[0] != teacher_feature.shape[0] or feature.shape[2:] != teacher_feature.shape[2:]:
+        raise ValueError(
+            f'feature maps must have the same batch, height and width, got {tuple(feature.shape)} '
+            f'and {tuple(teacher_feature.shape)}'
+        )
+    difference = (attention_map(feature, form) - attention_map(teacher_feature.detach(), form)).square()
+    return difference.sum(dim=1).mean() if form == 'energy' else difference.mean()
+
+
+def _full_precision(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _check_weight(name: str, value: float) -> float:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f'{name} must be a finite number >= 0, got {value!r}')
+    return float(value)
+
+
+class EKDLoss(nn.Module):
+    """Loss of embedded knowledge distillation: the full-net teaches every sub-net of the same forward.
+
+    With the full-net 0, the sub-nets k, logits z, the last feature map F^s of stage s, and the teacher's side without
+    gradient:
+
+        loss = CE(z_0, y) + sum_k w_k [CE(z_k, y) + alpha * T^2 * KL(z_0 || z_k) + beta * sum_s D(a(F_0^s), a(F_k^s))]
+
+    That the full-net teaches by KL divergence of the posteriors and by attention on maps of the same resolution is the
+    method of arXiv 2103.00793. The forms of the attention, the weights and the temperature are choices of this
+    library: what is at hand of the paper does not give them.
+
+    The terms are computed in float32 where autocast is on or the outputs are of a lower precision.
+    """
+
+    def __init__(
+            self,
+            temperature: float = 1.0,
+            alpha: float = 0.3,
+            beta: float = 0.1,
+            attention: str = 'energy',
+            stages: Sequence[int] | None = None,
+            weights: Mapping[int, float] | None = None,
+            criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """
+        Args:
+            temperature: Softmax temperature T of the KL divergence, > 0.
+            alpha: Weight of the KL divergence, >= 0. It is not computed if 0.
+            beta: Weight of the attention, >= 0. It is not computed if 0.
+            attention: Form of the attention, 'energy' or 'standardized', see `attention_map`.
+            stages: Indices of the stages whose maps are compared, negative ones counting from the last. All if None.
+            weights: Weight w_k by depth, >= 0. A depth that is not in it has weight 1.
+            criterion: Takes logits [B, num_classes] and the target and returns a scalar, for instance one of
+                `timm.loss`. It is applied as it is, to every depth alike. Cross-entropy if None.
+
+        Raises:
+            ValueError: If an option is out of its range.
+        """
+        super().__init__()
+        if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f'temperature must be a finite number > 0, got {temperature!r}')
+        if attention not in ATTENTION_FORMS:
+            raise ValueError(f'attention must be of {ATTENTION_FORMS}, got {attention!r}')
+        if stages is not None and not stages:
+            raise ValueError('stages must name at least one stage, or be None for all; beta=0 leaves the attention out')
+        self.temperature = float(temperature)
+        self.alpha = _check_weight('alpha', alpha)
+        self.beta = _check_weight('beta', beta)
+        self.attention = attention
+        self.stages = None if stages is None else tuple(stages)
+        self.weights = {d: _check_weight(f'weight of depth {d}', w) for d, w in (weights or {}).items()}
+        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+
+    def forward(self, outputs: Mapping[int, SubNetOutput], target: torch.Tensor) -> torch.Tensor:
+        """Compute the loss.
+
+        Args:
+            outputs: What `model(x, depth='all')` returns, or any depths of it. The deepest teaches the others.
+            target: Class indices [B] or soft targets [B, num_classes], whichever the criterion takes.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: If the criterion does not return a scalar, the maps of a stage differ in resolution, or the
+                model has not the stages asked for.
+        """
+        return self.terms(outputs, target)['loss']
+
+    def terms(self, outputs: Mapping[int, SubNetOutput], target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Compute the loss and the terms that it is the sum of.
+
+        Args:
+            outputs: As for `forward`.
+            target: As for `forward`.
+
+        Returns:
+            Scalars with gradient: 'loss'; 'ce_<depth>' for every depth; 'kl_<depth>' (with T^2) and 'attention_<depth>'
+            (summed over stages) for every sub-net unless their weight is 0, such that
+            loss = ce_full + sum_k w_k (ce_k + alpha * kl_k + beta * attention_k).
+
+        Raises:
+            ValueError: As for `forward`.
+        """
+        full = max(outputs)
+        if full in self.weights:
+            raise ValueError(f'weights are for sub-nets, the teacher {full} has none; got {self.weights}')
+        with torch.autocast(outputs[full].logits.device.type, enabled=False):
+            logits = {d: _full_precision(output.logits) for d, output in outputs.items()}
+            terms = {f'ce_{d}': self._criterion(z, target) for d, z in logits.items()}
+            loss = terms[f'ce_{full}']
+            for d in outputs:
+                if d == full:
+                    continue
+                part = terms[f'ce_{d}']
+                if self.alpha:
+                    terms[f'kl_{d}'] = kl_divergence(logits[d], logits[full], self.temperature)
+                    part = part + self.alpha * terms[f'kl_{d}']
+                if self.beta:
+                    terms[f'attention_{d}'] = self._attention(outputs[d].features, outputs[full].features)
+                    part = part + self.beta * terms[f'attention_{d}']
+                loss = loss + self.weights.get(d, 1.0) * part
+        return {'loss': loss, **terms}
+
+    def _criterion(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = self.criterion(logits, target)
+        if loss.ndim != 0:
+            raise ValueError(
+                f'criterion must return a scalar, got shape {tuple(loss.shape)} from {self.criterion}: '
+                "give it reduction='mean'"
+            )
+        return loss
+
+    def _attention(self, features: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+        stages = range(len(teacher)) if self.stages is None else self.stages
+        if any(not -len(teacher) <= s < len(teacher) for s in stages):
+            raise ValueError(f'stages must be from {-len(teacher)} to {len(teacher) - 1}, got {self.stages}')
+        return sum(
+            attention_transfer(_full_precision(features[s]), _full_precision(teacher[s]), self.attention)
+            for s in stages
+        )
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return (
+            f'temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}, attention={self.attention!r}, '
+            f'stages={self.stages}, weights={self.weights}'
+        )
