@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .shared_weights import find_norms
-
 __all__ = ['calibrate_bn']
 
 
@@ -14,7 +12,8 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int) -> int:
     """Estimate the batch-norm statistics that one depth has for itself, as means over the batches of a loader.
 
     Weights, the statistics that other depths use too, modes and momenta stay as they are, so that the logits of every
-    other depth stay equal bit for bit. After an error the statistics are the old ones. The depth then counts as trained.
+    other depth stay equal bit for bit. After an error the statistics are the old ones too; else the depth counts as
+    trained.
 
     Args:
         model: Dynamic-depth model.
@@ -47,7 +46,9 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int) -> int:
                 images = batch[0] if isinstance(batch, (tuple, list)) else batch
                 if not isinstance(images, torch.Tensor) or images.ndim != 4:
                     raise ValueError(
-                        f'loader must give images [B, C, H, W], alone or first in a sequence, got {type(batch).__name__}')
+                        'loader must give images [B, C, H, W], alone or first in a sequence, '
+                        f'got {type(batch).__name__}'
+                    )
                 model(images.to(device=weight.device, dtype=weight.dtype), depth=depth)
                 num_images += len(images)
         if not num_images:

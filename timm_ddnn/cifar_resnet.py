@@ -54,7 +54,8 @@ class CifarResNet(ResNet):
             device: Any = None,
             dtype: torch.dtype | None = None,
     ) -> None:
-        """
+        """Build the net.
+
         Args:
             block: Residual block class, timm's `BasicBlock`.
             layers: Number of blocks per stage, three integers.

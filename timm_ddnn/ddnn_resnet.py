@@ -1,9 +1,9 @@
 """Dynamic-depth ResNets: the classes, their default configurations and their entrypoints in timm's registry."""
 from typing import Any
 
-import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
 
 from .cifar_resnet import CIFAR_FEATURES, CifarResNet, cifar_cfg
 from .dynamic_depth import DynamicDepthMixin
@@ -31,7 +31,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_ddnn(cls: type[DynamicDepthMixin], variant: str, pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
+def _create_ddnn(cls: type[DynamicDepthMixin], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if not kwargs.get('features_only', False):
         return build_model_with_cfg(cls, variant, pretrained, **kwargs)
 

@@ -5,7 +5,7 @@ How the weights are shared is in `shared_weights.py`, the architectures and entr
 import copy
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm
 import torch
@@ -18,6 +18,11 @@ from torch import nn
 from .shared_weights import Blocks, SharedWeightsMixin
 
 __all__ = ['DynamicDepthMixin', 'SubNetOutput']
+
+if TYPE_CHECKING:
+    DepthArgument = int | str | Sequence[int] | None
+else:
+    DepthArgument = Any  # a module traced by torch.fx keeps the annotation, and TorchScript then cannot resolve a union
 
 
 class SubNetOutput(NamedTuple):
@@ -101,7 +106,7 @@ class DynamicDepthMixin(SharedWeightsMixin):
     def forward(
             self,
             x: torch.Tensor,
-            depth: int | str | Sequence[int] | None = None,
+            depth: DepthArgument = None,
     ) -> torch.Tensor | dict[int, SubNetOutput]:
         """Compute the logits of one depth, or logits and features of several.
 
@@ -128,7 +133,7 @@ class DynamicDepthMixin(SharedWeightsMixin):
     def forward_features(
             self,
             x: torch.Tensor,
-            depth: int | str | Sequence[int] | None = None,
+            depth: DepthArgument = None,
     ) -> torch.Tensor | dict[int, torch.Tensor]:
         """Compute the last feature map, [B, C, H, W], of one depth; a dict by depth for several.
 
@@ -147,7 +152,7 @@ class DynamicDepthMixin(SharedWeightsMixin):
             self,
             x: torch.Tensor | dict[int, torch.Tensor],
             pre_logits: bool = False,
-            depth: int | str | Sequence[int] | None = None,
+            depth: DepthArgument = None,
     ) -> torch.Tensor | dict[int, torch.Tensor]:
         """Pool and classify what `forward_features` returned for the same `depth`; the head is one for all depths.
 
@@ -172,7 +177,7 @@ class DynamicDepthMixin(SharedWeightsMixin):
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
-            depth: int | str | Sequence[int] | None = None,
+            depth: DepthArgument = None,
     ) -> Any:
         """Compute the maps of the stem and the stages, as timm's method of this name; a dict by depth for several.
 
@@ -269,7 +274,7 @@ class DynamicDepthMixin(SharedWeightsMixin):
         return full_name, {**args, 'layers': list(self._blocks[depth])}
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # TorchScript knows no argument that may be an int, a string or a tuple: it compiles the plain net instead.
+        """Let TorchScript, which has no type for `depth`, compile the plain net of the default depth."""
         return self.extract()
 
     # The parent's methods that name stages

@@ -120,7 +120,8 @@ class EKDLoss(nn.Module):
             weights: Mapping[int, float] | None = None,
             criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        """
+        """Check and keep the options.
+
         Args:
             temperature: Softmax temperature T of the KL divergence, > 0.
             alpha: Weight of the KL divergence, >= 0. It is not computed if 0.

@@ -55,7 +55,8 @@ class SharedWeightsMixin:
             shared_affine: bool = True,
             **kwargs: Any,
     ) -> None:
-        """
+        """Build the full-net and its sub-nets.
+
         Args:
             block: Residual block class, timm's `BasicBlock` or `Bottleneck`.
             layers: Number of blocks per stage of the full-net.
@@ -171,7 +172,7 @@ class SharedWeightsMixin:
         """
         full = self._blocks[self.depths[0]]
         valid = isinstance(blocks, (tuple, list)) and len(blocks) == len(full) and all(
-            isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= most for n, most in zip(blocks, full))
+            type(n) is int and 1 <= n <= most for n, most in zip(blocks, full, strict=True))
         if not valid:
             raise ValueError(f'blocks of a sub-net must be {len(full)} integers, from 1 up to {full}, got {blocks!r}')
         blocks, depth = tuple(blocks), self._depth_of(blocks)
@@ -204,7 +205,8 @@ class SharedWeightsMixin:
         self.subnets.update((str(d), nets[str(d)]) for d in self.depths[1:])
         self.subnets.trained = torch.stack([trained[d] for d in self.depths])
         # timm saves these arguments with the weights: the file then rebuilds this model whatever the defaults are
-        self._model_args = dict(getattr(self, '_model_args', {}), subnets=[list(self.blocks(d)) for d in self.depths[1:]])
+        subnets = [list(self.blocks(d)) for d in self.depths[1:]]
+        self._model_args = dict(getattr(self, '_model_args', {}), subnets=subnets)
         return depth
 
     # State

@@ -32,7 +32,8 @@ class EKDTask(ClassificationTask):
             verbose: bool = True,
             **ekd_options: Any,
     ) -> None:
-        """
+        """Wrap the model.
+
         Args:
             model: Dynamic-depth model.
             criterion: As for `EKDLoss`. Created from `criterion_kwargs` by timm if None.

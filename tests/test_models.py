@@ -1,0 +1,345 @@
+"""Every entrypoint at every depth: what timm promises of its models, and equality with the plain nets."""
+import threading
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from conftest import EXPECTED_DEPTHS, create, images, logits_by_depth
+from timm.models._manipulate import group_parameters
+
+from timm_ddnn import CifarResNet
+from timm_ddnn.shared_weights import find_norms
+
+NAMES = list(EXPECTED_DEPTHS)
+SMALL_NAMES = ['ddnn_resnet18', 'ddnn_resnet50', 'ddnn_resnet20']
+CIFAR_NAMES = ['ddnn_resnet20', 'ddnn_resnet32', 'ddnn_resnet44', 'ddnn_resnet56', 'ddnn_resnet110']
+
+
+def test_registry_lists_all_entrypoints():
+    assert sorted(timm.list_models('ddnn_*')) == sorted(NAMES)
+    assert len(timm.list_models('cifar_resnet*')) == 7
+    assert timm.models.is_model_in_modules('ddnn_resnet50', ['ddnn_resnet'])
+    assert 'ddnn_resnet50' not in timm.list_models(module='resnet'), 'registered among the models of timm itself'
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_depth_equals_the_extracted_plain_net(name):
+    """Fails if a sub-net runs other blocks, other norms or another head than the plain net, or two depths agree."""
+    model = create(name)
+    assert model.depths == EXPECTED_DEPTHS[name]
+    x = images(model)
+    with torch.no_grad():
+        together = model(x, depth='all')
+        assert tuple(together) == model.depths
+        for depth in model.depths:
+            plain = model.extract(depth)
+            assert type(plain) is (CifarResNet if name in CIFAR_NAMES else timm.models.ResNet)
+            assert not plain.training
+            logits = model(x, depth=depth)
+            assert logits.isfinite().all()
+            assert torch.equal(logits, plain(x))
+            assert torch.equal(logits, together[depth].logits)
+            for mine, theirs in zip(together[depth].features, plain.forward_intermediates(x)[1][1:], strict=True):
+                assert torch.equal(mine, theirs)
+            # what was extracted is a stock model: its weights fit the name that its configuration carries
+            name_args = {k: v for k, v in plain._model_args.items() if k == 'layers'}
+            stock = timm.create_model(plain.pretrained_cfg['architecture'], **name_args).eval()
+            assert type(stock) is type(plain)
+            stock.load_state_dict(plain.state_dict(), strict=True)
+            assert torch.equal(stock(x), logits)
+        assert torch.equal(model(x), together[model.depths[0]].logits)
+        distinct = {tuple(output.logits.flatten().tolist()) for output in together.values()}
+    assert len(distinct) == len(model.depths), 'depths compute the same, the test shows nothing'
+
+
+@pytest.mark.parametrize(('name', 'depth', 'architecture', 'layers'), [
+    ('ddnn_resnet34', 18, 'resnet18', None),
+    ('ddnn_resnet34', 10, 'resnet34', [1, 1, 1, 1]),
+    ('ddnn_resnet50', 26, 'resnet26', None),
+    ('ddnn_resnet50', 14, 'resnet50', [1, 1, 1, 1]),
+    ('ddnn_resnet50d', 26, 'resnet26d', None),
+    ('ddnn_resnet152', 101, 'resnet101', None),
+    ('ddnn_resnet56', 32, 'cifar_resnet32', None),
+])
+def test_extraction_takes_the_stock_name_where_there_is_one(name, depth, architecture, layers):
+    plain = timm.create_model(name, device='meta').extract(depth)
+    assert plain.pretrained_cfg['architecture'] == architecture
+    assert plain._model_args.get('layers') == layers
+
+
+def test_a_depth_of_other_blocks_than_timms_is_not_given_timms_name():
+    """Fails if the name were taken from the depth alone: (3, 3, 1, 1) has 26 layers and is not resnet26."""
+    model = timm.create_model('ddnn_resnet50', subnets=((3, 3, 1, 1),), device='meta')
+    plain = model.extract(26)
+    assert plain.pretrained_cfg['architecture'] == 'resnet50'
+    assert plain._model_args['layers'] == [3, 3, 1, 1]
+
+
+def test_full_net_is_the_stock_net_with_the_same_seed():
+    for name in ('resnet18', 'resnet50'):
+        torch.manual_seed(3)
+        stock = timm.create_model(name)
+        torch.manual_seed(3)
+        model = timm.create_model(f'ddnn_{name}')
+        for key, value in stock.state_dict().items():
+            assert torch.equal(model.state_dict()[key], value), key
+        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in stock.parameters())
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_backward_gives_every_parameter_a_gradient(name):
+    """As timm demands of a plain forward, and of all depths together."""
+    model = timm.create_model(name, num_classes=7).train()
+    x = images(model, size=32)
+    for depth in (None, 'all'):
+        model.zero_grad()
+        out = model(x, depth=depth)
+        loss = out.mean() if depth is None else sum(output.logits.mean() for output in out.values())
+        loss.backward()
+        without = [n for n, p in model.named_parameters() if p.grad is None]
+        assert not without
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_timm_arguments_and_classifier_at_every_depth(name):
+    model = timm.create_model(
+        name, num_classes=5, in_chans=1, drop_rate=0.1, drop_path_rate=0.2, global_pool='max', output_stride=8,
+        device='meta', dtype=torch.bfloat16)
+    x = torch.empty(2, 1, 64, 64, device='meta', dtype=torch.bfloat16)
+    stride = 4 if name in CIFAR_NAMES else 8
+    assert all(t.device.type == 'meta' for t in [*model.parameters(), *model.buffers()])
+    for depth in model.depths:
+        features = model.forward_features(x, depth=depth)
+        assert features.shape == (2, model.num_features, 64 // stride, 64 // stride)
+        assert model.forward_head(features, depth=depth).shape == (2, 5)
+        assert model.forward_head(features, pre_logits=True, depth=depth).shape == (2, model.num_features)
+        assert model(x, depth=depth).dtype == torch.bfloat16
+    model.reset_classifier(3)
+    assert all(o.logits.shape == (2, 3) for o in model(x, depth='all').values())
+    model.reset_classifier(0)
+    assert all(o.logits.shape == (2, model.num_features) for o in model(x, depth='all').values())
+    model.reset_classifier(0, '')
+    assert all(o.logits.ndim == 4 for o in model(x, depth='all').values())
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_default_cfg_describes_the_model(name):
+    model = timm.create_model(name, device='meta')
+    cfg = model.default_cfg
+    keys = model.state_dict()
+    assert cfg['architecture'] == name
+    assert cfg['classifier'] + '.weight' in keys and cfg['first_conv'] + '.weight' in keys
+    x = torch.empty(1, *cfg['input_size'], device='meta')
+    assert model.forward_features(x).shape[-2:] == tuple(cfg['pool_size'])
+    assert model(x).shape == (1, cfg['num_classes'])
+    with pytest.raises(TypeError, match='not_an_argument'):
+        timm.create_model(name, device='meta', not_an_argument=1)
+
+
+@pytest.mark.parametrize('name', SMALL_NAMES)
+def test_reset_classifier_keeps_the_shared_features_at_every_depth(name):
+    model = create(name)
+    x = images(model)
+    with torch.no_grad():
+        before = {d: model.forward_features(x, depth=d) for d in model.depths}
+        model.reset_classifier(4)
+        for depth in model.depths:
+            logits = model(x, depth=depth)
+            assert logits.shape == (2, 4)
+            assert torch.equal(model.forward_features(x, depth=depth), before[depth])
+            assert torch.equal(model.extract(depth)(x), logits)
+    assert model.get_classifier() is model.fc and model.get_classifier(name_only=True) == 'fc'
+
+
+def test_default_depth_of_the_constructor():
+    model, full = create('ddnn_resnet20', depth=14), create('ddnn_resnet20')
+    x = images(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), full(x, depth=14))
+        assert torch.equal(model.forward_features(x), full.forward_features(x, depth=14))
+        assert torch.equal(model(x, depth=20), full(x))
+        assert torch.equal(model.extract()(x), model(x))
+
+
+@pytest.mark.parametrize('depth', [13, 'most', (20, 13), (), 2.5, None])
+def test_unknown_depth_names_those_that_exist(small, depth):
+    if depth is None:
+        with pytest.raises(ValueError, match=r'\(20, 14, 8\)'):
+            timm.create_model('ddnn_resnet20', depth=13)
+        return
+    x = images(small)
+    for call in (small, small.forward_features, small.forward_intermediates):
+        with pytest.raises(ValueError, match=r'\(20, 14, 8\)') as error:
+            call(x, depth=depth)
+        assert repr(depth) in str(error.value)
+    with pytest.raises(ValueError, match=r'\(20, 14, 8\)'):
+        small.extract(depth)
+    with pytest.raises(ValueError, match=r'\(20, 14, 8\)'):
+        small.blocks(depth)
+
+
+@pytest.mark.parametrize('subnets', [
+    ((4, 1, 1),), ((0, 1, 1),), ((1, 1),), ((1, 1, 1, 1),), ((1, 1.0, 1),), ((1, True, 1),), ('111',), (7,),
+    ((1, 2, 1), (2, 1, 1)), ((3, 3, 3),),
+])
+def test_invalid_subnets_are_refused_with_a_reason(subnets):
+    """Too deep, empty stages, wrong numbers of stages, no integers, and two nets of one layer count."""
+    with pytest.raises(ValueError, match=r'\(3, 3, 3\)|depth 10'):
+        timm.create_model('ddnn_resnet20', subnets=subnets)
+
+
+@pytest.mark.parametrize('name', SMALL_NAMES)
+@pytest.mark.parametrize('several', ['all', 'some'])
+def test_features_and_intermediates_of_several_depths(name, several):
+    model = create(name)
+    x = images(model)
+    depth = 'all' if several == 'all' else model.depths[::-2]
+    expected = model.depths if several == 'all' else model.depths[::-2][::-1]
+    with torch.no_grad():
+        maps = model.forward_features(x, depth=depth)
+        logits = model.forward_head(maps, depth=depth)
+        taps = model.forward_intermediates(x, depth=depth)
+        assert tuple(maps) == tuple(logits) == tuple(taps) == tuple(sorted(expected, reverse=True))
+        for d in maps:
+            plain = model.extract(d)
+            assert torch.equal(maps[d], plain.forward_features(x))
+            assert torch.equal(logits[d], plain(x))
+            last, intermediates = plain.forward_intermediates(x)
+            assert torch.equal(taps[d][0], last)
+            assert all(torch.equal(a, b) for a, b in zip(taps[d][1], intermediates, strict=True))
+
+
+@pytest.mark.parametrize('name', SMALL_NAMES)
+@pytest.mark.parametrize('options', [
+    {}, {'indices': 2}, {'indices': [0, -1]}, {'indices': [1], 'stop_early': True},
+    {'indices': [0], 'stop_early': True}, {'indices': [1, 2], 'intermediates_only': True},
+])
+def test_forward_intermediates_as_the_plain_net_at_every_depth(name, options):
+    model = create(name)
+    x = images(model)
+    flat = options.get('intermediates_only', False)
+    for depth in model.depths:
+        with torch.no_grad():
+            mine = model.forward_intermediates(x, depth=depth, **options)
+            theirs = model.extract(depth).forward_intermediates(x, **options)
+        pairs = zip(mine, theirs, strict=True) if flat else zip(
+            [mine[0], *mine[1]], [theirs[0], *theirs[1]], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize('name', SMALL_NAMES)
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx', 'getter'])
+def test_features_only_gives_the_maps_of_the_depth_asked_for(name, feature_cls, tmp_path):
+    """Fails if an extractor, rebuilt from the model's children, gives the full-net's maps whatever the depth."""
+    model = create(name)
+    x = images(model)
+    path = tmp_path / 'weights.pth'
+    torch.save(model.state_dict(), path)
+    seen = []
+    for depth in (None, *model.depths):
+        extractor = timm.create_model(
+            name, features_only=True, depth=depth, feature_cls=feature_cls, pretrained=True,
+            pretrained_cfg_overlay={'file': str(path)}).eval()
+        with torch.no_grad():
+            maps = extractor(x)
+            maps = list(maps.values()) if isinstance(maps, dict) else maps
+            expected = model.forward_intermediates(x, depth=depth, intermediates_only=True)[-len(maps):]
+        assert len(maps) == len(extractor.feature_info.channels()) >= 4
+        for info, out, exact in zip(extractor.feature_info.get_dicts(), maps, expected, strict=True):
+            assert torch.equal(out, exact)
+            assert out.shape[1] == info['num_chs'] and x.shape[-1] // out.shape[-1] == info['reduction']
+        seen.append(maps[-1])
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_features_only_takes_indices():
+    extractor = timm.create_model('ddnn_resnet50', features_only=True, depth=26, out_indices=(1, 3), device='meta')
+    assert [o.shape[1] for o in extractor(torch.empty(1, 3, 64, 64, device='meta'))] == [256, 1024]
+
+
+@pytest.mark.parametrize('name', SMALL_NAMES)
+def test_prune_intermediate_layers_at_every_depth(name):
+    model = create(name)
+    x = images(model)
+    for last in range(len(model.feature_info)):
+        pruned = deepcopy(model)
+        assert pruned.prune_intermediate_layers([last]) == [last]
+        for depth in model.depths:
+            with torch.no_grad():
+                kept = pruned.forward_intermediates(x, indices=[last], depth=depth, intermediates_only=True)[0]
+                assert torch.equal(kept, model.forward_intermediates(x, depth=depth)[1][last])
+    kept_parameters = {n.split('.')[0] for n, _ in pruned.named_parameters()}
+    assert 'fc' not in kept_parameters
+
+
+@pytest.mark.parametrize('name', SMALL_NAMES)
+def test_torchscript_and_fx(name):
+    model = create(name)
+    x = images(model)
+    with torch.no_grad():
+        for depth in model.depths:
+            at_depth = create(name, depth=depth)
+            expected = model(x, depth=depth)
+            assert torch.equal(torch.jit.script(at_depth)(x), expected)
+            assert torch.equal(torch.jit.trace(at_depth, x)(x), expected)
+            traced = torch.fx.symbolic_trace(at_depth)
+            assert torch.equal(traced(x), expected)
+            assert torch.equal(torch.jit.script(traced)(x), expected)
+        graph = torch.fx.symbolic_trace(model, concrete_args={'depth': model.depths[1]})
+        assert torch.equal(graph(x, model.depths[1]), model(x, depth=model.depths[1]))
+
+
+def test_threads_at_different_depths(small):
+    """Fails if the depth were a state of the model: threads would see each other's."""
+    x = images(small, batch=4)
+    expected = logits_by_depth(small, x)
+    barrier, wrong = threading.Barrier(len(small.depths)), []
+
+    def ask(depth):
+        with torch.no_grad():
+            for _ in range(25):
+                barrier.wait()
+                if not torch.allclose(small(x, depth=depth), expected[depth], atol=1e-5):
+                    wrong.append(depth)
+
+    threads = [threading.Thread(target=ask, args=(depth,)) for depth in small.depths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('shared_affine', [True, False])
+def test_group_matcher_puts_a_sub_nets_parameters_with_their_block(name, shared_affine):
+    model = timm.create_model(name, device='meta', shared_affine=shared_affine)
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    names = [n for n, _ in model.named_parameters()]
+    assert set(groups) == set(names)
+    own = [n for n in names if n.startswith('subnets.')]
+    assert bool(own) is not shared_affine
+    for n in own:
+        assert groups[n] == groups[n.split('.', 2)[2]]
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert len(set(coarse.values())) == len(model.blocks(model.depths[0])) + 2
+
+
+def test_cifar_family_is_that_of_the_paper():
+    """Parameters in millions from table 6 of arXiv 1512.03385, shortcuts of option A: no parameters in them."""
+    for name, millions in (('20', 0.27), ('32', 0.46), ('44', 0.66), ('56', 0.85), ('110', 1.7)):
+        net = timm.create_model(f'cifar_resnet{name}')
+        assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1 if name == '110' else 2) == millions
+    x = torch.randn(1, 16, 8, 8)
+    shortcut = net.layer2[0].downsample(x)
+    assert shortcut.shape == (1, 32, 4, 4)
+    assert torch.equal(shortcut[:, :16], x[:, :, ::2, ::2]) and not shortcut[:, 16:].any()
+    assert len(find_norms(net)) == 109
+    with pytest.raises(ValueError, match='three stages'):
+        timm.create_model('cifar_resnet20', layers=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match='got 3'):
+        timm.create_model('cifar_resnet20', output_stride=3)
+    dilated = timm.create_model('cifar_resnet20', output_stride=1).eval()
+    assert dilated.forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 64, 32, 32)
