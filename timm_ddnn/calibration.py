@@ -1,5 +1,6 @@
-"""Estimation of batch-norm statistics for one depth of a dynamic-depth model."""
-from collections.abc import Iterable
+"""Estimation of batch-norm statistics for some depths of a dynamic-depth model."""
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -7,18 +8,21 @@ from torch import nn
 
 __all__ = ['calibrate_bn']
 
+_logger = logging.getLogger(__name__)
 
-def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int) -> int:
-    """Estimate the batch-norm statistics that one depth has for itself, as means over the batches of a loader.
+
+def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int | str | Sequence[int]) -> int:
+    """Estimate the batch-norm statistics that some depths have for themselves, as means over the batches of a loader.
 
     Weights, the statistics that other depths use too, modes and momenta stay as they are, so that the logits of every
-    other depth stay equal bit for bit. After an error the statistics are the old ones too; else the depth counts as
+    other depth stay equal bit for bit. After an error the statistics are the old ones too; else the depths count as
     trained.
 
     Args:
         model: Dynamic-depth model.
         loader: Batches of images as the model takes them, [B, C, H, W]: tensors, or sequences with the images first.
-        depth: One of `model.depths`.
+        depth: As for the model's `forward`. Sub-nets that share statistics with each other and have none yet, as after
+            loading a stock checkpoint, must be calibrated together.
 
     Returns:
         Number of images seen.
@@ -26,9 +30,18 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int) -> int:
     Raises:
         ValueError: If the model has no such depth or the loader gives no image tensors.
     """
-    depth = model.select_depth(depth)
-    shared = {id(norm) for d in model.depths if d != depth for norm in model.path_norms(d)}
-    norms = [norm for norm in model.path_norms(depth) if id(norm) not in shared]
+    depths, _ = model.select_depths(depth)
+    paths = {d: {id(norm): norm for norm in model.path_norms(d)} for d in model.depths}
+    fixed = {key for d in model.depths if d not in depths for key in paths[d]}
+    norms = list({key: norm for d in depths for key, norm in paths[d].items() if key not in fixed}.values())
+    known = {id(norm) for norm in norms}.union(*(paths[d] for d in model.trained_depths))
+    for d in depths:
+        partners = [e for e in model.depths if e not in depths and (paths[d].keys() & paths[e].keys()) - known]
+        if partners:
+            _logger.warning(
+                f'Depth {d} shares statistics with {partners}, which are not trained: these stay unknown. '
+                'Calibrate them together.'
+            )
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
     statistics = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
@@ -43,13 +56,13 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int) -> int:
             norm.momentum = None  # cumulative average
         with torch.no_grad():
             for batch in loader:
-                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
                 if not isinstance(images, torch.Tensor) or images.ndim != 4:
                     raise ValueError(
                         'loader must give images [B, C, H, W], alone or first in a sequence, '
-                        f'got {type(batch).__name__}'
+                        f'got {type(images).__name__}'
                     )
-                model(images.to(device=weight.device, dtype=weight.dtype), depth=depth)
+                model(images.to(device=weight.device, dtype=weight.dtype), depth=depths)
                 num_images += len(images)
         if not num_images:
             raise ValueError('loader gave no images')
@@ -63,5 +76,5 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int) -> int:
             norm.momentum = momentum
         for module, training in modes:
             module.training = training
-    model.subnets.trained[model.depths.index(depth)] = True
+    model.mark_trained(depths)
     return num_images

@@ -123,8 +123,7 @@ class DynamicDepthMixin(SharedWeightsMixin):
         """
         depths, single = self.select_depths(depth)
         if self.training and torch.is_grad_enabled():
-            for d in depths:
-                self.subnets.trained[self.depths.index(d)] = True
+            self.mark_trained(depths)
         if single:
             return self.forward_head(self.forward_features(x, depth=depths[0]))
         _, maps = self._walk(x, depths)

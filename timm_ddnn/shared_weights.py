@@ -102,6 +102,11 @@ class SharedWeightsMixin:
         trained = self.subnets.trained
         return () if trained.is_meta else tuple(d for d, t in zip(self.depths, trained.tolist(), strict=True) if t)
 
+    def mark_trained(self, depths: Sequence[int]) -> None:
+        """Add depths to `trained_depths`; training and calibration do so by themselves."""
+        for depth in depths:
+            self.subnets.trained[self.depths.index(depth)] = True
+
     def blocks(self, depth: int) -> Blocks:
         """Number of blocks in every stage at a depth.
 
