@@ -12,8 +12,15 @@ from timm_ddnn import CifarResNet
 from timm_ddnn.shared_weights import find_norms
 
 NAMES = list(EXPECTED_DEPTHS)
-SMALL_NAMES = ['ddnn_resnet18', 'ddnn_resnet50', 'ddnn_resnet20']
 CIFAR_NAMES = ['ddnn_resnet20', 'ddnn_resnet32', 'ddnn_resnet44', 'ddnn_resnet56', 'ddnn_resnet110']
+
+
+def some_at_once(*names):
+    """Every entrypoint in `make test-all`, those named in `make test` too."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+
+
+ONE_OF_EACH_KIND = some_at_once('ddnn_resnet18', 'ddnn_resnet50', 'ddnn_resnet20')
 
 
 def test_registry_lists_all_entrypoints():
@@ -137,7 +144,7 @@ def test_default_cfg_describes_the_model(name):
         timm.create_model(name, device='meta', not_an_argument=1)
 
 
-@pytest.mark.parametrize('name', SMALL_NAMES)
+@pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 def test_reset_classifier_keeps_the_shared_features_at_every_depth(name):
     model = create(name)
     x = images(model)
@@ -189,7 +196,7 @@ def test_invalid_subnets_are_refused_with_a_reason(subnets):
         timm.create_model('ddnn_resnet20', subnets=subnets)
 
 
-@pytest.mark.parametrize('name', SMALL_NAMES)
+@pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 @pytest.mark.parametrize('several', ['all', 'some'])
 def test_features_and_intermediates_of_several_depths(name, several):
     model = create(name)
@@ -210,7 +217,7 @@ def test_features_and_intermediates_of_several_depths(name, several):
             assert all(torch.equal(a, b) for a, b in zip(taps[d][1], intermediates, strict=True))
 
 
-@pytest.mark.parametrize('name', SMALL_NAMES)
+@pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 @pytest.mark.parametrize('options', [
     {}, {'indices': 2}, {'indices': [0, -1]}, {'indices': [1], 'stop_early': True},
     {'indices': [0], 'stop_early': True}, {'indices': [1, 2], 'intermediates_only': True},
@@ -228,7 +235,7 @@ def test_forward_intermediates_as_the_plain_net_at_every_depth(name, options):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize('name', SMALL_NAMES)
+@pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx', 'getter'])
 def test_features_only_gives_the_maps_of_the_depth_asked_for(name, feature_cls, tmp_path):
     """Fails if an extractor, rebuilt from the model's children, gives the full-net's maps whatever the depth."""
@@ -259,7 +266,7 @@ def test_features_only_takes_indices():
     assert [o.shape[1] for o in extractor(torch.empty(1, 3, 64, 64, device='meta'))] == [256, 1024]
 
 
-@pytest.mark.parametrize('name', SMALL_NAMES)
+@pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 def test_prune_intermediate_layers_at_every_depth(name):
     model = create(name)
     x = images(model)
@@ -274,7 +281,7 @@ def test_prune_intermediate_layers_at_every_depth(name):
     assert 'fc' not in kept_parameters
 
 
-@pytest.mark.parametrize('name', SMALL_NAMES)
+@pytest.mark.parametrize('name', some_at_once('ddnn_resnet18', 'ddnn_resnet20'))
 def test_torchscript_and_fx(name):
     model = create(name)
     x = images(model)

@@ -1,0 +1,48 @@
+PYTHON ?= python3
+ARGS ?=
+# One process, on the first GPU or else on every core; spelled out, because accelerate warns of each default it takes.
+# It is replaced as a whole: LAUNCH_ARGS='--multi_gpu --num_processes 4', or empty for what `accelerate config` wrote.
+LAUNCH_ARGS ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)}
+
+BIN := .venv/bin
+# There only while .venv is complete. Every path is relative, so the checkout may lie under a name with spaces.
+STAMP := .venv/.complete
+# Two workers share the cores: one torch thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all lint clean
+
+help:  ## Show this help
+	@echo 'Usage: make TARGET [ARGS="..."] [LAUNCH_ARGS="..."] [PYTHON=python3.12]'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' Makefile
+
+train: $(STAMP)  ## Train with train_scripts/train_ekd.py; ARGS are its options, LAUNCH_ARGS those of accelerate launch
+	@$(BIN)/accelerate launch --quiet $(LAUNCH_ARGS) train_scripts/train_ekd.py $(ARGS)
+
+test: $(STAMP)  ## Run all tests but the slow ones; ARGS go to pytest
+	@$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: $(STAMP)  ## Run all tests
+	@$(PYTEST) $(ARGS)
+
+lint: $(STAMP)  ## Check the code with ruff
+	@$(BIN)/ruff check $(ARGS)
+
+clean:  ## Remove .venv, caches and built packages; output/ stays
+	@rm -rf .venv dist .pytest_cache .ruff_cache
+	@find timm_ddnn tests train_scripts -name __pycache__ -prune -exec rm -rf {} +
+
+# An install that was cut short leaves no stamp, and begins again from an empty .venv.
+$(STAMP): pyproject.toml
+	@version=$$($(PYTHON) --version 2>&1) || version='not found'; \
+	case "$$version" in \
+		'Python 3.1'[1-9]*|'Python 3.'[2-9][0-9]*) ;; \
+		*) echo "timm_ddnn needs Python 3.11 or newer, but $(PYTHON) is $$version." \
+			'Name another: make PYTHON=python3.12 ...' >&2; exit 1 ;; \
+	esac
+	@if [ -e $@ ]; then rm $@; else $(PYTHON) -m venv --clear .venv; fi
+	@echo 'Installing timm_ddnn and what it needs into .venv, some minutes the first time'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]'
+	@touch $@
