@@ -141,9 +141,11 @@ class SharedWeightsMixin:
             return self.depths, False
         single = not isinstance(depth, (tuple, list))
         wanted = (depth,) if single else tuple(depth)
-        if not wanted or any(d not in self.depths for d in wanted):
+        # compared one by one, not looked up: torch.compile may hand in a symbolic integer, which this makes a constant
+        depths = tuple(d for d in self.depths if any(d == w for w in wanted))
+        if not depths or len(depths) < len(wanted):
             raise ValueError(f"depth must be of {self.depths}, a sequence of these, or 'all', got {depth!r}")
-        return tuple(d for d in self.depths if d in wanted), single
+        return depths, single
 
     def _depth_of(self, blocks: Sequence[int]) -> int:
         return sum(blocks) * self._layers_per_block + 2
