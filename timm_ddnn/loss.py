@@ -63,7 +63,7 @@ def attention_transfer(feature: torch.Tensor, teacher_feature: torch.Tensor, for
     """Distance between the attention of two feature maps of one resolution; the teacher gets no gradient.
 
     Squared differences of `attention_map`, mean over the batch, and over H*W the sum ('energy', at most 2) or the mean
-    ('standardized', at most 4).
+    ('standardized', at most 4). Maps of a single pixel have nothing to compare: their distance is 0.
 
     Args:
         feature: Student feature map, [B, C, H, W].
@@ -127,7 +127,8 @@ class EKDLoss(nn.Module):
             alpha: Weight of the KL divergence, >= 0. It is not computed if 0.
             beta: Weight of the attention, >= 0. It is not computed if 0.
             attention: Form of the attention, 'energy' or 'standardized', see `attention_map`.
-            stages: Indices of the stages whose maps are compared, negative ones counting from the last. All if None.
+            stages: Indices of the stages whose maps are compared, each once, negative ones counting from the last. All
+                if None.
             weights: Weight w_k by depth, >= 0. A depth that is not in it has weight 1.
             criterion: Takes logits [B, num_classes] and the target and returns a scalar, for instance one of
                 `timm.loss`. It is applied as it is, to every depth alike. Cross-entropy if None.
@@ -140,8 +141,12 @@ class EKDLoss(nn.Module):
             raise ValueError(f'temperature must be a finite number > 0, got {temperature!r}')
         if attention not in ATTENTION_FORMS:
             raise ValueError(f'attention must be of {ATTENTION_FORMS}, got {attention!r}')
-        if stages is not None and not stages:
-            raise ValueError('stages must name at least one stage, or be None for all; beta=0 leaves the attention out')
+        if stages is not None and not (
+                isinstance(stages, (tuple, list)) and stages and all(type(s) is int for s in stages)):
+            raise ValueError(
+                f'stages must be one or more indices, or None for all, got {stages!r}; beta=0 leaves the attention out')
+        if weights is not None and not (isinstance(weights, Mapping) and all(type(d) is int for d in weights)):
+            raise ValueError(f'weights must be a mapping from depths, integers, to weights, got {weights!r}')
         self.temperature = float(temperature)
         self.alpha = _check_weight('alpha', alpha)
         self.beta = _check_weight('beta', beta)
@@ -161,8 +166,8 @@ class EKDLoss(nn.Module):
             A scalar.
 
         Raises:
-            ValueError: If the criterion does not return a scalar, the maps of a stage differ in resolution, or the
-                model has not the stages asked for.
+            ValueError: If the outputs are no dict by depth, there is a weight for the teacher, the criterion does not
+                return a scalar, the maps of a stage differ in resolution, or the model has not the stages asked for.
         """
         return self.terms(outputs, target)['loss']
 
@@ -181,6 +186,8 @@ class EKDLoss(nn.Module):
         Raises:
             ValueError: As for `forward`.
         """
+        if not (isinstance(outputs, Mapping) and outputs):
+            raise ValueError(f"outputs must be what model(x, depth='all') returns, got {type(outputs).__name__}")
         full = max(outputs)
         if full in self.weights:
             raise ValueError(f'weights are for sub-nets, the teacher {full} has none; got {self.weights}')
@@ -216,7 +223,7 @@ class EKDLoss(nn.Module):
             raise ValueError(f'stages must be from {-len(teacher)} to {len(teacher) - 1}, got {self.stages}')
         return sum(
             attention_transfer(_full_precision(features[s]), _full_precision(teacher[s]), self.attention)
-            for s in stages
+            for s in sorted({s % len(teacher) for s in stages})  # each once: 2 and -1 may be the same
         )
 
     def extra_repr(self) -> str:

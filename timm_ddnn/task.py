@@ -1,5 +1,6 @@
 """Embedded knowledge distillation as a task of timm's training scripts; the maths is in `loss.py`."""
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -7,9 +8,12 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 
+from .dynamic_depth import DynamicDepthMixin
 from .loss import EKDLoss
 
 __all__ = ['EKDTask']
+
+_logger = logging.getLogger(__name__)
 
 
 class EKDTask(ClassificationTask):
@@ -19,6 +23,7 @@ class EKDTask(ClassificationTask):
         * one forward with `depth='all'`, and `EKDLoss` around the criterion
         * every term of the loss in the returned dict
         * `ekd_options`, the arguments of `EKDLoss`
+        * clipping without the head leaves out the classifier, not the last parameters: they may be a sub-net's
     """
 
     def __init__(
@@ -47,15 +52,17 @@ class EKDTask(ClassificationTask):
             ValueError: If the model has no depths, weights name a depth that the model has not as a sub-net, or an
                 option is out of its range.
         """
-        depths = getattr(unwrap_model(model), 'depths', None)
-        if depths is None:
-            raise ValueError(f'EKDTask trains dynamic-depth models (ddnn_*), got {type(unwrap_model(model)).__name__}')
-        unknown = set(ekd_options.get('weights') or {}) - set(depths[1:])
-        if unknown:
-            raise ValueError(f'weights must be for sub-nets of {depths[1:]}, got {sorted(unknown)}')
+        ddnn = unwrap_model(model)
+        if not isinstance(ddnn, DynamicDepthMixin):  # classes of timm have an attribute `depths`, too
+            raise ValueError(f'EKDTask trains dynamic-depth models (ddnn_*), got {type(ddnn).__name__}')
         super().__init__(
             model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.loss_fn = EKDLoss(criterion=self.criterion, **ekd_options)
+        unknown = sorted(set(self.loss_fn.weights) - set(ddnn.depths[1:]))
+        if unknown:
+            raise ValueError(f'weights must be for sub-nets of {ddnn.depths[1:]}, got {unknown}')
+        if verbose:
+            _logger.info(f'{type(self).__name__}: depths={ddnn.depths}, {self.loss_fn.extra_repr()}')
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run all depths and compute the loss.
@@ -75,3 +82,10 @@ class EKDTask(ClassificationTask):
             'loss': terms['loss'],
             'output': outputs[max(outputs)].logits,
         }
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> Iterable[nn.Parameter]:
+        """Parameters for gradient clipping, as timm's method; `exclude_head` leaves out those of the classifier."""
+        module = self.get_trainable_module()
+        head = unwrap_model(module).get_classifier().parameters() if exclude_head else ()
+        excluded = {id(p) for p in head}
+        return [p for p in module.parameters() if id(p) not in excluded]
