@@ -1,0 +1,264 @@
+"""Finding data sets, and images and batches that are a function of seed, epoch and index."""
+import random
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from image_files import CLASS_NAMES, DAMAGED, DIGITS, digit, png, write_images, write_parquet
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms.functional import to_tensor
+
+from timm_ddnn.data import load_image_data
+from timm_ddnn.images import EpochSampler, ImageReadError, Images, create_loader, create_train_transform, seeded
+
+CONFIG = dict(input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), crop_pct=1.0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+
+
+def pairs(data, split='validation'):
+    """Grey values and class name of every image."""
+    return [
+        (np.asarray(row[data.input_key]).tolist(), data.class_names[row[data.target_key]])
+        for row in getattr(data, split)
+    ]
+
+
+def expected(indices):
+    return [(np.asarray(digit(i)).tolist(), str(DIGITS.target[i])) for i in indices]
+
+
+def test_digits_are_split_without_overlap():
+    """Catches a split that leaks, that forgets a class, or labels in another order than the images."""
+    data = load_image_data('digits')
+    train, validation = pairs(data, 'train'), pairs(data, 'validation')
+    assert (len(train), len(validation)) == (1437, 360)
+    assert sorted(train + validation) == sorted(expected(range(1797)))
+    assert min(np.unique([name for _, name in validation], return_counts=True)[1]) >= 34
+
+
+@pytest.mark.parametrize('files', [
+    ('train.parquet', 'validation.parquet'),
+    ('train-00000-of-00002.parquet', 'train-00001-of-00002.parquet', 'test-00000-of-00001.parquet'),
+    ('data/train-00000-of-00001.parquet', 'data/valid-00000-of-00001-0123abcd.parquet', 'data/extra.parquet'),
+])
+def test_parquet_files(tmp_path, files):
+    """Catches shards left out or out of order, and splits or columns named as on the Hub that are not found."""
+    for i, file in enumerate(files):
+        write_parquet(tmp_path / 'set' / file, range(20 * i, 20 * i + 20), image='img', label='fine_label')
+    data = load_image_data(str(tmp_path / 'set'))
+    count = sum('train' in file for file in files)
+    assert pairs(data, 'train') == expected(range(20 * count))
+    assert pairs(data, 'validation') == expected(range(20 * count, 20 * count + 20))
+    assert (data.input_key, data.target_key, data.class_names) == ('img', 'fine_label', CLASS_NAMES)
+
+
+def test_image_folder_with_a_class_called_train(tmp_path):
+    """Catches validation images in the training split: 'train' in a path is also a class, of CIFAR-100 for instance."""
+    names = ['train', 'test', *CLASS_NAMES[2:]]
+    write_images(tmp_path / 'set [1]' / 'train', range(0, 40), names)
+    write_images(tmp_path / 'set [1]' / 'val', range(40, 60), names)
+    data = load_image_data(str(tmp_path / 'set [1]'))
+    assert data.class_names == sorted(names)
+    assert sorted(pairs(data, 'train')) == sorted((x, names[int(y)]) for x, y in expected(range(0, 40)))
+    assert sorted(pairs(data, 'validation')) == sorted((x, names[int(y)]) for x, y in expected(range(40, 60)))
+
+
+def test_evaluation_needs_no_training_split(tmp_path):
+    """Catches --evaluate on a folder with a validation split alone being refused."""
+    write_parquet(tmp_path / 'set' / 'test.parquet', range(10))
+    data = load_image_data(str(tmp_path / 'set'), training=False)
+    assert data.train is None
+    assert pairs(data) == expected(range(10))
+
+
+def test_columns_without_types_are_found_by_name(tmp_path):
+    """Catches a refusal of files that other programs wrote: bytes and integers without the metadata of `datasets`."""
+    for split in ('train', 'validation'):
+        write_parquet(tmp_path / 'set' / f'{split}.parquet', range(30), target=datasets.Value('int64'))
+    data = load_image_data(str(tmp_path / 'set'))
+    assert pairs(data) == expected(range(30))
+    plain = datasets.Dataset.from_dict({'image': [png(i) for i in range(30)], 'label': DIGITS.target[:30].tolist()})
+    for split in ('train', 'validation'):
+        plain.to_parquet(tmp_path / 'plain' / f'{split}.parquet')
+    assert pairs(load_image_data(str(tmp_path / 'plain'))) == expected(range(30))
+
+
+@pytest.mark.parametrize('write, options, message', [
+    (dict(labels=[0, 1, 10, 2]), {}, r"0\.\.9 for 10 classes, got 10 in row 2 of split 'train'"),
+    (dict(labels=[0, -1, 3, 2]), {}, r"got -1 in row 1 of split 'train'"),
+    (dict(labels=[0, 1, None, 2]), {}, r"integers 0\.\.C-1, got nothing in row 2 in split 'train'"),
+    (dict(labels=list('abcd'), target=datasets.Value('string')), {}, r'integers 0\.\.C-1, got string'),
+    (dict(labels=[1, 2, 3, 4], target=datasets.Value('int64')), {}, r'0\.\.3 for 4 classes, got 4 in row 3'),
+    (dict(labels=[0] * 4, target=datasets.Value('int64')), {}, 'at least 2 classes'),
+    (dict(image='picture', label='kind'), {'input_key': 'foo'}, r"--input-key .*\['picture', 'kind'\], got 'foo'"),
+    (dict(label='a', target=datasets.Value('int64')), {}, r"--target-key must name one of .*\['image', 'a'\]"),
+    ({}, {'target_key': 'image'}, 'integers 0..C-1, got struct'),
+    ({}, {'input_key': 'label'}, "'label' holds no images"),
+    ({}, {'val_split': 'foo'}, r"--val-split must be one of the splits \['train', 'validation'\], got 'foo'"),
+])
+def test_wrong_data_is_named(tmp_path, write, options, message):
+    """Catches labels, columns and splits that are wrong and pass, or are refused without saying what is right."""
+    for split in ('train', 'validation'):
+        write_parquet(tmp_path / 'set' / f'{split}.parquet', range(4), **write)
+    with pytest.raises(ValueError, match=message):
+        load_image_data(str(tmp_path / 'set'), **options)
+
+
+@pytest.mark.parametrize('files, error, message', [
+    ([], FileNotFoundError, 'neither SPLIT.*parquet nor SPLIT/CLASS/IMAGE'),
+    (['train.parquet'], ValueError, r"--val-split must name one of the splits \['train'\]"),
+    (['train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'], FileNotFoundError, 'of its 3'),
+])
+def test_incomplete_folders_are_named(tmp_path, files, error, message):
+    """Catches a training on part of a data set of which a shard was not copied."""
+    (tmp_path / 'set').mkdir()
+    for file in files:
+        write_parquet(tmp_path / 'set' / file, range(10))
+    with pytest.raises(error, match=message):
+        load_image_data(str(tmp_path / 'set'))
+
+
+def test_two_label_columns_are_not_guessed_between(tmp_path):
+    """Catches a training on coarse classes because they came first."""
+    features = datasets.Features(image=datasets.Image(), a=datasets.ClassLabel(2), b=datasets.ClassLabel(2))
+    rows = {'image': [digit(i) for i in range(4)], 'a': [0, 1, 0, 1], 'b': [1, 1, 0, 0]}
+    for split in ('train', 'validation'):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / 'set' / f'{split}.parquet')
+    with pytest.raises(ValueError, match=r"--target-key must name one of the columns \['image', 'a', 'b'\]"):
+        load_image_data(str(tmp_path / 'set'))
+    assert load_image_data(str(tmp_path / 'set'), target_key='b').target_key == 'b'
+
+
+@pytest.fixture(scope='module')
+def augmented():
+    """Digits with augmentation that draws from the generators of Python, NumPy and PyTorch."""
+    transform = create_train_transform(
+        CONFIG, hflip=0.5, color_jitter=0.3, auto_augment='rand-m9-mstd0.5', re_prob=0.5, re_mode='pixel')
+    return Images(load_image_data('digits'), 'train', transform, seed=3)
+
+
+def test_an_item_is_a_function_of_seed_epoch_and_index(augmented):
+    """Catches augmentation that depends on what was drawn before, or that is the same in every epoch."""
+    first, label = augmented[1, 5]
+    torch.rand(3), np.random.rand(3), random.random()
+    again, _ = augmented[1, 5]
+    assert torch.equal(first, again)
+    assert label == augmented.data[5]['label']
+    assert not torch.equal(first, augmented[2, 5][0])
+    other = Images(load_image_data('digits'), 'train', augmented.transform, seed=4)
+    assert not torch.equal(first, other[1, 5][0])
+
+
+def test_global_generators_are_left_alone(augmented):
+    """Catches reading an image that changes the random numbers of a program that uses it."""
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    plain = random.random(), np.random.rand(), float(torch.rand(()))
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    augmented[0, 0]
+    with pytest.raises(KeyError), seeded(1, 2):
+        raise KeyError
+    assert plain == (random.random(), np.random.rand(), float(torch.rand(())))
+
+
+def test_batches_do_not_depend_on_workers(augmented):
+    """Catches augmentation or order that changes with the number of workers, or that workers repeat in each epoch."""
+    epochs, state = {}, torch.get_rng_state()
+    for workers in (0, 2):
+        loader = create_loader(augmented, 100, training=True, num_workers=workers)
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            batches = list(loader)
+            assert len(batches) == 14  # the last one, not full, is left out
+            epochs[workers, epoch] = torch.cat([images for images, _ in batches])
+    assert torch.equal(epochs[0, 0], epochs[2, 0])
+    assert torch.equal(epochs[0, 1], epochs[2, 1])
+    assert not torch.equal(epochs[0, 0], epochs[0, 1])
+    assert torch.equal(state, torch.get_rng_state())  # a model's dropout would depend on the workers otherwise
+
+
+def test_sampler_gives_each_image_once():
+    """Catches an order that repeats or drops images, is the same in two epochs, or ignores the seed."""
+    sampler = EpochSampler(50, shuffle=True, seed=7)
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        assert sorted(sampler) == [(epoch, i) for i in range(50)]
+        orders.append([i for _, i in sampler])
+    other = [i for _, i in EpochSampler(50, shuffle=True, seed=8)]
+    assert len({tuple(order) for order in (*orders, other, range(50))}) == 4
+    assert list(EpochSampler(3, shuffle=False)) == [(0, 0), (0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize('mode', ['L', 'LA', 'RGBA', 'P', '1', 'RGB'])
+def test_every_kind_of_image_is_converted(tmp_path, mode):
+    """Catches grey, transparent or palette images that break a batch of RGB images."""
+    for split in ('train', 'validation'):
+        write_parquet(tmp_path / 'set' / f'{split}.parquet', [0, 1], files=[png(0, mode), png(1, mode)])
+    data = load_image_data(str(tmp_path / 'set'))
+    rgb, _ = Images(data, 'validation', to_tensor)[0, 0]
+    grey, _ = Images(data, 'validation', to_tensor, in_chans=1)[0, 0]
+    assert (rgb.shape, grey.shape) == ((3, 8, 8), (1, 8, 8))
+    torch.testing.assert_close(rgb, grey.expand(3, -1, -1))
+    assert mode == '1' or torch.equal(grey[0], to_tensor(digit(0))[0])
+
+
+def test_in_chans_of_no_image_mode_is_refused():
+    """Catches images of three channels given to a model of five."""
+    with pytest.raises(ValueError, match='1 or 3, got 5'):
+        Images(load_image_data('digits'), 'train', to_tensor, in_chans=5)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
+    """Catches a damaged file that ends a training without saying which, in a worker process above all."""
+    write_images(tmp_path / 'set' / 'train', range(12))
+    write_images(tmp_path / 'set' / 'val', range(12))
+    (tmp_path / 'set' / 'train' / '3' / '3.png').write_bytes(DAMAGED)
+    loader = create_loader(Images(load_image_data(str(tmp_path / 'set')), 'train', to_tensor), 4, training=True,
+                           num_workers=workers)
+    with pytest.raises(ImageReadError, match=r"row \d+ of split 'train' \(.*/train/3/3.png\) cannot be read"):
+        list(loader)
+
+
+def test_pad_crop_shifts_by_at_most_an_eighth():
+    """Catches a crop that scales the image, never moves it, or moves it further than its padding."""
+    transform = create_train_transform(CONFIG, hflip=0.0, color_jitter=None)
+    white = Image.new('RGB', (32, 32), 'white')
+    level = torch.tensor([(1 - m) / s for m, s in zip(CONFIG['mean'], CONFIG['std'], strict=True)])
+    shifts = set()
+    for i in range(300):
+        with seeded(0, i):
+            image = transform(white)
+        inside = (image - level[:, None, None]).abs().amax(dim=0) < 1e-5
+        rows, columns = inside.any(dim=1), inside.any(dim=0)
+        assert torch.equal(inside, rows[:, None] & columns[None, :])
+        shifts |= {32 - int(rows.sum()), 32 - int(columns.sum())}
+    assert shifts == {0, 1, 2, 3, 4}
+
+
+def test_train_transform_is_timms_above_64_px():
+    """Catches the small-image crop on photographs, and a normalization other than that of evaluation."""
+    config = dict(CONFIG, input_size=(3, 96, 96))
+    image = Image.effect_noise((120, 100), 60).convert('RGB')
+    ours, timms = (
+        make(config) for make in (
+            lambda c: create_train_transform(c, color_jitter=None),
+            lambda c: create_transform(
+                c['input_size'], is_training=True, color_jitter=None, interpolation=c['interpolation'],
+                mean=c['mean'], std=c['std'],
+            ),
+        )
+    )
+    with seeded(1):
+        x = ours(image)
+    with seeded(1):
+        y = timms(image)
+    assert torch.equal(x, y)

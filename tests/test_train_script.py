@@ -1,0 +1,294 @@
+"""The training script as its users start it: short real runs on digits, and what it says to wrong input."""
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from image_files import DAMAGED, png, write_images, write_parquet
+from timm.data import create_transform
+
+from timm_ddnn.data import load_image_data
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / 'train_scripts' / 'train_ekd.py'
+MODEL = ['--img-size', '16', '--model-kwargs', 'channels=8,16,32', 'layers=2,2,2', '--subnets', '1,1,1']
+FAST = [*MODEL, '-b', '32', '--opt', 'adamw', '--lr', '0.02', '--weight-decay', '0', '--warmup-epochs', '0', '-j', '0']
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tmp_path):
+    """A folder, a cache and an environment of its own, without a network, and accelerate's state as at the start."""
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args):
+    """Run the script in this process: importing torch again takes longer than most of these runs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    argv, sys.argv = sys.argv, [str(SCRIPT), *map(str, args)]
+    try:
+        runpy.run_path(str(SCRIPT), run_name='__main__')
+    finally:
+        sys.argv = argv
+
+
+def read(folder, file='summary.json'):
+    return json.loads((Path(folder) / file).read_text())
+
+
+def history(folder):
+    return [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text().splitlines()]
+
+
+def top1(summary):
+    return {row['depth']: row['top1'] for row in summary['depths']}
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Folder of a run of five epochs: about six seconds of training on one core."""
+    folder = tmp_path_factory.mktemp('run')
+    run(*FAST, '--epochs', 5, '--alpha', 0.5, '--beta', 0.2, '--weights', '8=0.7', '--output', folder)
+    return folder
+
+
+def test_every_depth_learns(trained):
+    """Catches a depth that the loss, the gradient or the statistics do not reach: chance is 10 %.
+
+    Measured: 94 to 97 % at both depths with three seeds.
+    """
+    accuracy = top1(read(trained))
+    assert accuracy.keys() == {14, 8}
+    assert min(accuracy.values()) > 85, accuracy
+
+
+def test_what_a_run_writes(trained):
+    """Catches a file, a metric or an epoch that is missing, and a summary of another epoch than the saved one."""
+    assert {p.name for p in trained.iterdir()} == {
+        'accuracy.png', 'config.json', 'curves.png', 'metrics.jsonl', 'model.safetensors', 'summary.json'}
+    records, summary = history(trained), read(trained)
+    assert [record['epoch'] for record in records] == [0, 1, 2, 3, 4]
+    terms = ['loss', 'ce_14', 'ce_8', 'kl_8', 'attention_8']
+    assert list(records[0]) == [
+        'epoch', 'lr', *(f'train_{term}' for term in terms), 'top1_14', 'top1_8', 'top5_14', 'top5_8',
+        'seconds', 'images_per_second',
+    ]
+    assert records[-1]['lr'] == pytest.approx(0, abs=1e-9)
+    assert top1(summary) == {14: records[-1]['top1_14'], 8: records[-1]['top1_8']}
+    assert summary['depths'] == read(trained, 'config.json')['depths']
+    assert (summary['training_images'], summary['validation_images'], summary['weights']) == (1437, 360, 'last')
+    assert (summary['arguments']['epochs'], summary['arguments']['seed'], summary['processes']) == (5, 0, 1)
+
+
+def test_loss_is_made_of_its_terms(trained):
+    """Catches --alpha, --beta or --weights that do not arrive at the loss."""
+    for record in history(trained):
+        ce, kl, attention = (record[f'train_{term}_8'] for term in ('ce', 'kl', 'attention'))
+        expected = record['train_ce_14'] + 0.7 * (ce + 0.5 * kl + 0.2 * attention)
+        assert record['train_loss'] == pytest.approx(expected, rel=1e-4)
+
+
+def test_timm_reloads_the_same_accuracy(trained):
+    """Catches saved weights, statistics or preprocessing that are not those that were measured."""
+    model = timm.create_model(f'local-dir:{trained}', pretrained=True).eval()
+    assert model.trained_depths == (14, 8)
+    data = load_image_data('digits')
+    transform = create_transform(**{
+        key: model.pretrained_cfg[key] for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')})
+    images = torch.stack([transform(row['image'].convert('RGB')) for row in data.validation])
+    labels = torch.tensor(data.validation['label'])
+    for depth, accuracy in top1(read(trained)).items():
+        with torch.no_grad():
+            hits = (model(images, depth=depth).argmax(dim=1) == labels).sum()
+        assert 100 * int(hits) / 360 == pytest.approx(accuracy, abs=1e-3)
+
+
+@pytest.mark.parametrize('weights', [
+    ['--model', 'local-dir:{folder}', '--pretrained'],
+    [*MODEL, '--initial-checkpoint', '{folder}/model.safetensors'],
+])
+def test_evaluate_reproduces_the_accuracy(trained, weights, capsys):
+    """Catches an evaluation of other weights, depths or images than the training's, and one that writes unasked."""
+    weights = [argument.format(folder=trained) for argument in weights]
+    run('--evaluate', *weights, '-vb', 100, '-j', 0)
+    assert not Path('output').exists()
+    printed = capsys.readouterr().out
+    run('--evaluate', *weights, '--output', 'out')
+    assert read('out', 'evaluation.json')['depths'] == read(trained)['depths']
+    assert all(f'{accuracy:.2f}' in printed for accuracy in top1(read(trained)).values())
+
+
+def test_a_run_does_not_depend_on_workers():
+    """Catches batches, mixup or dropout that change with the number of worker processes, or from run to run."""
+    options = ['--epochs', 2, '--mixup', 0.2, '--cutmix', 1, '--drop', 0.1, '--aa', 'rand-m5', '--reprob', 0.2]
+    runs = []
+    for workers in (0, 2):
+        run(*FAST, *options, '-b', 64, '-j', workers, '--output', f'out{workers}')
+        runs.append([{k: v for k, v in r.items() if 'second' not in k} for r in history(f'out{workers}')])
+    assert runs[0] == runs[1]
+
+
+def test_averaged_weights_and_other_options(capsys):
+    """Catches options that do not work together, and averaged weights of which not they are saved and reported."""
+    run(
+        *FAST, '--epochs', 2, '-b', 64, '--model-ema', '--model-ema-decay', 0.9, '--model-ema-warmup', '--bce-loss',
+        '--smoothing', 0.1, '--mixup', 0.2, '--clip-grad', 1, '--grad-accum-steps', 2, '--channels-last',
+        '--grad-checkpointing', '--drop-path', 0.1, '--color-jitter', 0.2, '--train-crop-mode', 'rrc',
+        '--scale', 0.5, 1, '--hflip', 0.1, '--attention', 'standardized', '--stages', -1, '--temperature', 2,
+        '--sched', 'constant', '--log-interval', 10, '--output', 'out',
+    )
+    record, summary = history('out')[-1], read('out')
+    assert summary['weights'] == 'averaged'
+    assert top1(summary) == {14: record['ema_top1_14'], 8: record['ema_top1_8']}
+    assert record['lr'] == 0.02
+    assert 'batch 10/22: loss' in capsys.readouterr().out
+    run('--evaluate', '--pretrained', '--model', 'local-dir:out', '--output', 'out', '-j', 0)
+    assert read('out', 'evaluation.json')['depths'] == summary['depths']
+
+
+def test_averaged_weights_differ():
+    """Catches an average that is never updated, or is the weights themselves."""
+    run(*FAST, '--epochs', 2, '-b', 128, '--model-ema', '--model-ema-decay', 0.5, '--output', 'out')
+    record = history('out')[-1]
+    assert record['ema_top1_14'] != record['top1_14']
+    assert record['ema_top5_14'] > 55  # chance is 50 %
+
+
+def test_images_of_a_folder_and_pretrained_weights(trained):
+    """Catches a classifier that is not replaced for other classes, and a second run that overwrites the first."""
+    write_images(Path('set/train'), range(60))
+    write_images(Path('set/test'), range(60, 90))
+    for _ in range(2):
+        run(
+            '--model', f'local-dir:{trained}', '--pretrained', '--dataset', 'set', '--epochs', 1, '-b', 30, '-j', 0,
+            '--num-classes', 12, '--mixed-precision', 'bf16',
+        )
+    assert sorted(p.name for p in Path('output').iterdir()) == ['ddnn_resnet20-set', 'ddnn_resnet20-set-1']
+    config = read('output/ddnn_resnet20-set', 'config.json')
+    assert config['num_classes'] == 12
+    assert read('output/ddnn_resnet20-set')['mixed_precision'] == 'bf16'
+
+
+def test_two_processes_count_each_image_once(tmp_path):
+    """Catches one process where two were asked for, images counted twice, and statistics of one process alone.
+
+    19 images in batches of 4 fill the last round of two processes with 5 that were seen before.
+    """
+    write_parquet(tmp_path / 'set' / 'train.parquet', range(200))
+    write_parquet(tmp_path / 'set' / 'validation.parquet', range(200, 219))
+    options = [*FAST, '--epochs', '2', '-b', '16', '-vb', '4', '--dataset', 'set', '--output', 'out', '--model-ema']
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', SCRIPT, *options],
+        env=dict(os.environ, ACCELERATE_USE_CPU='1', OMP_NUM_THREADS='1'), capture_output=True, text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    summary = read('out')
+    assert summary['processes'] == 2
+    assert result.stdout.count('epoch 2/2') == 1
+    for accuracy in top1(summary).values():
+        assert round(accuracy * 19 / 100, 4) == pytest.approx(round(accuracy * 19 / 100), abs=1e-3)
+    run('--evaluate', '--pretrained', '--model', 'local-dir:out', '--dataset', 'set', '--output', 'out', '-j', 0)
+    assert read('out', 'evaluation.json')['depths'] == summary['depths']
+
+
+WRONG = [
+    ('--model ddnn_resnet21', 'dynamic-depth model such as .*ddnn_resnet20.*, got .ddnn_resnet21'),
+    ('--model resnet50', 'dynamic-depth model such as ddnn_resnet50.*, got .resnet50'),
+    ('--model local-dir:nowhere', "'local-dir:nowhere' cannot be created: Config file not found: nowhere"),
+    ('--pretrained', 'No pretrained weights exist for ddnn_resnet20'),
+    ('--model-kwargs foo=1', "unexpected keyword argument 'foo'"),
+    ('--model-kwargs foo', "KEY=VALUE .*, got 'foo'"),
+    ('--model-kwargs in_chans=5', 'in_chans must be 1 or 3, got 5'),
+    ('--subnets 1,1', r'3 integers, from 1 up to \(3, 3, 3\), got \(1, 1\)'),
+    ('--subnets 4,1,1', r'from 1 up to \(3, 3, 3\), got \(4, 1, 1\)'),
+    ('--subnets 1,1,1 1,1,1', r'depth 8.*depths are \(20, 8\)'),
+    ('--subnets two', "blocks per stage such as '2,2,2,2', got 'two'"),
+    ('--initial-checkpoint nowhere.pth', "must be a file, got 'nowhere.pth'"),
+    ('--initial-checkpoint file', "cannot be created with the weights in 'file'"),
+    ('--num-classes 5', 'data set has 10 classes, got --num-classes 5'),
+    ('--evaluate', '--evaluate needs weights'),
+    ('--dataset nowhere', "no data set 'nowhere': not 'digits', not a folder here"),
+    ('--dataset empty', "'empty' has neither SPLIT"),
+    ('--dataset text', "data set 'text' cannot be read: .*no data"),
+    ('--dataset noparquet', "data set 'noparquet' cannot be read: Parquet file size"),
+    ('--dataset labels', r"0\.\.9 for 10 classes, got 11 in row 1 of split 'train'"),
+    ('--dataset labels --target-key foo', r"--target-key must be one of the columns .*, got 'foo'"),
+    ('--dataset damaged -b 2', r'row 3 of split .train. \(no file name\) cannot be read: unknown format'),
+    ('--dataset damaged -b 2 -j 2', r'row 3 of split .train. \(no file name\) cannot be read: unknown format'),
+    ('--val-split foo', r"--val-split must be one of the splits \['train', 'validation'\], got 'foo'"),
+    ('--output file/out', r"Not a directory: 'file/out'"),
+    ('--batch-size 0', "batch-size: must be an integer of at least 1, got '0'"),
+    ('--batch-size 1438', '--batch-size must be at most 1437 for 1437 images, got 1438'),
+    ('--batch-size 7 --mixup 0.2', '--batch-size must be even for .*, got 7'),
+    ('--epochs x', "must be an integer of at least 1, got 'x'"),
+    ('--lr nan', "must be a number of at least 0, got 'nan'"),
+    ('--lr 1e30', 'loss is not finite in epoch 1'),
+    ('--drop 1.5', "must be a number from 0 to 1, got '1.5'"),
+    ('--weights 14', "DEPTH=WEIGHT .*, got '14'"),
+    ('--weights 20=1', r'sub-nets of \(14, 8\), got \[20\]'),
+    ('--weights 8=-1', r'weight of depth 8 must be .* >= 0, got -1'),
+    ('--temperature 0', 'temperature must be .* > 0, got 0'),
+    ('--stages 3', r'--stages must be from -3 to 2, got \[3\]'),
+    ('--attention foo', "invalid choice: 'foo' .*energy"),
+    ('--opt foo', 'Optimizer foo'),
+    ('--aa foo', 'Unknown AA policy foo'),
+    ('--mixed-precision fp16', "on a CPU there are 'no' and 'bf16'"),
+    ('--foo', 'unrecognized arguments: --foo'),
+]
+
+
+@pytest.mark.parametrize('arguments, message', WRONG, ids=[arguments for arguments, _ in WRONG])
+def test_wrong_input_is_one_line_and_status_2(arguments, message, capfd):
+    """Catches a traceback, a status of 0 or 1, or a message without what is allowed and what was received."""
+    Path('file').write_text('neither a folder nor weights')
+    Path('empty').mkdir()
+    for split in ('train', 'test'):
+        Path(f'text/{split}/a').mkdir(parents=True)
+        Path(f'text/{split}/a/a.txt').write_text('no image')
+        Path('noparquet').mkdir(exist_ok=True)
+        Path(f'noparquet/{split}.parquet').write_text('text')
+        write_parquet(Path(f'labels/{split}.parquet'), range(4), labels=[0, 11, 2, 3])
+        write_parquet(Path(f'damaged/{split}.parquet'), range(4), files=[png(0), png(1), png(2), DAMAGED])
+    with pytest.raises(SystemExit) as exit_info:
+        run('-j', 0, '--epochs', 1, '--output', 'out', *arguments.split())
+    assert exit_info.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith('Pretrained ')]
+    assert len(lines) == 1, lines
+    assert re.match(f'error: .*{message}', lines[0]), lines
+    assert not list(Path().glob('out/*.safetensors'))
+
+
+def test_only_the_main_process_speaks(monkeypatch, capfd):
+    """Catches a wrong argument reported once per GPU."""
+    monkeypatch.setenv('RANK', '1')
+    with pytest.raises(SystemExit):
+        run('--epochs', 0)
+    assert capfd.readouterr().err == ''
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_default_run():
+    """Catches a default that no longer reaches 95 % at every depth, and a script that only runs in the checkout.
+
+    Measured: 98.3 to 99.7 %.
+    """
+    subprocess.run(
+        [sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--num_processes', '1', SCRIPT],
+        env=dict(os.environ, ACCELERATE_USE_CPU='1'), check=True,
+    )
+    accuracy = top1(read('output/ddnn_resnet20-digits'))
+    assert accuracy.keys() == {20, 14, 8}
+    assert min(accuracy.values()) > 95, accuracy

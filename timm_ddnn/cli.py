@@ -1,0 +1,155 @@
+"""What command-line scripts share: errors of one line, and the making of models from a name that a user typed."""
+import argparse
+import ast
+import difflib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import timm
+from torch import nn
+
+__all__ = [
+    'ArgumentParser', 'create_ddnn', 'fail', 'number', 'one_line_errors', 'parse_blocks', 'parse_option',
+    'parse_weight',
+]
+
+
+def fail(message: str, every_process: bool = False) -> NoReturn:
+    """End the program with a line on stderr and exit status 2.
+
+    Args:
+        message: What is allowed and what was received. White space, line breaks included, becomes single spaces.
+        every_process: Whether each of several processes prints it, and not the main process alone.
+    """
+    if every_process or os.environ.get('RANK', '0') == '0':
+        print(f'error: {" ".join(message.split())}', file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def one_line_errors(*kinds: type[Exception], every_process: bool = False) -> Iterator[None]:
+    """Turn exceptions of some types into one line on stderr and exit status 2.
+
+    Args:
+        *kinds: The types.
+        every_process: As for `fail`; for errors that a single process meets.
+    """
+    try:
+        yield
+    except kinds as e:
+        message = str(e)
+        if 'in DataLoader worker process' in message:  # then it is a traceback that ends in the message proper
+            message = message.strip().splitlines()[-1].partition(': ')[2]
+        fail(message, every_process)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Parser that shows defaults in its help, and reports a wrong argument in one line without the usage."""
+
+    def __init__(self, description: str) -> None:
+        """Make a parser without arguments.
+
+        Args:
+            description: What the script does.
+        """
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """End the program, see `fail`."""
+        fail(message)
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Make a parser of numbers in [low, high], for the `type` of an argument.
+
+    Args:
+        kind: `int` or `float`.
+        low: The least number allowed.
+        high: The greatest number allowed.
+    """
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            noun = 'an integer' if kind is int else 'a number'
+            allowed = f'of at least {low}' if high == math.inf else f'from {low} to {high}'
+            raise argparse.ArgumentTypeError(f'must be {noun} {allowed}, got {text!r}')
+        return value
+    return parse
+
+
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """Parse the blocks per stage of a sub-net, for example '2,2,2,2'.
+
+    Raises:
+        ArgumentTypeError: If the text is not integers with commas between them.
+    """
+    try:
+        return tuple(int(n) for n in text.split(','))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be blocks per stage such as '2,2,2,2', got {text!r}") from None
+
+
+def parse_weight(text: str) -> tuple[int, float]:
+    """Parse the loss weight of a depth, for example '26=0.5'.
+
+    Raises:
+        ArgumentTypeError: If the text is not an integer, '=' and a number.
+    """
+    depth, _, weight = text.partition('=')
+    try:
+        return int(depth), float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be DEPTH=WEIGHT such as '26=0.5', got {text!r}") from None
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """Parse a keyword argument, for example 'channels=16,32,64'. What is no Python literal is a string.
+
+    Raises:
+        ArgumentTypeError: If the text is not a name, '=' and a value.
+    """
+    name, equals, value = text.partition('=')
+    if not (name.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE such as 'channels=16,32,64', got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Module:
+    """Create a dynamic-depth model by `timm.create_model`, every failure being an error of the user's input.
+
+    Args:
+        name: Name in timm's registry, 'local-dir:FOLDER' or 'hf-hub:ID'.
+        checkpoint_path: File with weights.
+        **kwargs: Further arguments of `timm.create_model`.
+
+    Raises:
+        ValueError: If there is no such model, it has not several depths, or timm cannot make it from the arguments.
+    """
+    known = timm.list_models('ddnn_*')
+    similar = difflib.get_close_matches(name, known, n=3) or known
+    wrong = ValueError(f'model must be a dynamic-depth model such as {", ".join(similar)}, got {name!r}')
+    if ':' not in name and name.split('.')[0] not in known:
+        raise wrong
+    try:
+        model = timm.create_model(name, checkpoint_path=checkpoint_path, **kwargs)
+    except Exception as e:  # timm and its loaders raise many types, and none that they share
+        weights = f' with the weights in {checkpoint_path!r}' if checkpoint_path else ''
+        raise ValueError(f'model {name!r} cannot be created{weights}: {e}') from e
+    if not hasattr(model, 'depths'):
+        raise wrong
+    return model

@@ -1,0 +1,195 @@
+"""Finding image data: splits, columns and classes of a data set, and a check of every label.
+
+Reading and augmenting the images is in `images.py`. Models and losses need neither, nor the `datasets` library.
+"""
+import glob
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+__all__ = ['ImageData', 'load_image_data']
+
+TRAIN_SPLITS = ('train',)
+VAL_SPLITS = ('validation', 'val', 'valid', 'test')
+INPUT_KEYS = ('image', 'img')
+TARGET_KEYS = ('label', 'labels', 'fine_label')
+
+
+class ImageData(NamedTuple):
+    """A data set whose columns are known and whose labels were checked.
+
+    Attributes:
+        train: Training split, None if it was not asked for.
+        validation: Validation split.
+        input_key: Name of the image column.
+        target_key: Name of the label column.
+        class_names: Name of every class, the label being its index.
+    """
+    train: datasets.Dataset | None
+    validation: datasets.Dataset
+    input_key: str
+    target_key: str
+    class_names: list[str]
+
+
+def load_image_data(
+        name: str,
+        *,
+        input_key: str | None = None,
+        target_key: str | None = None,
+        train_split: str | None = None,
+        val_split: str | None = None,
+        training: bool = True,
+) -> ImageData:
+    """Find a data set, its splits and its columns, and check every label.
+
+    Args:
+        name: 'digits' (the handwritten digits of scikit-learn, 1,437 images to train and 360 to validate), a folder of
+            parquet files `SPLIT*.parquet` or `data/SPLIT*.parquet`, a folder of images `SPLIT/CLASS/*.png`, or the id
+            of a data set on the Hugging Face Hub.
+        input_key: Name of the image column. Found by its type, else by its name, if None.
+        target_key: Name of the label column. Found likewise.
+        train_split: Name of the training split, 'train' if None.
+        val_split: Name of the validation split; the first of 'validation', 'val', 'valid' and 'test' if None.
+        training: Whether the training split is wanted.
+
+    Raises:
+        FileNotFoundError: If there is no such data set, or a shard of it is missing.
+        ValueError: If a split or column cannot be told or does not exist, or labels are not integers 0..C-1.
+    """
+    if name == 'digits':
+        available = _load_digits()
+    elif os.path.isdir(name):
+        available = _find_files(Path(name))
+    else:
+        available = _load_from_hub(name)
+    roles = {'train': _pick_split(available, train_split, TRAIN_SPLITS, '--train-split')} if training else {}
+    roles['validation'] = _pick_split(available, val_split, VAL_SPLITS, '--val-split')
+
+    if os.path.isdir(name) and name != 'digits':
+        files = {split: available[split] for split in roles.values()}
+        builder = 'parquet' if next(iter(files.values()))[0].endswith('.parquet') else 'imagefolder'
+        try:
+            available = datasets.load_dataset(builder, data_files=files)
+        except Exception as e:  # datasets and the formats that it reads raise many types, and none that they share
+            raise ValueError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
+    splits = {role: available[split] for role, split in roles.items()}
+
+    features = splits['validation'].features
+    input_key = _pick_column(features, input_key, datasets.Image, INPUT_KEYS, '--input-key')
+    target_key = _pick_column(features, target_key, datasets.ClassLabel, TARGET_KEYS, '--target-key')
+    if not isinstance(features[input_key], datasets.Image):
+        try:
+            splits = {role: split.cast_column(input_key, datasets.Image()) for role, split in splits.items()}
+        except (pa.ArrowException, TypeError, ValueError) as e:
+            raise ValueError(f'column {input_key!r} holds no images but {features[input_key]}') from e
+    class_names = _check_labels({roles[role]: split for role, split in splits.items()}, target_key)
+    return ImageData(splits.get('train'), splits['validation'], input_key, target_key, class_names)
+
+
+def _load_digits() -> datasets.DatasetDict:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)
+    train, validation = train_test_split(
+        np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)]))
+    return datasets.DatasetDict({
+        split: datasets.Dataset.from_dict(dict(image=list(images[rows]), label=digits.target[rows]), features=features)
+        for split, rows in (('train', train), ('validation', validation))
+    })
+
+
+def _find_files(folder: Path) -> dict[str, list[str]]:
+    """Map the splits in a folder to their parquet files, or to the pattern of their image files."""
+    for place in (folder, folder / 'data'):
+        splits: dict[str, list[str]] = {}
+        for file in sorted(place.glob('*.parquet')):
+            shard = re.fullmatch(r'(.+?)[-_.]?(\d+)?(?:-of-(\d+)(?:-\w+)?)?', file.stem)
+            splits.setdefault(shard[1], []).append(str(file))
+            count = shard[3]
+            if count and len(list(place.glob(f'{glob.escape(shard[1])}*-of-{count}*.parquet'))) != int(count):
+                raise FileNotFoundError(f'split {shard[1]!r} in {str(place)!r} lacks some of its {int(count)} files')
+        if splits:
+            return splits
+    splits = {
+        path.name: [f'{glob.escape(str(path.resolve()))}/**'] for path in sorted(folder.iterdir())
+        if path.is_dir() and next(path.glob('*/*'), None)
+    }
+    if not splits:
+        raise FileNotFoundError(f'folder {str(folder)!r} has neither SPLIT*.parquet nor SPLIT/CLASS/IMAGE files')
+    return splits
+
+
+def _load_from_hub(name: str) -> datasets.DatasetDict:
+    try:
+        return datasets.load_dataset(name)
+    except Exception as e:  # as above
+        raise FileNotFoundError(
+            f"no data set {name!r}: not 'digits', not a folder here, and not read from the Hub ({e})") from e
+
+
+def _pick_split(available: dict[str, Any], given: str | None, usual: tuple[str, ...], flag: str) -> str:
+    if given is not None and given not in available:
+        raise ValueError(f'{flag} must be one of the splits {sorted(available)}, got {given!r}')
+    found = [split for split in usual if split in available] if given is None else [given]
+    if not found:
+        raise ValueError(f'{flag} must name one of the splits {sorted(available)}: none is called {" or ".join(usual)}')
+    return found[0]
+
+
+def _pick_column(
+        features: datasets.Features,
+        given: str | None,
+        kind: type,
+        usual: tuple[str, ...],
+        flag: str,
+) -> str:
+    """Choose a column by the name given, else by its type, else by its name, the name deciding between several."""
+    if given is not None:
+        if given not in features:
+            raise ValueError(f'{flag} must be one of the columns {list(features)}, got {given!r}')
+        return given
+    found = [column for column, feature in features.items() if isinstance(feature, kind)] or list(features)
+    if len(found) > 1 or not isinstance(features[found[0]], kind):
+        found = [column for column in found if column in usual]
+    if len(found) != 1:
+        raise ValueError(f'{flag} must name one of the columns {list(features)}: which of them it is cannot be told')
+    return found[0]
+
+
+def _check_labels(splits: dict[str, datasets.Dataset], key: str) -> list[str]:
+    """Check that all labels are 0..C-1 and return the names of the classes."""
+    labels = {}
+    for split, data in splits.items():
+        column = data.select_columns(key).with_format('arrow')[:][key]
+        if not len(column):
+            raise ValueError(f'split {split!r} is empty')
+        if column.null_count or not pa.types.is_integer(column.type):
+            got = f'nothing in row {column.is_null().index(True)}' if column.null_count else column.type
+            raise ValueError(f'column {key!r} must hold integers 0..C-1, got {got} in split {split!r}')
+        labels[split] = column.to_numpy()
+
+    feature = next(iter(splits.values())).features[key]
+    if isinstance(feature, datasets.ClassLabel):
+        class_names = list(feature.names)
+    else:
+        present = np.unique(np.concatenate(list(labels.values())))
+        class_names = [str(i) for i in range(len(present))]
+    if len(class_names) < 2:
+        raise ValueError(f'column {key!r} must name at least 2 classes, got {class_names}')
+    for split, values in labels.items():
+        wrong = np.flatnonzero((values < 0) | (values >= len(class_names)))
+        if len(wrong):
+            raise ValueError(
+                f'labels must be 0..{len(class_names) - 1} for {len(class_names)} classes, '
+                f'got {values[wrong[0]]} in row {wrong[0]} of split {split!r}'
+            )
+    return class_names
