@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import timm
 from torch import nn
 
+from .dynamic_depth import DynamicDepthMixin
+
 __all__ = [
     'ArgumentParser', 'create_ddnn', 'fail', 'number', 'one_line_errors', 'parse_blocks', 'parse_option',
     'parse_weight',
@@ -150,6 +152,6 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
     except Exception as e:  # timm and its loaders raise many types, and none that they share
         weights = f' with the weights in {checkpoint_path!r}' if checkpoint_path else ''
         raise ValueError(f'model {name!r} cannot be created{weights}: {e}') from e
-    if not hasattr(model, 'depths'):
+    if not isinstance(model, DynamicDepthMixin):  # classes of timm have an attribute `depths`, too
         raise wrong
     return model

@@ -18,6 +18,7 @@
 What a run writes, and the names of the metrics, stand at the head of `timm_ddnn/report.py`. The options are named as in
 timm's training script; random augmentation is a function of --seed, epoch and image, whatever the number of --workers.
 """
+import argparse
 import json
 import logging
 import math
@@ -114,7 +115,7 @@ def parse_args():
     arg('--output', type=Path, help='folder to write to, a new one in output/ if not given')
     arg('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='seed of everything random')
     arg('--mixed-precision', choices=('no', 'bf16', 'fp16'), help="accelerate launch's if not given")
-    arg('--channels-last', action='store_true', help='memory format of channels last')
+    arg('--channels-last', action=argparse.BooleanOptionalAction, default=True, help='memory format')
     arg('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model for training')
     arg('--grad-checkpointing', action='store_true', help='less memory, more computation')
     arg('--sync-bn', action='store_true', help='batch-norm statistics over all processes (GPUs)')
