@@ -135,8 +135,9 @@ def test_git_state_is_that_of_the_checkout_with_the_file(tmp_path):
 def test_table_shows_every_depth():
     """Catches columns in the wrong order."""
     console = Console(width=120, record=True)
-    console.print(report.result_table(ROWS, 'title', 269722))
+    console.print(report.result_table(ROWS, 'model-[set]', 269722))
     text = console.export_text()
+    assert 'model-[set]' in text  # no markup of rich
     assert [word for word in text.split() if word[0].isdigit()] == [
         '20', '3-3-3', '0.270', '40.6', '97.50', '100.00', '8', '1-1-1', '0.075', '12.2', '90.25', '99.00', '0.270']
 

@@ -94,7 +94,8 @@ class Images(Dataset):
             row = self.data[index]
             image = row[self.input_key].convert(self.mode)
         except Exception as e:  # PIL's decoders raise many types, and none that they share
-            reason = 'unknown format' if isinstance(e, UnidentifiedImageError) else f'{type(e).__name__}: {e}'
+            known = not isinstance(e, UnidentifiedImageError)
+            reason = f'{type(e).__name__}: {" ".join(str(e).split())}' if known else 'unknown format'
             raise ImageReadError(f'image {self._describe(index)} cannot be read: {reason}') from e
         with seeded(self.seed, epoch, index):
             return self.transform(image), row[self.target_key]

@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.table import Table
+from rich.text import Text
 from timm.models import save_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,7 +79,7 @@ def result_table(rows: Sequence[Mapping[str, Any]], title: str, num_parameters: 
         title: Title.
         num_parameters: Parameters of the model that holds all depths.
     """
-    table = Table(title=title, caption=f'all depths in one model: {num_parameters / 1e6:.3f} M parameters')
+    table = Table(title=Text(title), caption=f'all depths in one model: {num_parameters / 1e6:.3f} M parameters')
     for column in ('depth', 'blocks', 'parameters (M)', 'MACs (M)', 'top-1 (%)', 'top-5 (%)'):
         table.add_column(column, justify='right')
     for row in rows:

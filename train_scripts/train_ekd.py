@@ -182,16 +182,16 @@ def main():
         model = model.to(device, memory_format=memory_format)
         data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
         image_args = dict(in_chans=data_config['input_size'][0], seed=args.seed)
-        val_images = Images(data, 'validation', create_transform(**data_config), **image_args)
-        val_loader = accelerator.prepare(create_loader(
-            val_images, args.validation_batch_size or args.batch_size, training=False, num_workers=args.workers))
+        images = Images(data, 'validation', create_transform(**data_config), **image_args)
+        batch_size = args.validation_batch_size or args.batch_size
+        val_loader = create_loader(images, batch_size, training=False, num_workers=args.workers)
 
         name = f'{model.pretrained_cfg["architecture"]}-{Path(args.dataset).resolve().name}'
         output = args.output
         if main_process and (output or not args.evaluate):
             output = output or Path(get_outdir('output', name, inc=True))
             output.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=output).close()  # better now than after the training
+            tempfile.TemporaryFile(dir=output).close()  # an error better now than after the training
 
     costs = count_costs(model, data_config['input_size'])
 
@@ -208,22 +208,21 @@ def main():
                 'depths': add_results(metrics),
                 **results,
             })
-            console.print(f'{output}: {", ".join(sorted(path.name for path in output.iterdir()))}', soft_wrap=True)
+            files = sorted(path.name for path in output.iterdir())
+            console.print(f'{output}:', *files, soft_wrap=True, markup=False, highlight=False)
         accelerator.end_training()
 
     if args.evaluate:
         with one_line_errors(ImageReadError, every_process=True):
-            metrics = evaluate(accelerator, model, val_loader)
-        return finish('evaluation.json', metrics)
+            return finish('evaluation.json', evaluate(accelerator, model, accelerator.prepare(val_loader)))
 
     with one_line_errors(ValueError, AssertionError, RuntimeError):
-        mixup = None
-        if args.mixup or args.cutmix:
-            mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
+        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
+        use_mixup = args.mixup > 0 or args.cutmix > 0
         task = timm_ddnn.EKDTask(
             model,
             criterion_kwargs=dict(
-                loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=mixup is not None),
+                loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=use_mixup),
             device=device,
             verbose=False,
             temperature=args.temperature,
@@ -247,9 +246,9 @@ def main():
             auto_augment=args.aa,
             re_prob=args.reprob,
         )
-        train_images = Images(data, 'train', transform, **image_args)
-        train_loader = create_loader(train_images, args.batch_size, training=True, num_workers=args.workers)
-        task, optimizer, train_loader = accelerator.prepare(task, optimizer, train_loader)
+        images = Images(data, 'train', transform, **image_args)
+        train_loader = create_loader(images, args.batch_size, training=True, num_workers=args.workers)
+        task, optimizer, train_loader, val_loader = accelerator.prepare(task, optimizer, train_loader, val_loader)
         if not len(train_loader):
             most = len(data.train) // accelerator.num_processes
             raise ValueError(f'--batch-size must be at most {most} for {len(data.train)} images, got {args.batch_size}')
@@ -274,12 +273,13 @@ def main():
     with one_line_errors(ImageReadError, FloatingPointError, every_process=True), progress:
         bar = progress.add_task('', terms='')
         for epoch in range(args.epochs):
+            torch.manual_seed(hash((args.seed, epoch, accelerator.process_index)))  # of dropout and the like
             task.train()
             train_loader.set_epoch(epoch)
             sums, start = {}, time.perf_counter()
             progress.reset(bar, total=len(train_loader), description=f'epoch {epoch + 1}/{args.epochs}')
             for step, (images, target) in enumerate(train_loader):
-                if mixup:
+                if use_mixup:
                     with seeded(args.seed, epoch, step, accelerator.process_index + 1):
                         images, target = mixup(images, target)
                 images = images.contiguous(memory_format=memory_format)
@@ -327,12 +327,13 @@ def main():
                     f'{" of averaged weights" if ema else ""}, {images_seen / seconds:.0f} images/s',
                     soft_wrap=True, highlight=False,
                 )
+                (output / 'summary.json').unlink(missing_ok=True)  # of an earlier run
                 with open(output / 'metrics.jsonl', 'a' if epoch else 'w') as file:
                     file.write(json.dumps(record, allow_nan=False) + '\n')
                 save_model(
                     net, output, data_config=data_config, class_names=data.class_names, rows=add_results(metrics))
 
-    if main_process:
+    if main_process:  # pictures first: a summary means that the run is complete
         plot_accuracy(output / 'accuracy.png', add_results(metrics), name)
         plot_curves(output / 'curves.png', history, model.depths, name)
     finish(
