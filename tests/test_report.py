@@ -55,6 +55,7 @@ def test_saved_model_is_rebuilt_by_timm(tmp_path, memory_format):
     config = dict(CONFIG, input_size=(1, 24, 24), mean=(0.3,), std=(0.5,))
     report.save_model(model, tmp_path, data_config=config, class_names=list('abcd'), rows=ROWS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1  # readable by the same people
 
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert [loaded.blocks(d) for d in loaded.depths] == [(3, 3, 3), (2, 2, 1), (1, 2, 1)]

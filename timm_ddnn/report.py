@@ -20,6 +20,7 @@ import copy
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -173,6 +174,7 @@ def save_model(
         # It stands at top level as well, and transformers cannot load a timm model that gets it twice.
         config.get('model_args', {}).pop('num_classes', None)
         write_json(path, config)
+        shutil.copymode(path, Path(temporary) / 'model.safetensors')  # safetensors lets nobody but the owner read it
         for name in ('model.safetensors', 'config.json'):
             os.replace(Path(temporary) / name, folder / name)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train all depths of a dynamic-depth model at once by embedded knowledge distillation.
 
-    # A minute on two CPU cores: a small model on scikit-learn's handwritten digits
+    # One or two minutes on two CPU cores: a small model on scikit-learn's handwritten digits
     accelerate launch train_scripts/train_ekd.py
 
     # CIFAR-10 from the Hugging Face Hub, the same on every machine that `accelerate launch` knows
