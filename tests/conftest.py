@@ -1,7 +1,9 @@
 """What several test files share: models whose depths really differ, and images for them."""
+import datasets
 import pytest
 import timm
 import torch
+from training import ROOT
 
 import timm_ddnn  # noqa: F401  the import registers the models
 from timm_ddnn.shared_weights import find_norms
@@ -54,3 +56,13 @@ def logits_by_depth(model, x):
 def small():
     """A trained-looking ddnn_resnet20: small enough for tests that run it often."""
     return create('ddnn_resnet20')
+
+
+@pytest.fixture
+def surroundings(monkeypatch, tmp_path):
+    """A folder, a cache and an environment of its own for the training script, without a network."""
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    monkeypatch.chdir(tmp_path)

@@ -1,63 +1,21 @@
 """The training script as its users start it: short real runs on digits, and what it says to wrong input."""
-import json
-import multiprocessing
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from image_files import DAMAGED, png, write_images, write_parquet
 from timm.data import Mixup, create_transform
+from training import FAST, MODEL, SCRIPT, history, read, run, top1
 
 from timm_ddnn.data import load_image_data
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / 'train_scripts' / 'train_ekd.py'
-MODEL = ['--img-size', '16', '--model-kwargs', 'channels=8,16,32', 'layers=2,2,2', '--subnets', '1,1,1']
-FAST = [*MODEL, '-b', '32', '--opt', 'adamw', '--lr', '0.02', '--weight-decay', '0', '--warmup-epochs', '0', '-j', '0']
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    """A folder, a cache and an environment of its own, without a network, and accelerate's state as at the start."""
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
-    monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
-    monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*args):
-    """Run the script in this process: importing torch again takes longer than most of these runs."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    argv, sys.argv = sys.argv, [str(SCRIPT), *map(str, args)]
-    try:
-        runpy.run_path(str(SCRIPT), run_name='__main__')
-    finally:
-        sys.argv = argv
-        for worker in multiprocessing.active_children():
-            worker.terminate()  # else the garbage collector waits five seconds for each, in any later test
-
-
-def read(folder, file='summary.json'):
-    return json.loads((Path(folder) / file).read_text())
-
-
-def history(folder):
-    return [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text().splitlines()]
-
-
-def top1(summary):
-    return {row['depth']: row['top1'] for row in summary['depths']}
+pytestmark = pytest.mark.usefixtures('surroundings')
 
 
 @pytest.fixture(scope='module')
@@ -81,13 +39,15 @@ def test_every_depth_learns(trained):
 def test_what_a_run_writes(trained):
     """Catches a file, a metric or an epoch that is missing, and a summary of another epoch than the saved one."""
     assert {p.name for p in trained.iterdir()} == {
-        'accuracy.png', 'config.json', 'curves.png', 'metrics.jsonl', 'model.safetensors', 'summary.json'}
+        'accuracy.png', 'checkpoints', 'config.json', 'curves.png', 'metrics.jsonl', 'model.safetensors',
+        'summary.json',
+    }
     records, summary = history(trained), read(trained)
     assert [record['epoch'] for record in records] == [0, 1, 2, 3, 4]
     terms = ['loss', 'ce_14', 'ce_8', 'kl_8', 'attention_8']
     assert list(records[0]) == [
-        'epoch', 'lr', *(f'train_{term}' for term in terms), 'top1_14', 'top1_8', 'top5_14', 'top5_8',
-        'seconds', 'images_per_second',
+        'epoch', 'updates', 'lr', *(f'train_{term}' for term in terms), 'top1_14', 'top1_8', 'top5_14', 'top5_8',
+        'top1', 'seconds', 'images_per_second',
     ]
     assert records[-1]['lr'] == pytest.approx(0, abs=1e-9)
     assert top1(summary) == {14: records[-1]['top1_14'], 8: records[-1]['top1_8']}
@@ -156,10 +116,10 @@ def test_mixup_is_a_function_of_seed_epoch_and_batch(monkeypatch):
         return record(mixup), np.random.rand()
 
     monkeypatch.setattr(Mixup, '_params_per_batch', record)
-    run(*FAST, '--epochs', 2, '-b', 512, '--mixup', 1, '--output', 'out')
+    run(*FAST, '--epochs', 2, '-b', 512, '--mixup', 1, '--output', 'out0')
     first, drawn[:] = list(drawn), []
     monkeypatch.setattr(Mixup, '_params_per_batch', lambda mixup: record_and_draw_more(mixup)[0])
-    run(*FAST, '--epochs', 2, '-b', 512, '--mixup', 1, '--output', 'out')
+    run(*FAST, '--epochs', 2, '-b', 512, '--mixup', 1, '--output', 'out1')
     assert drawn == first
     assert len(set(first)) == 4
 

@@ -4,6 +4,7 @@ Everything random here is a function of (seed, epoch, index), whatever the numbe
 come from is in `data.py`.
 """
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -137,6 +138,12 @@ class EpochSampler(Sampler):
         return ((self.epoch, index) for index in order.tolist())
 
 
+def _ignore_stop_signals(worker_id: int) -> None:
+    # They reach the whole group of processes, and the main one must be able to end its step. Workers end with it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def create_loader(images: Images, batch_size: int, *, training: bool, num_workers: int = 0) -> DataLoader:
     """Create a loader of batches: images [B, C, H, W] and labels [B].
 
@@ -152,6 +159,7 @@ def create_loader(images: Images, batch_size: int, *, training: bool, num_worker
         sampler=EpochSampler(len(images), shuffle=training, seed=images.seed),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
         drop_last=training,
         generator=torch.Generator(),  # else it draws from the global one, and more or less often with the workers

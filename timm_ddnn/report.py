@@ -3,6 +3,7 @@
 Names of metrics, in `metrics.jsonl` (a line per epoch) and in `history`:
 
     epoch                 counted from 0
+    updates               updates of the weights since the start of the run
     lr                    learning rate at the end of the epoch
     train_loss            the loss and its terms, means over the epoch's batches:
     train_ce_<depth>      criterion of a depth
@@ -10,6 +11,7 @@ Names of metrics, in `metrics.jsonl` (a line per epoch) and in `history`:
     train_attention_<depth>  distance of the attention of a sub-net from the full-net's, without its weight
     top1_<depth>          accuracy on the validation split in percent, likewise top5_<depth> (best k if k < 5 classes)
     ema_top1_<depth>      the same of the averaged weights, where there are any
+    top1                  mean top-1 of all depths, of the averaged weights if any, highest in the best checkpoint
     seconds               time of the epoch's training, without evaluation
     images_per_second     training images of all processes in that time
 
@@ -41,7 +43,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .version import __version__
 
-__all__ = ['count_costs', 'describe_run', 'plot_accuracy', 'plot_curves', 'result_table', 'save_model', 'write_json']
+__all__ = [
+    'count_costs', 'describe_run', 'plot_accuracy', 'plot_curves', 'result_table', 'save_model', 'write_json',
+    'write_text',
+]
 
 
 def count_costs(model: nn.Module, input_size: Sequence[int]) -> list[dict[str, Any]]:
@@ -137,8 +142,13 @@ def _git_state(file: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file such that it is whole or not there at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file such that it is whole or not there at all."""
     temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + '\n')
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 

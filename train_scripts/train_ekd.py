@@ -12,17 +12,21 @@
     accelerate launch --multi_gpu --num_processes 4 --mixed_precision bf16 train_scripts/train_ekd.py \
         --model ddnn_resnet50 --subnets 2,2,2,2 1,2,2,1 --dataset FOLDER --epochs 100 -b 256 --lr 0.4 --warmup-epochs 5
 
+    # Go on from the newest checkpoint of the folder, or begin if there is none: for machines that may stop at any time
+    accelerate launch train_scripts/train_ekd.py --output FOLDER --resume auto --checkpoint-interval 500
+
     # The accuracy of every depth of a trained model
     accelerate launch train_scripts/train_ekd.py --evaluate --pretrained --model local-dir:output/ddnn_resnet20-digits
 
 What a run writes, and the names of the metrics, stand at the head of `timm_ddnn/report.py`. The options are named as in
 timm's training script; random augmentation is a function of --seed, epoch and image, whatever the number of --workers.
+On SIGTERM and SIGINT a run saves a checkpoint and ends with status 75 (`accelerate launch` itself makes that a 1).
 """
-import argparse
 import json
 import logging
 import math
 import os
+import secrets
 import sys
 import tempfile
 import time
@@ -31,107 +35,79 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.tracking import filter_trackers
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from timm.data import Mixup, create_transform, resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn, get_outdir
 
 import timm_ddnn
-from timm_ddnn.cli import ArgumentParser, create_ddnn, number, one_line_errors, parse_blocks, parse_option, parse_weight
+from timm_ddnn.checkpoint import EXIT_STOPPED, CheckpointError, Checkpoints, stop_signals
+from timm_ddnn.cli import create_ddnn, one_line_errors
 from timm_ddnn.data import load_image_data
 from timm_ddnn.evaluation import evaluate
 from timm_ddnn.images import ImageReadError, Images, create_loader, create_train_transform, seeded
-from timm_ddnn.report import count_costs, describe_run, plot_accuracy, plot_curves, result_table, save_model, write_json
+from timm_ddnn.monitor import LossMeter, check_weights
+from timm_ddnn.options import UNESSENTIAL, parse_args
+from timm_ddnn.report import (
+    count_costs,
+    describe_run,
+    plot_accuracy,
+    plot_curves,
+    result_table,
+    save_model,
+    write_json,
+    write_text,
+)
+
+# Steps between two times that processes ask each other for a signal to stop
+STOP_INTERVAL = 10
 
 
-def parse_args():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    count, fraction, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+def find_checkpoint(resume, checkpoints, console):
+    if resume == 'auto':
+        path, damaged = checkpoints.newest()
+        for other, damage in damaged.items():
+            aside = other.with_name(f'damaged-{other.name}')
+            os.replace(other, aside)
+            console.print(f'{other} is damaged, left aside as {aside.name}: {damage}', soft_wrap=True, highlight=False)
+        return path
+    if resume:
+        newer = [path.name for path in checkpoints.list() if path.name > Path(resume).resolve().name]
+        if newer:
+            raise ValueError(
+                f'--resume {resume} is older than {", ".join(newer)} in {checkpoints.folder}: choose another --output')
+        return Path(resume)
+    return None
 
-    arg = parser.add_argument_group('model').add_argument
-    arg('--model', default='ddnn_resnet20', help="timm's name, local-dir:FOLDER or hf-hub:ID of a dynamic-depth model")
-    arg('--subnets', nargs='+', type=parse_blocks, help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'")
-    arg('--pretrained', action='store_true', help='start from published or saved weights')
-    arg('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in a file')
-    arg('--num-classes', type=count, help='classes of the model, those of the data set if not given')
-    arg('--img-size', type=count, help="side of the images in pixels, the model's if not given")
-    arg('--drop', type=fraction, default=0.0, help='dropout rate before the classifier')
-    arg('--drop-path', type=fraction, default=0.0, help='stochastic depth rate')
-    arg('--model-kwargs', nargs='+', type=parse_option, default=[], metavar='KEY=VALUE', help='further arguments')
 
-    arg = parser.add_argument_group('data').add_argument
-    arg('--dataset', default='digits', help="'digits', a folder of parquet or image files, or an id on the Hub")
-    arg('--input-key', help='image column, found if not given')
-    arg('--target-key', help='label column, found if not given')
-    arg('--train-split', help="'train' if not given")
-    arg('--val-split', help="the first of 'validation', 'val', 'valid' and 'test' if not given")
-    arg('-b', '--batch-size', type=count, default=64, help='images per process and step')
-    arg('-vb', '--validation-batch-size', type=count, help='the batch size if not given')
-    arg('-j', '--workers', type=number(int, 0), default=2, help='processes that load data, per process')
+def first_signal(request):
+    return next(filter(None, gather_object([request.signal])), None)
 
-    arg = parser.add_argument_group('augmentation').add_argument
-    arg('--train-crop-mode', choices=('pad', 'rrc', 'rkrc', 'rkrr'), help="'pad' to 64 px, 'rrc' above, if not given")
-    arg('--scale', nargs=2, type=amount, metavar='AREA', help="range of the crop's area, timm's if not given")
-    arg('--ratio', nargs=2, type=amount, metavar='RATIO', help="range of the crop's aspect ratio, timm's if not given")
-    arg('--hflip', type=fraction, help='probability of a horizontal flip; 0.5, for digits 0, if not given')
-    arg('--color-jitter', type=amount, default=0.0, help='strength of colour jitter')
-    arg('--aa', metavar='NAME', help="AutoAugment policy, such as 'rand-m9-mstd0.5'")
-    arg('--reprob', type=fraction, default=0.0, help='probability of random erasing')
-    arg('--mixup', type=amount, default=0.0, help='alpha of mixup')
-    arg('--cutmix', type=amount, default=0.0, help='alpha of cutmix')
 
-    arg = parser.add_argument_group('loss').add_argument
-    loss = timm_ddnn.EKDLoss()
-    arg('--temperature', type=amount, default=loss.temperature, help='temperature of the KL divergence')
-    arg('--alpha', type=amount, default=loss.alpha, help='weight of the KL divergence')
-    arg('--beta', type=amount, default=loss.beta, help='weight of the attention')
-    arg('--attention', choices=('energy', 'standardized'), default=loss.attention, help='form of the attention')
-    arg('--stages', nargs='+', type=int, help='stages whose attention is compared, from 0, all if not given')
-    arg('--weights', nargs='+', type=parse_weight, default=[], metavar='DEPTH=WEIGHT', help='loss weights of sub-nets')
-    arg('--smoothing', type=fraction, default=0.0, help='label smoothing')
-    arg('--bce-loss', action='store_true', help='binary cross-entropy in the place of cross-entropy')
-
-    arg = parser.add_argument_group('optimization').add_argument
-    arg('--epochs', type=count, default=15, help='epochs of training')
-    arg('--opt', default='sgd', help="timm's name of an optimizer; sgd is with Nesterov momentum")
-    arg('--momentum', type=fraction, default=0.9, help='momentum')
-    arg('--weight-decay', type=amount, default=5e-4, help='weight decay, not on biases and norms')
-    arg('--clip-grad', type=amount, help='norm that gradients are clipped to')
-    arg('--grad-accum-steps', type=count, default=1, help='batches per update')
-    arg('--sched', choices=('cosine', 'tanh', 'constant'), default='cosine', help='schedule, stepped per update')
-    arg('--lr', type=amount, default=0.1, help='learning rate')
-    arg('--warmup-epochs', type=number(int, 0), default=1, help='epochs of linear warm-up')
-    arg('--warmup-lr', type=amount, default=1e-5, help='learning rate at the start of the warm-up')
-    arg('--min-lr', type=amount, default=0.0, help='learning rate at the end of the cosine')
-    arg('--model-ema', action='store_true', help='average the weights; the average is reported and saved')
-    arg('--model-ema-decay', type=fraction, default=0.9998, help='decay of the average')
-    arg('--model-ema-warmup', action='store_true', help='let the decay rise to its value')
-
-    arg = parser.add_argument_group('run').add_argument
-    arg('--evaluate', action='store_true', help='report the accuracy of every depth, without training')
-    arg('--output', type=Path, help='folder to write to, a new one in output/ if not given')
-    arg('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='seed of everything random')
-    arg('--mixed-precision', choices=('no', 'bf16', 'fp16'), help="accelerate launch's if not given")
-    arg('--channels-last', action=argparse.BooleanOptionalAction, default=True, help='memory format')
-    arg('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model for training')
-    arg('--grad-checkpointing', action='store_true', help='less memory, more computation')
-    arg('--sync-bn', action='store_true', help='batch-norm statistics over all processes (GPUs)')
-    arg('--log-interval', type=count, default=50, help='batches between two reports of the loss')
-    args = parser.parse_args()
-    if args.evaluate and not (args.pretrained or args.initial_checkpoint):
-        parser.error('--evaluate needs weights: --pretrained or --initial-checkpoint')
-    if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
-        parser.error(f'--initial-checkpoint must be a file, got {args.initial_checkpoint!r}')
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        parser.error(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')
-    return args
+def start_tracker(accelerator, args, output, name):
+    accelerator.project_configuration.logging_dir = str(output)
+    accelerator.log_with = filter_trackers(args.report_to, output)
+    if not accelerator.log_with:
+        raise ValueError(f'--report-to {args.report_to} needs its package: pip install {args.report_to}')
+    # A run that goes on is the same run to the tracker
+    kwargs = {
+        'wandb': {'name': name, 'id': name, 'resume': 'allow', 'dir': str(output)},
+        'trackio': {'name': name, 'resume': 'allow'},
+    }
+    config = {key: value if isinstance(value, int | float) else str(value) for key, value in vars(args).items()}
+    try:
+        accelerator.init_trackers('tensorboard' if args.report_to == 'tensorboard' else 'timm_ddnn', config, kwargs)
+    except Exception as e:  # they raise many types, and none that they share
+        raise ValueError(f'--report-to {args.report_to} cannot be started: {e}') from e
 
 
 def main():
-    args = parse_args()
+    args = parse_args(__doc__.splitlines()[0])
     console = Console()
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
     if not sys.stderr.isatty():
@@ -192,6 +168,8 @@ def main():
             output = output or Path(get_outdir('output', name, inc=True))
             output.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output).close()  # an error better now than after the training
+            if not (args.evaluate or args.resume) and any(output.glob('checkpoints/step-*')):
+                raise ValueError(f'--output {output} has checkpoints: go on by --resume auto, or choose another folder')
 
     costs = count_costs(model, data_config['input_size'])
 
@@ -264,28 +242,70 @@ def main():
     )
     ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
 
-    history, updates = [], 0
+    # Go on from a checkpoint, or begin
+    with one_line_errors(CheckpointError, ValueError):
+        output = Path(broadcast_object_list([str(output)])[0])
+        checkpoints = Checkpoints(
+            accelerator, output / 'checkpoints', ema=ema.module if ema else None, keep=args.checkpoint_hist)
+        fixed = {name: value for name, value in vars(args).items() if name not in UNESSENTIAL}
+        fixed |= {'processes': accelerator.num_processes, 'mixed_precision': accelerator.mixed_precision}
+        fixed = json.loads(json.dumps(fixed, default=str))
+        state = {'epoch': 0, 'step': 0, 'updates': 0, 'history': [], 'run': secrets.token_hex(4)}
+        resumed = find_checkpoint(args.resume, checkpoints, console) if main_process else None
+        resumed = broadcast_object_list([resumed])[0]
+        if resumed:
+            state = checkpoints.read_state(resumed)
+            was = state['arguments']
+            changed = [f'{name} was {was.get(name)!r}, got {fixed.get(name)!r}'
+                       for name in sorted(was | fixed) if was.get(name) != fixed.get(name)]
+            if changed:
+                raise ValueError(f'--resume needs the arguments of the run that it goes on with: {"; ".join(changed)}')
+            if state['epoch'] == args.epochs and not (output / 'model.safetensors').exists():
+                raise ValueError(f'--resume {resumed} is the end of a run, whose model is not in --output {output}')
+            checkpoints.load(resumed)
+            if main_process:
+                console.print(f'going on from {resumed}', soft_wrap=True, highlight=False)
+        if args.report_to != 'none':
+            start_tracker(accelerator, args, output, f'{output.name}-{state["run"]}')
+    history, updates = state['history'], state['updates']
+    scheduler.step_update(updates)
+
+    def save_checkpoint(**position):
+        check_weights(model, updates)
+        best = max(history, key=lambda record: record['top1'], default={}).get('updates')
+        whole = dict(position, updates=updates, history=history, run=state['run'], arguments=fixed)
+        checkpoints.save(updates, whole, best)
+
     progress = Progress(
         TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn('{task.fields[terms]}'), console=console, disable=not (main_process and console.is_terminal),
     )
     # An image that does not decode, or a loss that is not finite, is met by some processes and not by others
-    with one_line_errors(ImageReadError, FloatingPointError, every_process=True), progress:
-        bar = progress.add_task('', terms='')
-        for epoch in range(args.epochs):
-            torch.manual_seed(hash((args.seed, epoch, accelerator.process_index)))  # of dropout and the like
-            task.train()
+    met = ImageReadError, FloatingPointError, CheckpointError
+    with one_line_errors(*met, every_process=True), stop_signals() as request, progress:
+        bar, stop, steps = progress.add_task('', terms=''), None, len(train_loader)
+        for epoch in range(state['epoch'], args.epochs):
+            first = state['step'] if epoch == state['epoch'] else 0
             train_loader.set_epoch(epoch)
-            sums, start = {}, time.perf_counter()
-            progress.reset(bar, total=len(train_loader), description=f'epoch {epoch + 1}/{args.epochs}')
-            for step, (images, target) in enumerate(train_loader):
+            if first:  # the random states are those of the checkpoint
+                loader = accelerator.skip_first_batches(train_loader, first)
+                meter = LossMeter(accelerator, first, state['sums'])
+                start = time.perf_counter() - state['seconds']
+            else:
+                torch.manual_seed(hash((args.seed, epoch, accelerator.process_index)))  # of dropout and the like
+                loader, meter, start = train_loader, LossMeter(accelerator), time.perf_counter()
+            task.train()
+            progress.reset(bar, total=steps, completed=first, description=f'epoch {epoch + 1}/{args.epochs}')
+            for step, (images, target) in enumerate(loader, start=first):
                 if use_mixup:
                     with seeded(args.seed, epoch, step, accelerator.process_index + 1):
                         images, target = mixup(images, target)
                 images = images.contiguous(memory_format=memory_format)
                 with accelerator.accumulate(task):
                     terms = task(images, target)
-                    accelerator.backward(terms['loss'])
+                    # accelerate divides by --grad-accum-steps, but the last update may be of fewer batches
+                    batches = min(args.grad_accum_steps, steps - step // args.grad_accum_steps * args.grad_accum_steps)
+                    accelerator.backward(terms['loss'] * (args.grad_accum_steps / batches))
                     if args.clip_grad and accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(task.parameters(), args.clip_grad)
                     optimizer.step()
@@ -295,44 +315,78 @@ def main():
                     scheduler.step_update(updates)
                     if ema:
                         ema.update(model, step=updates)
-                # The sums stay on the device: reading one waits for all the work that was queued there
-                for term, value in terms.items():
-                    if term != 'output':
-                        sums[term] = sums.get(term, 0) + value.detach()
+                meter.update(terms)
                 progress.advance(bar)
-                if (step + 1) % args.log_interval == 0 or step + 1 == len(train_loader):
-                    if not sums['loss'].isfinite():
-                        raise FloatingPointError(f'loss is not finite in epoch {epoch + 1}, try a lower --lr')
-                    line = '  '.join(f'{term} {float(value) / (step + 1):.3f}' for term, value in sums.items())
-                    progress.update(bar, terms=line)
-                    if progress.disable and main_process and step + 1 < len(train_loader):
-                        console.print(f'batch {step + 1}/{len(train_loader)}: {line}', soft_wrap=True, highlight=False)
-            seconds = time.perf_counter() - start
 
-            record = {'epoch': epoch, 'lr': optimizer.param_groups[0]['lr']}
-            means = accelerator.reduce(sums, reduction='mean')
-            record |= {f'train_{term}': float(value) / len(train_loader) for term, value in means.items()}
+                last = step + 1 == steps
+                log = last or (step + 1) % args.log_interval == 0
+                if accelerator.num_processes == 1 or (step + 1) % STOP_INTERVAL == 0:
+                    stop = stop or first_signal(request)
+                save = stop or (args.checkpoint_interval and updates % args.checkpoint_interval == 0)
+                save = save and accelerator.sync_gradients and not last
+                if log or save:
+                    meter.check(epoch)
+                if log:
+                    means = meter.means()
+                    line = '  '.join(f'{term} {value:.3f}' for term, value in means.items())
+                    progress.update(bar, terms=line)
+                    if progress.disable and main_process and not last:
+                        console.print(f'batch {step + 1}/{steps}: {line}', soft_wrap=True, highlight=False)
+                    record = {'epoch': epoch, 'updates': updates, 'lr': optimizer.param_groups[0]['lr']}
+                    record |= {f'train_{term}': value for term, value in means.items()}
+                    if not last:
+                        accelerator.log(record, step=updates)
+                if save:
+                    seconds = time.perf_counter() - start
+                    save_checkpoint(epoch=epoch, step=step + 1, seconds=seconds, sums=meter.sums())
+                    if stop:
+                        break
+            if not last:
+                break
+
+            seconds = time.perf_counter() - start
+            check_weights(model, updates)
             for prefix, net in [('', model), ('ema_', ema.module)] if ema else [('', model)]:
                 if accelerator.num_processes > 1:
                     distribute_bn(net, accelerator.num_processes, reduce=True)
                 metrics = evaluate(accelerator, net, val_loader)
                 record |= {prefix + metric: value for metric, value in metrics.items()}
-            images_seen = len(train_loader) * args.batch_size * accelerator.num_processes
-            record |= {'seconds': seconds, 'images_per_second': images_seen / seconds}
+            images_per_second = steps * args.batch_size * accelerator.num_processes / seconds
+            record |= {
+                'top1': sum(metrics[f'top1_{depth}'] for depth in model.depths) / len(model.depths),
+                'seconds': seconds,
+                'images_per_second': images_per_second,
+            }
             history.append(record)
+            accelerator.log(record, step=updates)
+            if main_process:
+                try:
+                    (output / 'summary.json').unlink(missing_ok=True)  # of an earlier run
+                    write_text(output / 'metrics.jsonl', ''.join(
+                        json.dumps(record, allow_nan=False) + '\n' for record in history))
+                    save_model(
+                        net, output, data_config=data_config, class_names=data.class_names, rows=add_results(metrics))
+                except (OSError, SafetensorError) as e:
+                    raise CheckpointError(f'{output} cannot be written to: {e}. Checkpoints are intact') from e
+            save_checkpoint(epoch=epoch + 1, step=0)  # last: a run that goes on from it has all that the epoch writes
             if main_process:
                 tops = ', '.join(f'{metrics[f"top1_{depth}"]:.2f} (depth {depth})' for depth in model.depths)
                 console.print(
                     f'epoch {epoch + 1}/{args.epochs}: loss {record["train_loss"]:.3f}, top-1 {tops}'
-                    f'{" of averaged weights" if ema else ""}, {images_seen / seconds:.0f} images/s',
+                    f'{" of averaged weights" if ema else ""}, {images_per_second:.0f} images/s',
                     soft_wrap=True, highlight=False,
                 )
-                (output / 'summary.json').unlink(missing_ok=True)  # of an earlier run
-                with open(output / 'metrics.jsonl', 'a' if epoch else 'w') as file:
-                    file.write(json.dumps(record, allow_nan=False) + '\n')
-                save_model(
-                    net, output, data_config=data_config, class_names=data.class_names, rows=add_results(metrics))
+            stop = first_signal(request)
+            if stop:
+                break
 
+    if stop:
+        if main_process:
+            console.print(f'{stop}: stopped after update {updates}, --resume auto goes on', soft_wrap=True)
+        accelerator.end_training()
+        sys.exit(EXIT_STOPPED)
+    prefix = 'ema_' if ema else ''
+    metrics = {name.removeprefix(prefix): value for name, value in history[-1].items() if name.startswith(prefix)}
     if main_process:  # pictures first: a summary means that the run is complete
         plot_accuracy(output / 'accuracy.png', add_results(metrics), name)
         plot_curves(output / 'curves.png', history, model.depths, name)

@@ -1,0 +1,38 @@
+"""Runs of the training script, and what they write."""
+import json
+import multiprocessing
+import runpy
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / 'train_scripts' / 'train_ekd.py'
+MODEL = ['--img-size', '16', '--model-kwargs', 'channels=8,16,32', 'layers=2,2,2', '--subnets', '1,1,1']
+FAST = [*MODEL, '-b', '32', '--opt', 'adamw', '--lr', '0.02', '--weight-decay', '0', '--warmup-epochs', '0', '-j', '0']
+
+
+def run(*args):
+    """Run the script in this process: importing torch again takes longer than most of these runs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    argv, sys.argv = sys.argv, [str(SCRIPT), *map(str, args)]
+    try:
+        runpy.run_path(str(SCRIPT), run_name='__main__')
+    finally:
+        sys.argv = argv
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # else the garbage collector waits five seconds for each, in any later test
+
+
+def read(folder, file='summary.json'):
+    return json.loads((Path(folder) / file).read_text())
+
+
+def history(folder):
+    return [json.loads(line) for line in (Path(folder) / 'metrics.jsonl').read_text().splitlines()]
+
+
+def top1(summary):
+    return {row['depth']: row['top1'] for row in summary['depths']}

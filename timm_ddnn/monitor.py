@@ -1,0 +1,83 @@
+"""What is watched while a model trains: the terms of its loss, and whether its numbers stay finite."""
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+__all__ = ['LossMeter', 'check_weights']
+
+
+class LossMeter:
+    """Sums the terms of the loss over the steps of an epoch.
+
+    They stay on the device until they are asked for: reading one waits for all the work that was queued there.
+    """
+
+    def __init__(self, accelerator: Accelerator, steps: int = 0, sums: Mapping[str, float] | None = None) -> None:
+        """Begin an epoch, or go on with one.
+
+        Args:
+            accelerator: Accelerator of the run.
+            steps: Steps that were done before.
+            sums: What `sums` returned after them.
+        """
+        self.accelerator = accelerator
+        self.steps = steps
+        self.names = list(sums or ())
+        self._sums = torch.tensor(list(sums.values()), device=accelerator.device) if sums else None
+        self._finite_steps = None
+
+    def update(self, terms: Mapping[str, torch.Tensor]) -> None:
+        """Add the terms of a step, without waiting for them.
+
+        Args:
+            terms: What `EKDTask` returns. Its key 'output' is passed over.
+        """
+        self.names = [name for name in terms if name != 'output']
+        values = torch.stack([terms[name].detach() for name in self.names])
+        if self._finite_steps is None:
+            self._finite_steps = torch.full_like(values, self.steps, dtype=torch.long)
+        self._sums = values if self._sums is None else self._sums + values
+        self._finite_steps += self._sums.isfinite()  # a sum that is not finite never becomes so again
+        self.steps += 1
+
+    def sums(self) -> dict[str, float]:
+        """Sum each term over the steps, a mean of all processes; to be called by all of them."""
+        sums = self.accelerator.reduce(self._sums, reduction='mean')
+        return dict(zip(self.names, sums.tolist(), strict=True))
+
+    def means(self) -> dict[str, float]:
+        """Average each term over steps and processes; to be called by all processes."""
+        return {name: value / self.steps for name, value in self.sums().items()}
+
+    def check(self, epoch: int) -> None:
+        """Check that the loss of this process has been finite at every step.
+
+        Args:
+            epoch: The epoch, from 0.
+
+        Raises:
+            FloatingPointError: If it has not. The message names the first such step, the terms, and their depths.
+        """
+        first = int(self._finite_steps.min())
+        if first == self.steps:
+            return
+        bad = [name for name, at in zip(self.names, self._finite_steps.tolist(), strict=True) if at == first]
+        terms = [name.replace('_', ' of depth ') for name in bad if name != 'loss'] or ['the sum of its terms']
+        raise FloatingPointError(f'loss is not finite in epoch {epoch + 1}, step {first + 1}: {", ".join(terms)}')
+
+
+def check_weights(model: nn.Module, updates: int) -> None:
+    """Check that parameters and buffers are finite.
+
+    Args:
+        model: The model.
+        updates: Updates of its weights so far, for the message.
+
+    Raises:
+        FloatingPointError: If one is not. The message names it.
+    """
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f'{name} is not finite after update {updates}')
