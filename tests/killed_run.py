@@ -2,9 +2,9 @@
 
     python killed_run.py LOG MOMENT SECONDS SCRIPT ARGS...
 
-MOMENT is 'step' or 'save': the kill comes SECONDS after the first step, or after a checkpoint begins to be written.
-LOG gets a line with the count of updates at the start and after each update, 'save' when a checkpoint begins to be
-written, 'saved' when that has ended, and 'kill'.
+MOMENT is 'step' or 'save': the kill comes SECONDS after the first step, or after a checkpoint begins to be written. Of
+several processes the last is killed, and writes LOG: a line with the count of updates at the start and after each
+update, 'save' when a checkpoint begins to be written, 'saved' when that has ended, and 'kill'.
 """
 import os
 import runpy
@@ -18,7 +18,8 @@ from timm.scheduler import CosineLRScheduler
 from timm_ddnn.checkpoint import Checkpoints
 
 _, log, moment, seconds, script, *arguments = sys.argv
-file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+is_last = int(os.environ.get('RANK', 0)) + 1 == int(os.environ.get('WORLD_SIZE', 1))
+file = os.open(log if is_last else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 begun = threading.Event()
 
 
@@ -50,6 +51,7 @@ def save(checkpoints, *args, original=Checkpoints.save, **kwargs):
 
 CosineLRScheduler.step_update = step_update
 Checkpoints.save = save
-threading.Thread(target=kill, daemon=True).start()
+if is_last:
+    threading.Thread(target=kill, daemon=True).start()
 sys.argv = [script, *arguments]
 runpy.run_path(script, run_name='__main__')

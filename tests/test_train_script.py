@@ -165,28 +165,6 @@ def test_images_of_a_folder_and_pretrained_weights(trained):
     assert read('output/ddnn_resnet20-set')['mixed_precision'] == 'bf16'
 
 
-def test_two_processes_count_each_image_once(tmp_path):
-    """Catches one process where two were asked for, images counted twice, and statistics of one process alone.
-
-    301 images in batches of 8 fill the last round of two processes with 3 that were seen before.
-    """
-    write_parquet(tmp_path / 'set' / 'train.parquet', range(80))
-    write_parquet(tmp_path / 'set' / 'validation.parquet', range(200, 501))
-    options = [*FAST, '--epochs', '2', '-b', '2', '-vb', '8', '--dataset', 'set', '--output', 'out', '--model-ema']
-    result = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', SCRIPT, *options],
-        env=dict(os.environ, ACCELERATE_USE_CPU='1', OMP_NUM_THREADS='1'), capture_output=True, text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    summary = read('out')
-    assert summary['processes'] == 2
-    assert result.stdout.count('epoch 2/2') == 1
-    for accuracy in top1(summary).values():
-        assert accuracy * 3.01 == pytest.approx(round(accuracy * 3.01), abs=1e-3)
-    run('--evaluate', '--pretrained', '--model', 'local-dir:out', '--dataset', 'set', '--output', 'out', '-j', 0)
-    assert read('out', 'evaluation.json')['depths'] == summary['depths']
-
-
 WRONG = [
     ('--model ddnn_resnet21', 'dynamic-depth model such as .*ddnn_resnet20.*, got .ddnn_resnet21'),
     ('--model resnet50', 'dynamic-depth model such as ddnn_resnet50.*, got .resnet50'),

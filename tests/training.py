@@ -5,7 +5,9 @@ import runpy
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / 'train_scripts' / 'train_ekd.py'
@@ -36,3 +38,16 @@ def history(folder):
 
 def top1(summary):
     return {row['depth']: row['top1'] for row in summary['depths']}
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in Path(folder).glob('checkpoints/*'))
+
+
+def assert_same_run(folder, expected):
+    """Weights of the model are equal bit by bit, and so are the metrics of every epoch."""
+    mine, other = (load_file(Path(f) / 'model.safetensors') for f in (folder, expected))
+    assert mine.keys() == other.keys()
+    assert not [name for name in mine if not torch.equal(mine[name], other[name])]
+    mine, other = ([{k: v for k, v in r.items() if 'second' not in k} for r in history(f)] for f in (folder, expected))
+    assert mine == other

@@ -1,5 +1,5 @@
 """What is watched while a model trains: the terms of its loss, and whether its numbers stay finite."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,12 @@ class LossMeter:
     They stay on the device until they are asked for: reading one waits for all the work that was queued there.
     """
 
-    def __init__(self, accelerator: Accelerator, steps: int = 0, sums: Mapping[str, float] | None = None) -> None:
+    def __init__(
+            self,
+            accelerator: Accelerator,
+            steps: int = 0,
+            sums: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         """Begin an epoch, or go on with one.
 
         Args:
@@ -25,7 +30,8 @@ class LossMeter:
         self.accelerator = accelerator
         self.steps = steps
         self.names = list(sums or ())
-        self._sums = torch.tensor(list(sums.values()), device=accelerator.device) if sums else None
+        mine = [sums[name][accelerator.process_index] for name in self.names]
+        self._sums = torch.tensor(mine, device=accelerator.device) if sums else None
         self._finite_steps = None
 
     def update(self, terms: Mapping[str, torch.Tensor]) -> None:
@@ -42,14 +48,14 @@ class LossMeter:
         self._finite_steps += self._sums.isfinite()  # a sum that is not finite never becomes so again
         self.steps += 1
 
-    def sums(self) -> dict[str, float]:
-        """Sum each term over the steps, a mean of all processes; to be called by all of them."""
-        sums = self.accelerator.reduce(self._sums, reduction='mean')
-        return dict(zip(self.names, sums.tolist(), strict=True))
+    def sums(self) -> dict[str, list[float]]:
+        """Sum each term over the steps of each process; to be called by all of them."""
+        sums = self.accelerator.gather(self._sums).view(-1, len(self.names))
+        return dict(zip(self.names, sums.T.tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
         """Average each term over steps and processes; to be called by all processes."""
-        return {name: value / self.steps for name, value in self.sums().items()}
+        return {name: sum(sums) / len(sums) / self.steps for name, sums in self.sums().items()}
 
     def check(self, epoch: int) -> None:
         """Check that the loss of this process has been finite at every step.

@@ -211,7 +211,7 @@ def main():
             weights=dict(args.weights),
         )
         if args.torchcompile:
-            task.compile(backend=args.torchcompile)
+            task.trainable_module = torch.compile(model, backend=args.torchcompile)
         optimizer = create_optimizer_v2(
             model, args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum)
         transform = create_train_transform(

@@ -1,0 +1,144 @@
+"""Several processes, on the CPU with gloo. Each test says which fault it catches, and asserts that there were two."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from image_files import write_parquet
+from training import FAST, MODEL, SCRIPT, assert_same_run, checkpoints, history, read, run, top1
+
+pytestmark = pytest.mark.usefixtures('surroundings')
+
+TESTS = Path(__file__).parent
+TORCHRUN = ['torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+ACCELERATE = [  # --cpu would start one process
+    'accelerate.commands.accelerate_cli', 'launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', '0']
+
+
+def launch(launcher, *args):
+    return subprocess.Popen(
+        [sys.executable, '-m', *launcher, *map(str, args)], text=True,
+        env=dict(os.environ, ACCELERATE_USE_CPU='1', OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1'),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+
+
+def train(launcher, *args):
+    """Run to the end, and return what was printed."""
+    process = launch(launcher, *args)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize('launcher, images, validation_images', [
+    # 22 batches; 301 images in batches of 8 fill the last round of two processes with 3 that were seen before
+    (TORCHRUN, 45, 301),
+    # 11 batches, of which one process would get 6; fewer validation images than one batch for one process
+    (ACCELERATE, 23, 5),
+])
+def test_metrics_are_of_all_processes(launcher, images, validation_images, tmp_path):
+    """Catches one process where two were asked for, images counted twice, statistics of one process alone, a deadlock
+    when batches do not divide evenly, and a second process that prints or writes.
+    """
+    write_parquet(tmp_path / 'set' / 'train.parquet', range(images))
+    write_parquet(tmp_path / 'set' / 'validation.parquet', range(200, 200 + validation_images))
+    options = [*FAST, '--epochs', 2, '-b', 2, '-vb', 8, '--dataset', 'set', '--output', 'out', '--model-ema']
+    output = train(launcher, SCRIPT, *options)
+    summary, records = read('out'), history('out')
+    assert summary['processes'] == 2
+    assert output.count('epoch 2/2') == 1
+    rounds = images // 4  # the rest is left out, in every epoch another one
+    assert [record['updates'] for record in records] == [rounds, 2 * rounds]
+    assert records[0]['images_per_second'] * records[0]['seconds'] == pytest.approx(4 * rounds)
+    for accuracy in top1(summary).values():
+        hits = accuracy * validation_images / 100
+        assert hits == pytest.approx(round(hits), abs=1e-3)
+    run('--evaluate', '--pretrained', '--model', 'local-dir:out', '--dataset', 'set', '--output', 'out', '-j', 0)
+    assert read('out', 'evaluation.json')['depths'] == summary['depths']
+
+
+def test_processes_and_accumulated_batches_equal_one_large_batch(tmp_path):
+    """Catches a loss or gradient that is not the mean over the whole batch: summed, averaged twice, synchronized too
+    late, or of other images.
+
+    Batch norm is frozen, because its statistics are those of the images that a process has at once. 20 updates.
+    """
+    def record(launcher, *args):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        options = [*MODEL, '-j', 0, '--lr', 0.05, '--sched', 'constant', '--warmup-epochs', 0, '--output', 'out']
+        program = [TESTS / 'frozen_run.py', folder / 'run', 20, SCRIPT, *options, *args]
+        if launcher:
+            train(launcher, *program)
+        else:
+            subprocess.run([sys.executable, *map(str, program)], check=True, capture_output=True)
+        runs = [torch.load(folder / f'run.{rank}') for rank in range(len(list(folder.iterdir())))]
+        losses = [[loss for update in updates for loss in update[0]] for updates in zip(*runs, strict=True)]
+        for updates in zip(*runs, strict=True):
+            assert all(torch.equal(gradient, updates[0][1]) for _, gradient in updates)
+        return losses, [gradient for _, gradient in runs[0]]
+
+    expected_losses, expected_gradients = record(None, '-b', 32)
+    assert [len(losses) for losses in expected_losses] == [1] * 20
+    assert min(float(gradient.norm()) for gradient in expected_gradients) > 0.1
+    for launcher, args, batches in [
+        (None, ['-b', 8, '--grad-accum-steps', 4], 4),
+        (TORCHRUN, ['-b', 16], 2),
+        (TORCHRUN, ['-b', 8, '--grad-accum-steps', 2], 4),
+    ]:
+        all_losses, gradients = record(launcher, *args)
+        assert [len(losses) for losses in all_losses] == [batches] * 20
+        for losses, (expected,) in zip(all_losses, expected_losses, strict=True):
+            assert sum(losses) / batches == pytest.approx(expected, abs=1e-5)
+        largest = max(float((a - b).abs().max()) for a, b in zip(gradients, expected_gradients, strict=True))
+        print(args, 'largest difference of a gradient', largest)
+        assert largest < 1e-5
+
+
+STATEFUL = [
+    *FAST, '-b', 16, '--epochs', 2, '--mixup', 0.2, '--drop', 0.1, '--model-ema', '--model-ema-decay', 0.9,
+    '--grad-accum-steps', 2, '--checkpoint-interval', 3,
+]
+
+
+@pytest.mark.slow
+def test_when_one_process_dies_all_end_and_the_run_goes_on(tmp_path):
+    """Catches a process that waits for a dead one for ever, and states of processes that are saved as those of one."""
+    train(TORCHRUN, SCRIPT, *STATEFUL, '--output', 'expected')
+    for moment, seconds in [('step', 0.7), ('save', 0.01)]:
+        log = tmp_path / moment
+        process = launch(
+            TORCHRUN, TESTS / 'killed_run.py', log, moment, seconds, SCRIPT, *STATEFUL, '--output', 'out', '--resume',
+            'auto',
+        )
+        start = time.perf_counter()
+        output = process.communicate(timeout=120)[0]
+        print(f'{moment}: all had ended {time.perf_counter() - start:.0f} s after the start')
+        assert process.returncode != 0
+        assert 'Signal 9 (SIGKILL)' in output, output
+        assert log.read_text().endswith('kill\n')
+        assert checkpoints('out')
+    output = train(TORCHRUN, SCRIPT, *STATEFUL, '--output', 'out', '--resume', 'auto')
+    assert 'going on from' in output
+    assert read('out')['processes'] == 2
+    assert_same_run('out', 'expected')
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_stops_all_processes(tmp_path):
+    """Catches processes that stop at different steps, and wait for each other for ever."""
+    train(TORCHRUN, SCRIPT, *STATEFUL, '--output', 'expected')
+    process = launch(TORCHRUN, SCRIPT, *STATEFUL, '--log-interval', 1, '--output', 'out')
+    for line in process.stdout:
+        if line.startswith('batch 5/'):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.communicate(timeout=60)[0]
+    assert 'SIGTERM: stopped after update' in output
+    train(TORCHRUN, SCRIPT, *STATEFUL, '--output', 'out', '--resume', 'auto')
+    assert_same_run('out', 'expected')
