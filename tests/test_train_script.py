@@ -202,7 +202,7 @@ WRONG = [
     ('--weights 20=1', r'sub-nets of \(14, 8\), got \[20\]'),
     ('--weights 8=-1', r'weight of depth 8 must be .* >= 0, got -1'),
     ('--temperature 0', 'temperature must be .* > 0, got 0'),
-    ('--stages 3', r'--stages must be from -3 to 2, got \[3\]'),
+    ('--stages 3', r'stages must be from -3 to 2, got \[3\]'),
     ('--attention foo', "invalid choice: 'foo' .*energy"),
     ('--opt foo', 'Optimizer foo'),
     ('--aa foo', 'Unknown AA policy foo'),

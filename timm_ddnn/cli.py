@@ -4,8 +4,9 @@ import ast
 import difflib
 import math
 import os
+import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from .dynamic_depth import DynamicDepthMixin
 
 __all__ = [
     'ArgumentParser', 'create_ddnn', 'fail', 'number', 'one_line_errors', 'parse_blocks', 'parse_option',
-    'parse_weight',
+    'parse_weight', 'run_script',
 ]
 
 
@@ -57,13 +58,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """Parser that shows defaults in its help, and reports a wrong argument in one line without the usage."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, **kwargs: Any) -> None:
         """Make a parser without arguments.
 
         Args:
             description: What the script does.
+            **kwargs: Further arguments of `argparse.ArgumentParser`.
         """
-        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """End the program, see `fail`."""
@@ -129,6 +131,20 @@ def parse_option(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return name, value
+
+
+def run_script(path: str, arguments: Sequence[str]) -> None:
+    """Run another script in this process, as `python PATH ARGUMENTS...` would.
+
+    Args:
+        path: The script.
+        arguments: Its arguments.
+    """
+    if not os.path.isfile(path):
+        fail(f'the first argument must be a script, got {path!r}')
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    runpy.run_path(path, run_name='__main__')
 
 
 def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Module:

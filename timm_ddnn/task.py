@@ -49,8 +49,8 @@ class EKDTask(ClassificationTask):
             **ekd_options: Arguments of `EKDLoss`.
 
         Raises:
-            ValueError: If the model has no depths, weights name a depth that the model has not as a sub-net, or an
-                option is out of its range.
+            ValueError: If the model has no depths, stages or weights are for what the model has not, or an option is
+                out of its range.
         """
         ddnn = unwrap_model(model)
         if not isinstance(ddnn, DynamicDepthMixin):  # classes of timm have an attribute `depths`, too
@@ -58,6 +58,9 @@ class EKDTask(ClassificationTask):
         super().__init__(
             model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.loss_fn = EKDLoss(criterion=self.criterion, **ekd_options)
+        stages = len(ddnn.blocks(None))
+        if any(not -stages <= stage < stages for stage in self.loss_fn.stages or ()):
+            raise ValueError(f'stages must be from {-stages} to {stages - 1}, got {list(self.loss_fn.stages)}')
         unknown = sorted(set(self.loss_fn.weights) - set(ddnn.depths[1:]))
         if unknown:
             raise ValueError(f'weights must be for sub-nets of {ddnn.depths[1:]}, got {unknown}')

@@ -149,9 +149,6 @@ def main():
                 f'of {model.num_classes}'
             )
         model.set_grad_checkpointing(args.grad_checkpointing)
-        num_stages = len(model.blocks(None))
-        if any(not -num_stages <= stage < num_stages for stage in args.stages or ()):
-            raise ValueError(f'--stages must be from {-num_stages} to {num_stages - 1}, got {args.stages}')
         if args.sync_bn:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
