@@ -26,7 +26,7 @@ parser.add_argument('--model-kwargs', nargs='*', default={}, action=utils.ParseK
 parser.add_argument('--device-modules', nargs='+')
 parser.add_argument('--device', default='cpu')
 parser.add_argument('--mean', type=float, nargs='+')
-parser.add_argument('--lr', type=float, default=0.1)
+parser.add_argument('--lr', type=float, default=0.02)
 parser.add_argument('--epochs', type=int, default=2)
 parser.add_argument('--smoothing', type=float, default=0.1)
 parser.add_argument('--mixup', type=float, default=0)
@@ -52,7 +52,7 @@ def main():
     utils.random_seed(args.seed, args.rank)
     model = create_model(args.model, num_classes=10, drop_rate=0.0, **args.model_kwargs)
     model.to(device=device)
-    optimizer = create_optimizer_v2(model, 'sgd', lr=args.lr, momentum=0.9)
+    optimizer = create_optimizer_v2(model, 'adamw', lr=args.lr)
     primary = utils.is_primary(args)
 
     task_args = dict(device=device, dtype=None, verbose=primary)
@@ -85,10 +85,10 @@ def main():
     images = images.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
     target = torch.tensor(digits.target)[:1024]
     mixup = Mixup(args.mixup, label_smoothing=args.smoothing, num_classes=10) if args.mixup else None
-    losses, keys, updates = [], set(), 0
+    losses, keys, updates = [], set(), 32 * (start_epoch or 0)
     for epoch in range(start_epoch or 0, args.epochs):
         task.train()
-        batches = torch.randperm(1024, generator=torch.Generator().manual_seed(epoch)).split(64)
+        batches = torch.randperm(1024, generator=torch.Generator().manual_seed(epoch)).split(32)
         batches = batches[args.rank::args.world_size]
         for i, batch in enumerate(batches):
             last_of_update = (i + 1) % args.grad_accum_steps == 0

@@ -1,0 +1,215 @@
+"""timm's own scripts with this package in them, as their stand-ins in `timm_scripts/` use timm.
+
+Each test says which fault it catches.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from sklearn.datasets import load_digits
+from timm.models import load_checkpoint
+from training import ROOT
+
+from timm_ddnn import EKDLoss
+
+pytestmark = pytest.mark.usefixtures('surroundings')
+
+SCRIPTS = Path(__file__).parent / 'timm_scripts'
+TRAIN, VALIDATE, EXPORT = (SCRIPTS / f'{name}.py' for name in ('train', 'validate', 'onnx_export'))
+TRAIN_TIMM, RUN_TIMM = (ROOT / 'train_scripts' / f'{name}.py' for name in ('train_timm', 'run_timm'))
+# timm's zeros in the last norms would make the depths of a fresh model equal
+ARGS = dict(channels=(8, 16, 32), layers=(2, 2, 2), subnets=((1, 1, 1),), zero_init_last=False)
+MODEL = ['--model', 'ddnn_resnet20', '--model-kwargs', *(f'{name}={value}' for name, value in ARGS.items())]
+
+
+def start(*args):
+    return subprocess.run(
+        [sys.executable, *map(str, args)], capture_output=True, text=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+    )
+
+
+def run(*args):
+    process = start(*args)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def log(folder):
+    return json.loads(Path(folder, 'log.json').read_text())
+
+
+def read(folder, name='last.pth.tar', ema=False):
+    model = timm.create_model('ddnn_resnet20', **ARGS)
+    load_checkpoint(model, str(Path(folder, name)), use_ema=ema)
+    return model.eval()
+
+
+def digits():
+    """The stand-ins' images and labels."""
+    data = load_digits()
+    images = torch.tensor(data.images / 8 - 1, dtype=torch.float32)[:1024, None]
+    images = images.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
+    return images, torch.tensor(data.target)[:1024]
+
+
+def top1(model, depth):
+    images, target = digits()
+    with torch.no_grad():
+        return 100 * float((model(images, depth=depth).argmax(1) == target).double().mean())
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """Folder of two epochs by train.py with the EKDTask, with everything on that a user may turn on."""
+    folder = tmp_path_factory.mktemp('trained')
+    run(TRAIN_TIMM, TRAIN, '--ekd-alpha', 0.5, *MODEL, '--ekd-weights', '8=0.5', '--amp', '--model-ema', '--output', folder)
+    return folder
+
+
+def test_train_py_as_it_is_trains_the_full_net():
+    """Catches a plugin that does not register by its import, and a default forward that is not one tensor."""
+    run(TRAIN, '--device-modules', 'timm_ddnn', *MODEL, '--output', 'out')
+    assert log('out')['task'] == 'ClassificationTask'
+    assert log('out')['keys'] == ['loss', 'output']
+    model = read('out')
+    assert model.trained_depths == (14,)
+    assert top1(model, 14) > 70
+
+
+def test_the_task_in_the_place_of_train_pys_own(trained):
+    """Catches a task that is not used, options that do not arrive, and a depth that does not learn or is not saved."""
+    assert log(trained)['task'] == 'EKDTask'
+    assert log(trained)['keys'] == ['attention_8', 'ce_14', 'ce_8', 'kl_8', 'loss', 'output']
+    for ema in (False, True):
+        model = read(trained, ema=ema)
+        assert model.trained_depths == (14, 8)
+        assert min(top1(model, depth) for depth in (14, 8)) > 70
+
+
+def test_options_reach_the_loss():
+    """Catches an option of the loss under another name or with another value than the one given."""
+    options = dict(temperature=3.0, alpha=0.7, beta=0.9, attention='standardized', stages=(1, -1), weights={8: 0.25})
+    flags = ['--ekd-temperature', 3, '--ekd-alpha', 0.7, '--ekd-beta', 0.9, '--ekd-attention', 'standardized',
+             '--ekd-stages', '1,-1', '--ekd-weights=8=0.25']
+    # --criterion: handed as such, as by scripts before timm 1.0.31
+    run(TRAIN_TIMM, TRAIN, *MODEL, *flags, '--criterion', '--epochs', 1, '--seed', 5, '--output', 'out')
+    timm.utils.random_seed(5, 0)
+    model = timm.create_model('ddnn_resnet20', num_classes=10, **ARGS).train()
+    images, target = digits()
+    first = torch.randperm(1024, generator=torch.Generator().manual_seed(0))[:32]
+    with torch.no_grad():
+        outputs = model(images[first], depth='all')
+    assert log('out')['losses'][0] == pytest.approx(EKDLoss(**options)(outputs, target[first]).item(), rel=1e-5)
+    for name in options:  # each of them counts
+        others = {key: value for key, value in options.items() if key != name}
+        assert log('out')['losses'][0] != pytest.approx(EKDLoss(**others)(outputs, target[first]).item(), rel=1e-5)
+
+
+def test_other_options_are_passed_on():
+    """Catches options of train.py that are taken for ours, negative numbers and arguments without a flag among them."""
+    run(TRAIN_TIMM, '--ekd-beta', 0, TRAIN, 'folder', *MODEL, '--mean', -0.5, 0.5, '--mixup', 0.2, '--clip-grad', 1,
+        '--grad-accum-steps', 2, '--epochs', 1, '--output', 'out')
+    assert (log('out')['data_dir'], log('out')['mean']) == ('folder', [-0.5, 0.5])
+    assert log('out')['keys'] == ['ce_14', 'ce_8', 'kl_8', 'loss', 'output']
+
+
+def test_resume_goes_on_as_train_py_does(trained):
+    """Catches a checkpoint of the task that train.py's --resume cannot read or reads in part."""
+    options = ['--ekd-alpha', 0.5, *MODEL, '--ekd-weights', '8=0.5', '--amp', '--model-ema']
+    run(TRAIN_TIMM, TRAIN, *options, '--epochs', 1, '--output', 'out')
+    run(TRAIN_TIMM, TRAIN, *options, '--resume', 'out/last.pth.tar', '--output', 'out')
+    assert log('out')['losses'] == log(trained)['losses'][32:]
+    for ema in (False, True):
+        mine, expected = read('out', ema=ema).state_dict(), read(trained, ema=ema).state_dict()
+        assert not [name for name in expected if not torch.equal(mine[name], expected[name])]
+
+
+def test_compiled_model():
+    """Catches a compiled model that runs at one depth alone, or whose checkpoint holds other names."""
+    run(TRAIN_TIMM, TRAIN, *MODEL, '--torchcompile', 'aot_eager', '--output', 'out')
+    assert log('out')['keys'][1:3] == ['ce_14', 'ce_8']
+    assert top1(read('out'), 8) > 70
+
+
+def test_two_processes():
+    """Catches parameters without a gradient and buffers changed in place, which DDP does not bear."""
+    run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, TRAIN_TIMM, TRAIN, *MODEL, '--model-ema',
+        '--output', 'out')
+    assert log('out')['world_size'] == 2
+    assert len(log('out')['losses']) == 2 * 16
+    assert min(top1(read('out', ema=True), depth) for depth in (14, 8)) > 50
+
+
+def test_other_scripts_run_the_depth_asked_for(trained):
+    """Catches a model of the default depth where another was asked for, and weights that the script cannot load."""
+    model, checkpoint = read(trained), Path(trained, 'last.pth.tar')
+    assert top1(model, 14) != top1(model, 8)
+    for depth, flags in [(14, []), (8, ['--depth', 8])]:
+        result = json.loads(run(RUN_TIMM, *flags, VALIDATE, *MODEL, '--checkpoint', checkpoint))
+        assert result['top1'] == pytest.approx(top1(model, depth))
+        assert result['arguments'] == [*MODEL, '--checkpoint', str(checkpoint)]
+
+
+def test_export_by_a_script():
+    """Catches a depth that does not reach a script which creates its model as `timm.create_model`."""
+    for depth in (20, 14):
+        run(RUN_TIMM, '--depth', depth, EXPORT, f'{depth}.pt2', '--model', 'ddnn_resnet20')
+        nodes = torch.export.load(f'{depth}.pt2').graph.nodes
+        assert sum('conv2d' in str(node.target) for node in nodes) == depth - 1
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ([TRAIN_TIMM, 'nowhere.py'], "the first argument must be a script, got 'nowhere.py'"),
+    ([TRAIN_TIMM, TRAIN, '--ekd-gamma', 1], '--ekd- must be of --ekd-temperature, .*--ekd-weights, got --ekd-gamma'),
+    ([TRAIN_TIMM, TRAIN, '--ekd-alpha', -1], "--ekd-alpha: must be a number of at least 0, got '-1'"),
+    ([TRAIN_TIMM, TRAIN, '--ekd-temperature', 0], 'temperature must be a finite number > 0, got 0'),
+    ([TRAIN_TIMM, TRAIN, '--ekd-stages', 'x'], "must be stages such as '2,3', got 'x'"),
+    ([TRAIN_TIMM, TRAIN, '--ekd-weights', '8'], "must be DEPTH=WEIGHT such as '26=0.5', got '8'"),
+    ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-weights', '10=1'], r'weights must be for sub-nets of \(8,\), got \[10\]'),
+    ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-stages', '3'], r'stages must be from -3 to 2, got \[3\]'),
+    ([TRAIN_TIMM, TRAIN, '--model', 'cifar_resnet8'], r'trains dynamic-depth models \(ddnn_\*\), got CifarResNet'),
+    ([TRAIN_TIMM, TRAIN, *MODEL, '--kd-model-name', 'cifar_resnet8'], 'ask for LogitDistillationTask'),
+    ([RUN_TIMM, 'nowhere.py'], "the first argument must be a script, got 'nowhere.py'"),
+    ([RUN_TIMM, '--depth', 'x', VALIDATE], "--depth: must be an integer of at least 1, got 'x'"),
+    ([RUN_TIMM, '--depth', 10, VALIDATE, *MODEL], r'depth must be of \(14, 8\).*, got 10'),
+    ([RUN_TIMM, '--depth', 14, VALIDATE, '--model', 'resnet18'], "for dynamic-depth models .*, got model 'resnet18'"),
+])
+def test_wrong_input_is_one_line_and_status_2(arguments, message):
+    """Catches a traceback, or options that are passed over in silence."""
+    process = start(*arguments)
+    assert process.returncode == 2, process.stderr
+    lines = [line for line in process.stderr.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1 and re.search(message, lines[0]), process.stderr
+    assert 'Traceback' not in process.stderr
+
+
+def test_help():
+    """Catches options that nobody can find."""
+    printed = run(TRAIN_TIMM, '--help')
+    assert '--ekd-temperature' in printed and 'SCRIPT' in printed
+    assert '--depth' in run(RUN_TIMM, '--help')
+    assert start(TRAIN_TIMM).returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_lowest_timm(tmp_path):
+    """Catches what only a newer timm has: runs this file and the task's tests with the lowest version allowed."""
+    lowest, = (re.fullmatch(r'timm>=(\S+)', r)[1] for r in requires('timm_ddnn') if re.match('timm>=', r))
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', tmp_path, f'timm=={lowest}'], check=True)
+    code = f'import timm, sys, pytest; assert timm.__version__ == {lowest!r}; sys.exit(pytest.main(sys.argv[1:]))'
+    process = subprocess.run(
+        [sys.executable, '-c', code, '-q', '-m', 'not slow', Path(__file__), Path(__file__).parent / 'test_task.py'],
+        env=dict(os.environ, PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}', OMP_NUM_THREADS='1'), cwd=ROOT,
+        capture_output=True, text=True,
+    )
+    assert process.returncode == 0, process.stdout
