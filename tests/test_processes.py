@@ -1,6 +1,7 @@
 """Several processes, on the CPU with gloo. Each test says which fault it catches, and asserts that there were two."""
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -8,15 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from image_files import write_parquet
-from training import FAST, MODEL, SCRIPT, assert_same_run, checkpoints, history, read, run, top1
+from training import FAST, MODEL, ROOT, SCRIPT, assert_same_run, checkpoints, history, read, run, top1
 
 pytestmark = pytest.mark.usefixtures('surroundings')
 
 TESTS = Path(__file__).parent
 TORCHRUN = ['torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-ACCELERATE = [  # --cpu would start one process
-    'accelerate.commands.accelerate_cli', 'launch', '--multi_gpu', '--num_processes', '2', '--main_process_port', '0']
+CONFIGS = ROOT / 'train_scripts' / 'configs'
+LAUNCH = ['accelerate.commands.accelerate_cli', 'launch', '--config_file']
+# --cpu would start one process
+ACCELERATE = [*LAUNCH, str(CONFIGS / 'gpus.yaml'), '--num_processes', '2', '--mixed_precision', 'no']
 
 
 def launch(launcher, *args):
@@ -98,6 +104,55 @@ def test_processes_and_accumulated_batches_equal_one_large_batch(tmp_path):
         largest = max(float((a - b).abs().max()) for a, b in zip(gradients, expected_gradients, strict=True))
         print(args, 'largest difference of a gradient', largest)
         assert largest < 1e-5
+
+
+def test_a_configuration_for_the_cpu():
+    """Catches a ready configuration that accelerate does not take, or that does not set the precision."""
+    train([*LAUNCH, str(CONFIGS / 'cpu.yaml')], SCRIPT, *FAST, '-b', 128, '--epochs', 1, '--output', 'out')
+    summary = read('out')
+    assert (summary['processes'], summary['device'], summary['mixed_precision']) == (1, 'cpu', 'bf16')
+
+
+@pytest.mark.slow
+def test_a_configuration_for_several_machines():
+    """Catches launchers that wait for each other for ever, and a process of another machine that writes.
+
+    Two launchers stand for two machines with a process each, as their ready configuration does for four with eight.
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    processes = [
+        launch(
+            LAUNCH, CONFIGS / 'machines.yaml', '--num_machines', 2, '--num_processes', 2, '--machine_rank', rank,
+            '--main_process_ip', '127.0.0.1', '--main_process_port', port, '--mixed_precision', 'no', SCRIPT, *FAST,
+            '--epochs', 1, '--output', 'out',
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert ['epoch 1/1' in output for output in outputs] == [True, False]
+    assert read('out')['processes'] == 2
+
+
+def test_other_kinds_of_processes_are_refused(monkeypatch, capfd):
+    """Catches a run of hours under FSDP or DeepSpeed whose checkpoints cannot be gone on from."""
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        monkeypatch.setattr(Accelerator, 'distributed_type', kind)
+        with pytest.raises(SystemExit) as exit_info:
+            run(*FAST, '--output', 'out')
+        assert exit_info.value.code == 2
+        assert capfd.readouterr().err == (
+            f'error: several processes must be those of accelerate launch --multi_gpu, got {kind.value}\n')
+
+
+@pytest.mark.parametrize('name, processes', [('gpu', 1), ('gpus', 8), ('machines', 32)])
+def test_configurations_for_gpus(name, processes):
+    """Catches a ready configuration with a key that accelerate does not know."""
+    config = load_config_from_file(str(CONFIGS / f'{name}.yaml'))
+    assert (config.num_processes, config.mixed_precision, config.use_cpu) == (processes, 'bf16', False)
+    assert config.distributed_type == ('NO' if processes == 1 else 'MULTI_GPU')
 
 
 STATEFUL = [

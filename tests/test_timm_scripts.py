@@ -27,6 +27,7 @@ TRAIN_TIMM, RUN_TIMM = (ROOT / 'train_scripts' / f'{name}.py' for name in ('trai
 # timm's zeros in the last norms would make the depths of a fresh model equal
 ARGS = dict(channels=(8, 16, 32), layers=(2, 2, 2), subnets=((1, 1, 1),), zero_init_last=False)
 MODEL = ['--model', 'ddnn_resnet20', '--model-kwargs', *(f'{name}={value}' for name, value in ARGS.items())]
+OPTIONS = ['--ekd-alpha', 0.5, *MODEL, '--ekd-weights', '8=0.5', '--amp', '--model-ema']
 
 
 def start(*args):
@@ -70,7 +71,7 @@ def top1(model, depth):
 def trained(tmp_path_factory):
     """Folder of two epochs by train.py with the EKDTask, with everything on that a user may turn on."""
     folder = tmp_path_factory.mktemp('trained')
-    run(TRAIN_TIMM, TRAIN, '--ekd-alpha', 0.5, *MODEL, '--ekd-weights', '8=0.5', '--amp', '--model-ema', '--output', folder)
+    run(TRAIN_TIMM, TRAIN, *OPTIONS, '--output', folder)
     return folder
 
 
@@ -123,9 +124,8 @@ def test_other_options_are_passed_on():
 
 def test_resume_goes_on_as_train_py_does(trained):
     """Catches a checkpoint of the task that train.py's --resume cannot read or reads in part."""
-    options = ['--ekd-alpha', 0.5, *MODEL, '--ekd-weights', '8=0.5', '--amp', '--model-ema']
-    run(TRAIN_TIMM, TRAIN, *options, '--epochs', 1, '--output', 'out')
-    run(TRAIN_TIMM, TRAIN, *options, '--resume', 'out/last.pth.tar', '--output', 'out')
+    run(TRAIN_TIMM, TRAIN, *OPTIONS, '--epochs', 1, '--output', 'out')
+    run(TRAIN_TIMM, TRAIN, *OPTIONS, '--resume', 'out/last.pth.tar', '--output', 'out')
     assert log('out')['losses'] == log(trained)['losses'][32:]
     for ema in (False, True):
         mine, expected = read('out', ema=ema).state_dict(), read(trained, ema=ema).state_dict()
@@ -204,8 +204,8 @@ def test_help():
 def test_the_lowest_timm(tmp_path):
     """Catches what only a newer timm has: runs this file and the task's tests with the lowest version allowed."""
     lowest, = (re.fullmatch(r'timm>=(\S+)', r)[1] for r in requires('timm_ddnn') if re.match('timm>=', r))
-    subprocess.run(
-        [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', tmp_path, f'timm=={lowest}'], check=True)
+    install = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', tmp_path]
+    subprocess.run([*install, f'timm=={lowest}'], check=True)
     code = f'import timm, sys, pytest; assert timm.__version__ == {lowest!r}; sys.exit(pytest.main(sys.argv[1:]))'
     process = subprocess.run(
         [sys.executable, '-c', code, '-q', '-m', 'not slow', Path(__file__), Path(__file__).parent / 'test_task.py'],

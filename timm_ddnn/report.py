@@ -44,8 +44,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .version import __version__
 
 __all__ = [
-    'count_costs', 'describe_run', 'plot_accuracy', 'plot_curves', 'result_table', 'save_model', 'write_json',
-    'write_text',
+    'count_costs', 'describe_machine', 'describe_run', 'plot_accuracy', 'plot_curves', 'result_table', 'save_model',
+    'write_json', 'write_text',
 ]
 
 
@@ -97,21 +97,28 @@ def result_table(rows: Sequence[Mapping[str, Any]], title: str, num_parameters: 
 
 
 def describe_run(accelerator: Accelerator, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe what a run was started with: arguments, processes, versions, hardware, and the commit of this library.
+    """Describe what a run was started with: arguments, processes, precision, and `describe_machine`.
 
     Args:
         accelerator: Accelerator of the run.
         arguments: Arguments of the script.
     """
-    cpu = platform.processor()
-    if os.path.exists('/proc/cpuinfo'):
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        cpu = next((line.partition(': ')[2] for line in lines if line.startswith('model name')), cpu)
     return {
         'arguments': {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
         'processes': accelerator.num_processes,
         'device': str(accelerator.device),
         'mixed_precision': accelerator.mixed_precision,
+        **describe_machine(),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Describe what a number was measured with: versions, hardware, and the commit of this library."""
+    cpu = platform.processor()
+    if os.path.exists('/proc/cpuinfo'):
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        cpu = next((line.partition(': ')[2] for line in lines if line.startswith('model name')), cpu)
+    return {
         'versions': {
             'timm_ddnn': __version__,
             'python': platform.python_version(),

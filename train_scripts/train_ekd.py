@@ -120,6 +120,9 @@ def main():
         device, main_process = accelerator.device, accelerator.is_main_process
         if device.type == 'cpu' and (accelerator.mixed_precision == 'fp16' or args.sync_bn):
             raise ValueError("--mixed-precision fp16 and --sync-bn are for GPUs, on a CPU there are 'no' and 'bf16'")
+        if accelerator.distributed_type in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
+            got = accelerator.distributed_type.value
+            raise ValueError(f'several processes must be those of accelerate launch --multi_gpu, got {got}')
 
         with accelerator.main_process_first():
             data = load_image_data(

@@ -19,7 +19,8 @@ def main():
     args = parser.parse_args()
     assert is_model(args.model)
     model = create_model(
-        args.model, pretrained=False, num_classes=10, in_chans=3, global_pool=None, scriptable=False, **args.model_kwargs)
+        args.model, pretrained=False, num_classes=10, in_chans=3, global_pool=None, scriptable=False,
+        **args.model_kwargs)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, args.use_ema)
     digits = load_digits()
