@@ -1,6 +1,7 @@
 """The terms of embedded knowledge distillation as pure functions of tensors, and the loss that adds them up."""
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,24 @@ def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, temperatur
     return F.kl_div(student, teacher, reduction='batchmean', log_target=True) * temperature ** 2
 
 
+class _MeanSquare(torch.autograd.Function):
+    """Mean of the squares over channels, [B, C, H, W] to [B, H, W].
+
+    Forward and backward pass over the map once each. Autograd's own formulas write several copies of it, some in
+    float32, and cost up to ten times as much.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feature: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(feature)
+        return torch.linalg.vector_norm(feature, dim=1, dtype=dtype).square() / feature.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        feature, = ctx.saved_tensors
+        return feature * (gradient * (2 / feature.shape[1])).to(feature.dtype).unsqueeze(1), None
+
+
 def attention_map(feature: torch.Tensor, form: str = 'energy') -> torch.Tensor:
     """Reduce a feature map to the spatial attention that it pays.
 
@@ -45,15 +64,17 @@ def attention_map(feature: torch.Tensor, form: str = 'energy') -> torch.Tensor:
         form: 'energy' or 'standardized'.
 
     Returns:
-        Attention, [B, H*W].
+        Attention, [B, H*W], in float32 if the map is of a lower precision.
 
     Raises:
         ValueError: If the form is unknown.
     """
+    # The reductions take the type of their result: a map of lower precision is never copied as a whole
+    dtype = torch.promote_types(feature.dtype, torch.float32)
     if form == 'energy':
-        return F.normalize(feature.square().mean(dim=1).flatten(1), dim=1)
+        return F.normalize(_MeanSquare.apply(feature, dtype).flatten(1), dim=1)
     if form == 'standardized':
-        attention = feature.sum(dim=1).flatten(1)
+        attention = feature.sum(dim=1, dtype=dtype).flatten(1)
         variance, mean = torch.var_mean(attention, dim=1, correction=0, keepdim=True)
         return (attention - mean) / (variance + 1e-6).sqrt()
     raise ValueError(f'attention must be of {ATTENTION_FORMS}, got {form!r}')
@@ -76,12 +97,20 @@ def attention_transfer(feature: torch.Tensor, teacher_feature: torch.Tensor, for
     Raises:
         ValueError: If batch or resolution of the maps differ, or the form is unknown.
     """
+    _check_resolution(feature, teacher_feature)
+    return _distance(attention_map(feature, form), attention_map(teacher_feature.detach(), form), form)
+
+
+def _check_resolution(feature: torch.Tensor, teacher_feature: torch.Tensor) -> None:
     if feature.shape[0] != teacher_feature.shape[0] or feature.shape[2:] != teacher_feature.shape[2:]:
         raise ValueError(
             f'feature maps must have the same batch, height and width, got {tuple(feature.shape)} '
             f'and {tuple(teacher_feature.shape)}'
         )
-    difference = (attention_map(feature, form) - attention_map(teacher_feature.detach(), form)).square()
+
+
+def _distance(attention: torch.Tensor, teacher_attention: torch.Tensor, form: str) -> torch.Tensor:
+    difference = (attention - teacher_attention).square()
     return difference.sum(dim=1).mean() if form == 'energy' else difference.mean()
 
 
@@ -195,6 +224,7 @@ class EKDLoss(nn.Module):
             logits = {d: _full_precision(output.logits) for d, output in outputs.items()}
             terms = {f'ce_{d}': self._criterion(z, target) for d, z in logits.items()}
             loss = terms[f'ce_{full}']
+            teacher_maps: dict[int, torch.Tensor] = {}
             for d in outputs:
                 if d == full:
                     continue
@@ -203,7 +233,8 @@ class EKDLoss(nn.Module):
                     terms[f'kl_{d}'] = kl_divergence(logits[d], logits[full], self.temperature)
                     part = part + self.alpha * terms[f'kl_{d}']
                 if self.beta:
-                    terms[f'attention_{d}'] = self._attention(outputs[d].features, outputs[full].features)
+                    terms[f'attention_{d}'] = self._attention(
+                        outputs[d].features, outputs[full].features, teacher_maps)
                     part = part + self.beta * terms[f'attention_{d}']
                 loss = loss + self.weights.get(d, 1.0) * part
         return {'loss': loss, **terms}
@@ -217,14 +248,25 @@ class EKDLoss(nn.Module):
             )
         return loss
 
-    def _attention(self, features: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _attention(
+            self,
+            features: Sequence[torch.Tensor],
+            teacher: Sequence[torch.Tensor],
+            teacher_maps: dict[int, torch.Tensor],
+    ) -> torch.Tensor:
+        """Sum the distances over the stages; `teacher_maps` keeps the teacher's attention for the next sub-net."""
         stages = range(len(teacher)) if self.stages is None else self.stages
         if any(not -len(teacher) <= s < len(teacher) for s in stages):
             raise ValueError(f'stages must be from {-len(teacher)} to {len(teacher) - 1}, got {self.stages}')
-        return sum(
-            attention_transfer(_full_precision(features[s]), _full_precision(teacher[s]), self.attention)
-            for s in sorted({s % len(teacher) for s in stages})  # each once: 2 and -1 may be the same
-        )
+        distance = torch.zeros((), device=teacher[0].device)
+        for s in sorted({s % len(teacher) for s in stages}):  # each once: 2 and -1 may be the same
+            if features[s] is teacher[s]:
+                continue  # up to here the sub-net is the full-net
+            _check_resolution(features[s], teacher[s])
+            if s not in teacher_maps:
+                teacher_maps[s] = attention_map(teacher[s].detach(), self.attention)
+            distance = distance + _distance(attention_map(features[s], self.attention), teacher_maps[s], self.attention)
+        return distance
 
     def extra_repr(self) -> str:
         """Show the options."""
