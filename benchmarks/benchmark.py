@@ -2,7 +2,7 @@
 """Measure what dynamic depth and embedded knowledge distillation cost, on the CPU or the GPU that is there.
 
     python benchmarks/benchmark.py                          # all figures, and the table of this device in README.md
-    python benchmarks/benchmark.py --only step loss         # some of them, printed alone
+    python benchmarks/benchmark.py --only step loss         # some of them, which take the places of older ones
 
 A figure is a ratio of medians. The variants that it compares run in turn in one process, so that what else the machine
 does hits all of them; `spread` is the range of the middle half of the ratios of single rounds. What the figures mean,
@@ -390,18 +390,27 @@ SECTIONS = {
 
 def table(result):
     """Lay out a result as Markdown, headed by the machine."""
-    versions, hardware = result['versions'], result['hardware']
-    chip = ', '.join(hardware['gpus']) or f'{result["threads"]} threads of {hardware["cpu"]}'
-    lines = [
-        f'{chip}; torch {versions["torch"]}, timm {versions["timm"]}, Python {versions["python"]}; commit '
-        f'{(result["git"] or {}).get("commit", "unknown")[:12]}.',
-        '', '| figure | case | ratio | aim | middle half | rounds |', '|---|---|---|---|---|---|',
-    ]
-    for r in result['figures']:
-        spread = '{:.3f} to {:.3f}'.format(*r['spread']) if 'spread' in r else ''
-        aim = '' if r['aim'] is None else f'{r["aim"]:.2f}'
-        lines.append(f'| {r["figure"]} | {r["case"]} | {r["ratio"]:.3f} | {aim} | {spread} | {r.get("rounds", "")} |')
+    lines = []
+    for machine in dict.fromkeys(section['machine'] for section in result.values()):
+        names = [name for name, section in result.items() if section['machine'] == machine]
+        lines += [
+            f'{", ".join(names)}: {machine}.', '',
+            '| figure | case | ratio | aim | middle half | rounds |', '|---|---|---|---|---|---|',
+        ]
+        for r in itertools.chain.from_iterable(result[name]['figures'] for name in names):
+            spread = '{:.3f} to {:.3f}'.format(*r['spread']) if 'spread' in r else ''
+            aim = '' if r['aim'] is None else f'{r["aim"]:.2f}'
+            lines.append(f'| {r["figure"]} | {r["case"]} | {r["ratio"]:.3f} | {aim} | {spread} | {r.get("rounds", "")} |')
+        lines.append('')
     return '\n'.join(lines)
+
+
+def name_machine():
+    about = describe_machine()
+    chip = ', '.join(about['hardware']['gpus']) or f'{torch.get_num_threads()} threads of {about["hardware"]["cpu"]}'
+    commit = (about['git'] or {}).get('commit', 'unknown')[:12]
+    versions = ', '.join(f'{name} {about["versions"][name]}' for name in ('python', 'torch', 'timm'))
+    return f'{chip}; {versions}; commit {commit}'
 
 
 def main():
@@ -410,20 +419,19 @@ def main():
     parser.add_argument('--rounds', type=number(int, 3), default=20 if GPU else 9, help='rounds per figure')
     parser.add_argument('--no-compiled', dest='compiled', action='store_false', help='leave out torch.compile')
     args = parser.parse_args()
-    result = {'device': DEVICE.type, 'threads': torch.get_num_threads(), **describe_machine(), 'figures': []}
+    path, readme = HERE / 'results' / f'{DEVICE.type}.json', HERE / 'README.md'
+    path.parent.mkdir(exist_ok=True)
+    marks = f'<!-- {DEVICE.type} -->\n', f'<!-- end of {DEVICE.type} -->'
+    pattern = re.escape(marks[0]) + '.*?' + re.escape(marks[1])
     for name in args.only or SECTIONS:
+        section = {'machine': name_machine(), 'figures': []}
         for figure in SECTIONS[name](args):
-            result['figures'].append(figure)
+            section['figures'].append(figure)
             print(f'{figure["figure"]}: {figure["case"]}: {figure["ratio"]:.3f} (aim {figure["aim"]})', flush=True)
-        if not args.only:  # after each, so that a run that is cut short leaves what it has
-            (HERE / 'results').mkdir(exist_ok=True)
-            write_json(HERE / 'results' / f'{DEVICE.type}.json', result)
-    if args.only:
-        print(table(result))
-    else:
-        readme = HERE / 'README.md'
-        marks = f'<!-- {DEVICE.type} -->\n', f'\n<!-- end of {DEVICE.type} -->'
-        pattern = re.escape(marks[0]) + '.*?' + re.escape(marks[1])
+        # After each section, so that a run that is cut short leaves what it has, and --only goes on
+        result = {**(json.loads(path.read_text()) if path.exists() else {}), name: section}
+        result = {name: result[name] for name in SECTIONS if name in result}
+        write_json(path, result)
         write_text(readme, re.sub(pattern, lambda _: table(result).join(marks), readme.read_text(), flags=re.DOTALL))
 
 

@@ -1,0 +1,106 @@
+"""What the benchmarks compare is the same work, and the figures that are published are those that were measured."""
+import importlib.util
+import json
+from argparse import Namespace
+from contextlib import nullcontext
+
+import pytest
+import timm
+import torch
+from conftest import create, images
+from torch.utils.flop_counter import FlopCounterMode
+from training import ROOT
+
+from timm_ddnn import EKDTask
+from timm_ddnn.report import count_costs
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    spec = importlib.util.spec_from_file_location('benchmark', ROOT / 'benchmarks' / 'benchmark.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, 'STEP_BATCH', {64: 2})
+    monkeypatch.setattr(module, 'TRAINED', {'ddnn_resnet20': (32, 4)})
+    return module
+
+
+def count_flops(step):
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def test_macs_are_those_that_timm_publishes():
+    """Catches a counter that counts otherwise than the field. The figures are of the model cards on the Hub, in G."""
+    published = {'resnet18': 1.8, 'resnet34': 3.7, 'resnet50': 4.1, 'resnet101': 7.8, 'resnet152': 11.6}
+    for name, macs in published.items():
+        model = timm.create_model(f'ddnn_{name}', device='meta')
+        assert count_costs(model, (3, 224, 224))[0]['macs'] / 1e9 == pytest.approx(macs, rel=0.015)
+
+
+def test_what_nets_share_is_computed_once_backward_too():
+    """Catches a prefix that runs once forward and several times backward."""
+    model = timm.create_model('ddnn_resnet50', device='meta').train()
+    x = torch.empty(1, 3, 64, 64, device='meta')
+
+    def backward(depths):
+        sum(output.logits.sum() for output in model(x, depth=depths).values()).backward()
+
+    with torch.no_grad():
+        stem = count_flops(lambda: model.conv1(x))
+        forward = count_flops(lambda: model(x, depth='all'))
+        apart = sum(count_flops(lambda d=d: model(x, depth=d)) for d in model.depths)
+    # As much again for the gradients of the weights, and for those of the inputs, of which the stem has none
+    assert count_flops(lambda: backward('all')) == 3 * forward - stem
+    assert sum(count_flops(lambda d=d: backward((d,))) for d in model.depths) == 3 * (apart - stem)
+    assert forward < 0.9 * apart
+
+
+@pytest.mark.parametrize('at_once', [False, True])
+def test_steps_that_are_compared_give_the_same_gradients(at_once, benchmark, monkeypatch):
+    """Catches a comparison with other work, and one forward for all depths that learns something else."""
+    monkeypatch.setattr(benchmark, 'autocast', nullcontext)
+    model = create('ddnn_resnet50', num_classes=10).train()
+    task = EKDTask(model, verbose=False, alpha=0.7, beta=3.0)
+    x, target = images(model, batch=4), torch.tensor([1, 7, 3, 3])
+    gradients = []
+    for step in (
+        benchmark.ekd_step(task, x, target),
+        benchmark.separate_steps(model, task.loss_fn, x, target, at_once),
+    ):
+        model.zero_grad()
+        step()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert float(gradients[0].norm()) > 1
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[0].abs().max()))
+
+
+def test_a_section_from_the_command_line(benchmark, monkeypatch, capsys):
+    """Catches a benchmark that does not run, and a partial run that writes over the published figures."""
+    before = {path: path.read_text() for path in (ROOT / 'benchmarks').rglob('*') if path.suffix in ('.md', '.json')}
+    monkeypatch.setattr('sys.argv', ['benchmark.py', '--only', 'size', 'memory', '--rounds', '3'])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    assert '| size of the saved model, against stock | ddnn_resnet50 | 1.00' in printed
+    ratio = float(printed.split('| peak memory of the step, against held together |')[1].split('|')[2])
+    assert 0.5 < ratio < 0.95
+    assert before == {path: path.read_text() for path in before}
+
+
+@pytest.mark.slow
+def test_every_figure_is_measured(benchmark):
+    """Catches a section that fails on this device. The numbers mean nothing on so small batches."""
+    args = Namespace(rounds=3, compiled=False)
+    for name in ('loss', 'step', 'training', 'ceilings', 'switching'):
+        figures = list(benchmark.SECTIONS[name](args))
+        assert figures and all(figure['ratio'] > 0 for figure in figures), name
+
+
+def test_the_table_is_that_of_the_results(benchmark):
+    """Catches a table that was edited by hand, or is of another run than the JSON beside it."""
+    readme = (ROOT / 'benchmarks' / 'README.md').read_text()
+    results = sorted((ROOT / 'benchmarks' / 'results').glob('*.json'))
+    assert results
+    for path in results:
+        assert f'<!-- {path.stem} -->\n{benchmark.table(json.loads(path.read_text()))}\n' in readme
