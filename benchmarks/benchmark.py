@@ -10,7 +10,6 @@ and what was learned from them, is in benchmarks/README.md.
 """
 import itertools
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -400,7 +399,8 @@ def table(result):
         for r in itertools.chain.from_iterable(result[name]['figures'] for name in names):
             spread = '{:.3f} to {:.3f}'.format(*r['spread']) if 'spread' in r else ''
             aim = '' if r['aim'] is None else f'{r["aim"]:.2f}'
-            lines.append(f'| {r["figure"]} | {r["case"]} | {r["ratio"]:.3f} | {aim} | {spread} | {r.get("rounds", "")} |')
+            cells = r['figure'], r['case'], f'{r["ratio"]:.3f}', aim, spread, str(r.get('rounds', ''))
+            lines.append(f'| {" | ".join(cells)} |')
         lines.append('')
     return '\n'.join(lines)
 
@@ -421,8 +421,7 @@ def main():
     args = parser.parse_args()
     path, readme = HERE / 'results' / f'{DEVICE.type}.json', HERE / 'README.md'
     path.parent.mkdir(exist_ok=True)
-    marks = f'<!-- {DEVICE.type} -->\n', f'<!-- end of {DEVICE.type} -->'
-    pattern = re.escape(marks[0]) + '.*?' + re.escape(marks[1])
+    start, end = f'<!-- {DEVICE.type} -->\n', f'<!-- end of {DEVICE.type} -->'
     for name in args.only or SECTIONS:
         section = {'machine': name_machine(), 'figures': []}
         for figure in SECTIONS[name](args):
@@ -432,7 +431,8 @@ def main():
         result = {**(json.loads(path.read_text()) if path.exists() else {}), name: section}
         result = {name: result[name] for name in SECTIONS if name in result}
         write_json(path, result)
-        write_text(readme, re.sub(pattern, lambda _: table(result).join(marks), readme.read_text(), flags=re.DOTALL))
+        before, _, rest = readme.read_text().partition(start)
+        write_text(readme, before + start + table(result) + end + rest.partition(end)[2])
 
 
 if __name__ == '__main__':

@@ -144,7 +144,7 @@ class DynamicDepthMixin(SharedWeightsMixin):
             ValueError: If the model has no such depth.
         """
         depths, single = self.select_depths(depth)
-        if single:  # no map is kept once the next is there: on a CPU fresh memory costs a shallow net a tenth of its time
+        if single:  # no map is kept once the next is there: on a CPU, fresh memory costs a shallow net 10 % of its time
             x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
             for s in range(len(self._blocks[depths[0]])):
                 x = self._run(self._stage(depths[0], s), x)
