@@ -189,6 +189,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
         damage, copy_of, uninterrupted, capsys, monkeypatch):
     """Catches a damaged file that is read, or one that ends the run though an older checkpoint is intact."""
     copy_of(40)
+    Path('out/checkpoints/damaged-step-00000040/old').mkdir(parents=True)  # damaged before
     DAMAGES[damage](Path('out/checkpoints/step-00000040'))
     run(*FULL, '--output', 'out', '--resume', 'auto')
     printed = capsys.readouterr().out

@@ -152,10 +152,10 @@ def test_other_scripts_run_the_depth_asked_for(trained):
     """Catches a model of the default depth where another was asked for, and weights that the script cannot load."""
     model, checkpoint = read(trained), Path(trained, 'last.pth.tar')
     assert top1(model, 14) != top1(model, 8)
-    for depth, flags in [(14, []), (8, ['--depth', 8])]:
-        result = json.loads(run(RUN_TIMM, *flags, VALIDATE, *MODEL, '--checkpoint', checkpoint))
+    for depth, flags, options in [(14, [], []), (8, ['--depth', 8], []), (8, ['--depth', 8], ['--torchscript'])]:
+        result = json.loads(run(RUN_TIMM, *flags, VALIDATE, *MODEL, '--checkpoint', checkpoint, *options))
         assert result['top1'] == pytest.approx(top1(model, depth))
-        assert result['arguments'] == [*MODEL, '--checkpoint', str(checkpoint)]
+        assert result['arguments'] == [*MODEL, '--checkpoint', str(checkpoint), *options]
 
 
 def test_export_by_a_script():

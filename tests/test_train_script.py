@@ -232,6 +232,25 @@ def test_wrong_input_is_one_line_and_status_2(arguments, message, capfd):
     assert not list(Path().glob('out/*.safetensors'))
 
 
+@pytest.mark.parametrize('images, status', [('damaged', 2), ('intact', 1)])
+def test_a_run_that_fails_ends(images, status):
+    """Catches worker processes that are waited for for ever after an error, an unexpected one too."""
+    last = DAMAGED if images == 'damaged' else png(3)
+    write_parquet(Path('set/train.parquet'), range(4), files=[png(0), png(1), png(2), last])
+    write_parquet(Path('set/test.parquet'), range(4))
+    code = (
+        'import runpy, sys, timm_ddnn.monitor\n'
+        'def fail(*args): raise KeyError\n'
+        f'if {images == "intact"}: timm_ddnn.monitor.LossMeter.update = fail\n'
+        'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+    )
+    process = subprocess.run(
+        [sys.executable, '-c', code, SCRIPT, '--dataset', 'set', '-b', '2', '-j', '2', '--output', 'out'],
+        env=dict(os.environ, ACCELERATE_USE_CPU='1'), capture_output=True, text=True, timeout=60,
+    )
+    assert process.returncode == status, process.stderr
+
+
 def test_only_the_main_process_speaks(monkeypatch, capfd):
     """Catches a wrong argument reported once per GPU."""
     monkeypatch.setenv('RANK', '1')

@@ -7,9 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import timm
 import torch
-from timm.models import checkpoint_seq
+from timm.models import checkpoint_seq, create_model, is_model
 from timm.models._features import feature_take_indices
 from timm.models._pretrained import filter_pretrained_cfg
 from timm.models.resnet import ResNet
@@ -271,8 +270,8 @@ class DynamicDepthMixin(SharedWeightsMixin):
         args = {k: v for k, v in getattr(self, '_model_args', {}).items() if k not in own}
         full_name = self.plain_prefix + self.pretrained_cfg['architecture'].removeprefix('ddnn_')
         name = re.sub(r'\d+', str(depth), full_name, count=1)
-        if timm.is_model(name):
-            stock = timm.create_model(name, **{**args, 'num_classes': net.num_classes, 'device': 'meta'})
+        if is_model(name):
+            stock = create_model(name, **{**args, 'num_classes': net.num_classes, 'device': 'meta'})
             if _shapes(stock) == _shapes(net):
                 return name, args
         return full_name, {**args, 'layers': list(self._blocks[depth])}

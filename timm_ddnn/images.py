@@ -3,6 +3,8 @@
 Everything random here is a function of (seed, epoch, index), whatever the number of worker processes. Where the images
 come from is in `data.py`.
 """
+import atexit
+import multiprocessing
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -142,6 +144,14 @@ def _ignore_stop_signals(worker_id: int) -> None:
     # They reach the whole group of processes, and the main one must be able to end its step. Workers end with it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    # multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever after an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def create_loader(images: Images, batch_size: int, *, training: bool, num_workers: int = 0) -> DataLoader:

@@ -20,13 +20,15 @@
 
 What a run writes, and the names of the metrics, stand at the head of `timm_ddnn/report.py`. The options are named as in
 timm's training script; random augmentation is a function of --seed, epoch and image, whatever the number of --workers.
-On SIGTERM and SIGINT a run saves a checkpoint and ends with status 75 (`accelerate launch` itself makes that a 1).
+On SIGTERM and SIGINT a run saves a checkpoint and ends with status 75. `accelerate launch` passes signals on to several
+processes only, so start a single one that may be stopped by `python train_scripts/train_ekd.py`.
 """
 import json
 import logging
 import math
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 import time
@@ -73,6 +75,8 @@ def find_checkpoint(resume, checkpoints, console):
         path, damaged = checkpoints.newest()
         for other, damage in damaged.items():
             aside = other.with_name(f'damaged-{other.name}')
+            if aside.exists():
+                shutil.rmtree(aside)
             os.replace(other, aside)
             console.print(f'{other} is damaged, left aside as {aside.name}: {damage}', soft_wrap=True, highlight=False)
         return path
@@ -243,12 +247,15 @@ def main():
     ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
 
     # Go on from a checkpoint, or begin
-    with one_line_errors(CheckpointError, ValueError):
+    with one_line_errors(CheckpointError, OSError, ValueError):
         output = Path(broadcast_object_list([str(output)])[0])
         checkpoints = Checkpoints(
             accelerator, output / 'checkpoints', ema=ema.module if ema else None, keep=args.checkpoint_hist)
         fixed = {name: value for name, value in vars(args).items() if name not in UNESSENTIAL}
-        fixed |= {'processes': accelerator.num_processes, 'mixed_precision': accelerator.mixed_precision}
+        fixed |= {
+            'processes': accelerator.num_processes, 'mixed_precision': accelerator.mixed_precision,
+            'device': device.type, 'visible_gpus': torch.cuda.device_count(),
+        }
         fixed = json.loads(json.dumps(fixed, default=str))
         state = {'epoch': 0, 'step': 0, 'updates': 0, 'history': [], 'run': secrets.token_hex(4)}
         resumed = find_checkpoint(args.resume, checkpoints, console) if main_process else None

@@ -13,6 +13,7 @@ parser.add_argument('--model', default='dpn92')
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=utils.ParseKwargs)
 parser.add_argument('--checkpoint', default='')
 parser.add_argument('--use-ema', action='store_true')
+parser.add_argument('--torchscript', action='store_true')
 
 
 def main():
@@ -23,6 +24,8 @@ def main():
         **args.model_kwargs)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, args.use_ema)
+    if args.torchscript:
+        model = torch.jit.script(model)
     digits = load_digits()
     images = torch.tensor(digits.images / 8 - 1, dtype=torch.float32)[:1024, None]
     images = images.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
