@@ -73,9 +73,9 @@ def batch(size, count):
     return images, torch.randint(10, (count,), device=DEVICE)
 
 
-def create(name, **kwargs):
+def create(name):
     torch.manual_seed(0)
-    return timm.create_model(name, **{'num_classes': 10, **kwargs}).to(DEVICE, memory_format=torch.channels_last)
+    return timm.create_model(name, num_classes=10).to(DEVICE, memory_format=torch.channels_last)
 
 
 def autocast():
@@ -103,6 +103,16 @@ def ekd_step(task, images, target):
             loss = task(images, target)['loss']
         loss.backward()
     return step
+
+
+def with_sgd(module, step):
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
+
+    def full_step():
+        step()
+        optimizer.step()
+        optimizer.zero_grad()
+    return full_step
 
 
 def separate_steps(model, loss_fn, images, target, at_once):
@@ -286,16 +296,6 @@ def measure_training(args):
         images, target = batch(size, count)
         nets = [model.extract(depth).train() for depth in model.depths]
         task = timm_ddnn.EKDTask(model, verbose=False)
-
-        def with_sgd(module, step):
-            optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9)
-
-            def full_step():
-                step()
-                optimizer.step()
-                optimizer.zero_grad()
-            return full_step
-
         plain = [with_sgd(net, plain_step(net, images, target)) for net in nets]
         seconds = compare({
             'one DDNN': with_sgd(model, ekd_step(task, images, target)),
@@ -314,14 +314,7 @@ def measure_script(args):
     name, size, count = ('ddnn_resnet50', 224, 128) if GPU else ('ddnn_resnet20', 32, 64)
     model = create(name).train()
     images, target = batch(size, count)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
-    step = ekd_step(timm_ddnn.EKDTask(model, verbose=False), images, target)
-
-    def bare():
-        step()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    bare = with_sgd(model, ekd_step(timm_ddnn.EKDTask(model, verbose=False), images, target))
     rates, bare_rates = [], []
     for _ in range(3):
         bare_rates += [count / s for s in compare({'bare': bare}, args.rounds)['bare']]
@@ -340,21 +333,21 @@ def measure_script(args):
 
 def measure_ceilings(args):
     """What the chip reaches in a multiplication of matrices and in a copy, and what of that a training step reaches."""
-    size = 8192 if GPU else 2048
-    a = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16)
+    side = 8192 if GPU else 2048
+    a = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
     memory = torch.randn(2 ** (30 if GPU else 26), device=DEVICE, dtype=torch.bfloat16)
     target_memory = torch.empty_like(memory)
     seconds = compare({'matmul': lambda: a @ a, 'copy': lambda: target_memory.copy_(memory)}, args.rounds, inner=5)
-    peak = 2 * size ** 3 / statistics.median(seconds['matmul'])
+    peak = 2 * side ** 3 / statistics.median(seconds['matmul'])
     bandwidth = 2 * memory.nbytes / statistics.median(seconds['copy'])
-    count = STEP_BATCH[224]
-    images, target = batch(224, count)
+    size, count = max(STEP_BATCH.items())
+    images, target = batch(size, count)
     model = create('ddnn_resnet50').train()
     task, full = timm_ddnn.EKDTask(model, verbose=False), model.extract(50).train()
     for name, step in {'EKD': ekd_step(task, images, target), 'resnet50': plain_step(full, images, target)}.items():
         flops, moved = 2 * count_macs(step), MovedBytes.count(step)
         median = statistics.median(compare({'step': step}, args.rounds)['step'])
-        case = f'{name} step, 224 px, batch {count}, eager'
+        case = f'{name} step, {size} px, batch {count}, eager'
         ceilings = {'flops_per_second': peak, 'bytes_per_second': bandwidth}
         yield exact('arithmetic per second, of a matrix multiplication', case, flops / median / peak, **ceilings)
         yield exact('bytes of all operators per second, of a copy', case, moved / median / bandwidth, **ceilings)

@@ -47,9 +47,9 @@ def log(folder):
     return json.loads(Path(folder, 'log.json').read_text())
 
 
-def read(folder, name='last.pth.tar', ema=False):
+def read(folder, ema=False):
     model = timm.create_model('ddnn_resnet20', **ARGS)
-    load_checkpoint(model, str(Path(folder, name)), use_ema=ema)
+    load_checkpoint(model, str(Path(folder, 'last.pth.tar')), use_ema=ema)
     return model.eval()
 
 
