@@ -7,13 +7,14 @@ import atexit
 import multiprocessing
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.transforms import str_to_interp_mode
@@ -22,7 +23,9 @@ from torchvision import transforms
 
 from .data import ImageData
 
-__all__ = ['EpochSampler', 'ImageReadError', 'Images', 'create_loader', 'create_train_transform', 'seeded']
+__all__ = [
+    'EpochSampler', 'ImageReadError', 'Images', 'MemoryImages', 'create_loader', 'create_train_transform', 'seeded',
+]
 
 
 class ImageReadError(ValueError):
@@ -108,6 +111,78 @@ class Images(Dataset):
         return f'in row {index} of split {str(self.data.split)!r} ({raw.get("path") or "no file name"})'
 
 
+class MemoryImages(Dataset):
+    """Small images, decoded once and kept as bytes, that are cropped, flipped and normalized by whole batches.
+
+    What is random is a function of (seed, epoch, index), as in `Images`, though not the same function.
+    """
+
+    def __init__(
+            self,
+            data: ImageData,
+            split: str,
+            data_config: Mapping[str, Any],
+            *,
+            hflip: float = 0.0,
+            seed: int = 0,
+            num_workers: int = 0,
+    ) -> None:
+        """Decode and resize the images of a split.
+
+        Args:
+            data: What `load_image_data` found.
+            split: 'train', for the crop 'pad' of `create_train_transform`, or 'validation', for timm's transform.
+            data_config: As `timm.data.resolve_data_config` gives it.
+            hflip: Probability of a horizontal flip, [0, 1].
+            seed: Seed of the augmentation, >= 0.
+            num_workers: Processes that decode, >= 0.
+
+        Raises:
+            ImageReadError: If an image does not decode.
+        """
+        channels, *size = data_config['input_size']
+        transform = create_transform(**data_config, normalize=False)
+        if split == 'train':
+            interpolation = str_to_interp_mode(data_config['interpolation'])
+            transform = transforms.Compose([transforms.Resize(size, interpolation), transforms.PILToTensor()])
+        images = Images(data, split, transform, in_chans=channels)
+        batches = list(create_loader(images, 256, training=False, num_workers=num_workers))
+        self.images = torch.cat([images for images, _ in batches])
+        self.targets = torch.cat([targets for _, targets in batches])
+        self.mean = torch.tensor(data_config['mean'])[:, None, None]
+        self.std = torch.tensor(data_config['std'])[:, None, None]
+        self.padding = [side // 8 if split == 'train' else 0 for side in size]
+        self.hflip = hflip
+        self.seed = seed
+        self._epoch: tuple[int, Any] | None = None
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.images)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the batch of some (epoch, index) of one epoch, as `EpochSampler` gives them."""
+        epoch = keys[0][0]
+        index = torch.tensor([index for _, index in keys])
+        images = self.images[index]
+        if any(self.padding) or self.hflip:
+            offsets, flips = (values[index] for values in self._draw(epoch))
+            (above, left), (height, width) = self.padding, images.shape[-2:]
+            padded = F.pad(images, (left, left, above, above))
+            crops = padded.unfold(2, height, 1).unfold(3, width, 1)
+            images = crops[torch.arange(len(index)), :, offsets[:, 0], offsets[:, 1]]
+            images = torch.where(flips[:, None, None, None], images.flip(-1), images)
+        return images.float().div_(255).sub_(self.mean).div_(self.std), self.targets[index]
+
+    def _draw(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw, for every image, the corner of its crop in the padded image, [N, 2], and whether it is flipped, [N]."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            offsets = rng.integers(0, 2 * np.array(self.padding) + 1, (len(self), 2))
+            self._epoch = epoch, (torch.from_numpy(offsets), torch.from_numpy(rng.random(len(self)) < self.hflip))
+        return self._epoch[1]
+
+
 class EpochSampler(Sampler):
     """Yields (epoch, index) pairs in an order that is a function of (seed, epoch)."""
 
@@ -154,7 +229,17 @@ def _kill_workers() -> None:
             process.kill()
 
 
-def create_loader(images: Images, batch_size: int, *, training: bool, num_workers: int = 0) -> DataLoader:
+def _keep(batch: Any) -> Any:
+    return batch  # `MemoryImages` gives whole batches
+
+
+def create_loader(
+        images: Images | MemoryImages,
+        batch_size: int,
+        *,
+        training: bool,
+        num_workers: int = 0,
+) -> DataLoader:
     """Create a loader of batches: images [B, C, H, W] and labels [B].
 
     Args:
@@ -167,6 +252,7 @@ def create_loader(images: Images, batch_size: int, *, training: bool, num_worker
         images,
         batch_size=batch_size,
         sampler=EpochSampler(len(images), shuffle=training, seed=images.seed),
+        collate_fn=_keep if isinstance(images, MemoryImages) else None,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_ignore_stop_signals,

@@ -26,7 +26,8 @@ def parse_args(description: str) -> argparse.Namespace:
 
     arg = parser.add_argument_group('model').add_argument
     arg('--model', default='ddnn_resnet20', help="timm's name, local-dir:FOLDER or hf-hub:ID of a dynamic-depth model")
-    arg('--subnets', nargs='+', type=parse_blocks, help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'")
+    arg('--subnets', nargs='*', type=parse_blocks,
+        help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'; of none: the full-net alone")
     arg('--pretrained', action='store_true', help='start from published or saved weights')
     arg('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in a file')
     arg('--num-classes', type=count, help='classes of the model, those of the data set if not given')
@@ -44,6 +45,7 @@ def parse_args(description: str) -> argparse.Namespace:
     arg('-b', '--batch-size', type=count, default=64, help='images per process and step')
     arg('-vb', '--validation-batch-size', type=count, help='the batch size if not given')
     arg('-j', '--workers', type=number(int, 0), default=2, help='processes that load data, per process')
+    arg('--in-memory', action='store_true', help='decode once, augment by batches: small images, crop pad, flips')
 
     arg = parser.add_argument_group('augmentation').add_argument
     arg('--train-crop-mode', choices=('pad', 'rrc', 'rkrc', 'rkrr'), help="'pad' to 64 px, 'rrc' above, if not given")
@@ -102,6 +104,12 @@ def parse_args(description: str) -> argparse.Namespace:
         parser.error('--evaluate needs weights: --pretrained or --initial-checkpoint')
     if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
         parser.error(f'--initial-checkpoint must be a file, got {args.initial_checkpoint!r}')
+    if args.in_memory:
+        other = {name: getattr(args, name) for name in ('scale', 'ratio', 'color_jitter', 'aa', 'reprob')}
+        other['train_crop_mode'] = args.train_crop_mode if args.train_crop_mode != 'pad' else None
+        for name in filter(other.get, other):
+            flag = '--' + name.replace('_', '-')
+            parser.error(f'--in-memory goes with --train-crop-mode pad and --hflip alone, got {flag} {other[name]}')
     if args.evaluate and args.resume:
         parser.error(f'--resume is for training, not for --evaluate, got {args.resume!r}')
     if args.resume == 'auto' and not args.output:

@@ -52,7 +52,7 @@ from timm_ddnn.checkpoint import EXIT_STOPPED, CheckpointError, Checkpoints, sto
 from timm_ddnn.cli import create_ddnn, one_line_errors
 from timm_ddnn.data import load_image_data
 from timm_ddnn.evaluation import evaluate
-from timm_ddnn.images import ImageReadError, Images, create_loader, create_train_transform, seeded
+from timm_ddnn.images import ImageReadError, Images, MemoryImages, create_loader, create_train_transform, seeded
 from timm_ddnn.monitor import LossMeter, check_weights
 from timm_ddnn.options import UNESSENTIAL, parse_args
 from timm_ddnn.report import (
@@ -162,7 +162,10 @@ def main():
         model = model.to(device, memory_format=memory_format)
         data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
         image_args = dict(in_chans=data_config['input_size'][0], seed=args.seed)
-        images = Images(data, 'validation', create_transform(**data_config), **image_args)
+        if args.in_memory:
+            images = MemoryImages(data, 'validation', data_config, num_workers=args.workers)
+        else:
+            images = Images(data, 'validation', create_transform(**data_config), **image_args)
         batch_size = args.validation_batch_size or args.batch_size
         val_loader = create_loader(images, batch_size, training=False, num_workers=args.workers)
 
@@ -218,17 +221,22 @@ def main():
             task.trainable_module = torch.compile(model, backend=args.torchcompile)
         optimizer = create_optimizer_v2(
             model, args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum)
-        transform = create_train_transform(
-            data_config,
-            crop_mode=args.train_crop_mode,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip if args.hflip is not None else 0.0 if args.dataset == 'digits' else 0.5,
-            color_jitter=args.color_jitter or None,
-            auto_augment=args.aa,
-            re_prob=args.reprob,
-        )
-        images = Images(data, 'train', transform, **image_args)
+        hflip = args.hflip if args.hflip is not None else 0.0 if args.dataset == 'digits' else 0.5
+        if args.in_memory:
+            images = MemoryImages(
+                data, 'train', data_config, hflip=hflip, seed=args.seed, num_workers=args.workers)
+        else:
+            transform = create_train_transform(
+                data_config,
+                crop_mode=args.train_crop_mode,
+                scale=args.scale,
+                ratio=args.ratio,
+                hflip=hflip,
+                color_jitter=args.color_jitter or None,
+                auto_augment=args.aa,
+                re_prob=args.reprob,
+            )
+            images = Images(data, 'train', transform, **image_args)
         train_loader = create_loader(images, args.batch_size, training=True, num_workers=args.workers)
         task, optimizer, train_loader, val_loader = accelerator.prepare(task, optimizer, train_loader, val_loader)
         if not len(train_loader):

@@ -1,0 +1,331 @@
+#!/usr/bin/env python3
+"""Train by EKD and by what competes with it, and keep the results of every run in results/EXPERIMENT/RUN.json.
+
+    # All runs of an experiment that are not done yet, two at a time; it may be stopped and started at any moment
+    python benchmarks/experiments.py FOLDER --only 'cifar10_resnet20/*' --jobs 2
+
+    # On a machine that is lent for ten minutes at a time
+    python benchmarks/experiments.py FOLDER --only 'cifar10_resnet56/*' --time-limit 540
+
+FOLDER has the data sets in folders cifar10 and tiny_imagenet, as parquet files. Weights, logs and checkpoints go to
+output/experiments/EXPERIMENT/RUN. Several of these commands may run beside each other.
+"""
+import fcntl
+import fnmatch
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import timm
+import torch
+from accelerate import Accelerator
+from timm.data import resolve_data_config
+
+import timm_ddnn
+from timm_ddnn.checkpoint import EXIT_STOPPED
+from timm_ddnn.cli import ArgumentParser, fail, number
+from timm_ddnn.data import load_image_data
+from timm_ddnn.evaluation import evaluate
+from timm_ddnn.images import MemoryImages, create_loader
+from timm_ddnn.report import count_costs, describe_run, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / 'benchmarks' / 'train_method.py'
+RESULTS = ROOT / 'results'
+WORK = ROOT / 'output' / 'experiments'
+
+RECIPE = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.1', '--weight-decay': '5e-4', '--warmup-epochs': '1'}
+CE_ONLY = {'--alpha': '0', '--beta': '0'}
+
+
+class Run(NamedTuple):
+    """A training run. `options` maps flags to their values; `teacher` is a run of the same experiment."""
+
+    name: str
+    data: str
+    seed: int
+    options: dict[str, str]
+    teacher: str | None = None
+    truncate: bool = False
+
+
+def compare(experiment, model, data, recipe, methods, seeds):
+    """Make the runs of the methods that are compared.
+
+    Args:
+        experiment: Name of the experiment.
+        model: Name of the dynamic-depth model.
+        data: Name of the data set.
+        recipe: Options that all methods have in common.
+        methods: Methods, see below.
+        seeds: Number of seeds by method.
+    """
+    net = timm.create_model(model)
+    full = net.depths[0]
+    runs = []
+    for method in methods:
+        for seed in range(seeds.get(method, 1)):
+            def add(name, options, seed=seed, **kwargs):
+                runs.append(Run(f'{experiment}/{name}-{seed}', data, seed, {**recipe, **options}, **kwargs))
+
+            single = {
+                d: {'--subnets': '', '--model-kwargs': f'layers={",".join(map(str, net.blocks(d)))}'}
+                for d in net.depths
+            }
+            alone_full = f'{experiment}/alone-{full}-{seed}'
+            if method == 'alone':
+                for d in net.depths:
+                    add(f'alone-{d}', single[d] | CE_ONLY)
+            elif method == 'kd':
+                for d in net.depths[1:]:
+                    add(f'kd-{d}', single[d] | KD, teacher=alone_full)
+            elif method == 'truncation':
+                add('truncation', {}, teacher=alone_full, truncate=True)
+            else:
+                add(method, METHODS[method])
+    return [run._replace(options={'--model': model, **run.options}) for run in runs]
+
+
+# The loss of each method; how they were chosen is in results/README.md.
+KD = {'--alpha': '1', '--temperature': '4'}
+METHODS = {
+    'joint': CE_ONLY,
+    'kl': {'--beta': '0'},
+    'attention': {'--alpha': '0'},
+    'ekd': {},
+    'kl_only': {'--subnet-ce': '0', '--alpha': '1', '--temperature': '1', '--beta': '0'},
+}
+ALL = ('alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation')
+
+
+def ablations():
+    """Make the runs by which the options were chosen, on images of the training split only."""
+    kl = {'--alpha': '0.3', '--beta': '0'}
+    last = {'--alpha': '0', '--stages': '2'}
+    ekd = {'--alpha': '0.3', '--beta': '0.1', '--stages': '2'}
+    standardized = {'--attention': 'standardized'}
+    variants = {
+        'joint': CE_ONLY,
+        'kl_0.3': kl,
+        'energy_all_0.1': {'--alpha': '0', '--beta': '0.1'},
+        'energy_last_0.1': last | {'--beta': '0.1'},
+        'standardized_last_0.1': last | standardized | {'--beta': '0.1'},
+        'standardized_all_0.1': standardized | {'--alpha': '0', '--beta': '0.1'},
+        'kl_1': kl | {'--alpha': '1'},
+        'kl_0.3_t2': kl | {'--temperature': '2'},
+        'kl_0.1_t4': kl | {'--alpha': '0.1', '--temperature': '4'},
+        'energy_last_1': last | {'--beta': '1'},
+        'standardized_last_1': last | standardized | {'--beta': '1'},
+        'ekd_energy_last': ekd,
+        'ekd_standardized_last': ekd | standardized,
+        'ekd_energy_all': {'--alpha': '0.3', '--beta': '0.1'},
+        'ekd_ramp': ekd | {'--ramp-updates': '460'},
+        'ekd_private': ekd | {'--model-kwargs': 'shared_affine=False'},
+        'ekd_half_weights': ekd | {'--weights': '14=0.5 8=0.5'},
+        'ekd_lr_0.05': ekd | {'--lr': '0.05'},
+        'ekd_lr_0.2': ekd | {'--lr': '0.2'},
+        'joint_lr_0.05': CE_ONLY | {'--lr': '0.05'},
+        'joint_lr_0.2': CE_ONLY | {'--lr': '0.2'},
+        'alone_20': CE_ONLY | {'--subnets': ''},
+        'alone_20_lr_0.05': CE_ONLY | {'--subnets': '', '--lr': '0.05'},
+        'alone_20_lr_0.2': CE_ONLY | {'--subnets': '', '--lr': '0.2'},
+        'ekd_sampled': ekd | {'--sample': None},
+        'ekd_one_subnet': ekd | {'--subnets': '1,1,1'},
+        'ekd_three_subnets': ekd | {'--subnets': '3,3,2 2,2,2 1,1,1'},
+        'ekd_cut_late': ekd | {'--subnets': '3,2,1 2,1,1'},
+    }
+    recipe = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
+    return [
+        Run(f'ablations/{name}-{seed}', 'cifar10_part', seed, {**recipe, **options})
+        for seed in range(2) for name, options in variants.items()
+    ]
+
+
+def all_runs():
+    seeds = {'alone': 3, 'joint': 3, 'ekd': 3}
+    small = {**RECIPE, '--epochs': '15'}
+    whole = {**RECIPE, '--epochs': '200', '--warmup-epochs': '5'}
+    tiny = {**RECIPE, '--epochs': '60', '--warmup-epochs': '3', '--img-size': '128', '-b': '256'}
+    main = ('alone', 'joint', 'ekd', 'kd')
+    runs = [
+        *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, ALL, seeds),
+        *compare('cifar10_resnet56', 'ddnn_resnet56', 'cifar10', whole, ALL, {}),
+        *compare('tiny_imagenet_resnet34', 'ddnn_resnet34', 'tiny_imagenet', tiny, main, {}),
+        *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny, main, {}),
+        *ablations(),
+    ]
+    return {run.name: run for run in runs}
+
+
+def data_folder(name, root):
+    """Find a data set, and make the part of CIFAR-10's training images that options are chosen on."""
+    if name != 'cifar10_part':
+        return root / name
+    folder = WORK / 'data' / name
+    train = datasets.load_dataset('parquet', data_files=str(root / 'cifar10' / 'train.parquet'), split='train')
+    for split, rows in (('validation', range(35_000, 40_000)), ('train', range(40_000, 50_000 + 5_000))):
+        rows = [row % 50_000 for row in rows]  # the images are in random order
+        path = folder / f'{split}.parquet'
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f'.{split}-{os.getpid()}')
+            train.select(rows).to_parquet(temporary)
+            os.replace(temporary, path)
+    return folder
+
+
+def flatten(options):
+    arguments = []
+    for flag, value in options.items():
+        arguments += [flag] if value is None else [flag, *value.split()]
+    return arguments
+
+
+@contextmanager
+def locked(folder):
+    """Hold a run for this process; yields False if another one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / '.lock', 'w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+class Runner:
+    """Runs processes, and stops all of them at once."""
+
+    def __init__(self, root, threads):
+        self.root = root
+        self.threads = threads
+        self.processes = set()
+        self.stopped = threading.Event()
+
+    def stop(self, *_):
+        self.stopped.set()
+        for process in list(self.processes):
+            process.terminate()
+
+    def do(self, run):
+        """Do a run, or go on with it, unless it is done, held by another process, or the run it needs is not done."""
+        result = RESULTS / f'{run.name}.json'
+        folder = WORK / run.name
+        teacher = WORK / run.teacher if run.teacher else None
+        if self.stopped.is_set() or result.exists():
+            return
+        if teacher and not (teacher / 'summary.json').exists():
+            print(f'{run.name} waits for {run.teacher}', flush=True)
+            return
+        with locked(folder) as mine:
+            if not mine:
+                return
+            print(f'{run.name} begins or goes on', flush=True)
+            start = time.perf_counter()
+            if run.truncate:
+                summary, history = truncate(run, teacher, data_folder(run.data, self.root))
+            elif self.train(run, folder, teacher):
+                summary = json.loads((folder / 'summary.json').read_text())
+                history = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+            else:
+                return
+            summary['arguments'] = {  # places on this machine are left out
+                name: value for name, value in summary['arguments'].items() if name not in ('output', 'resume')
+            } | {'dataset': run.data}
+            result.parent.mkdir(parents=True, exist_ok=True)
+            options = {'--seed': str(run.seed), **run.options}
+            summary = {'run': run.name, 'options': options, 'teacher': run.teacher, **summary, 'history': history}
+            write_json(result, summary)
+            tops = ', '.join(f'{row["top1"]:.2f} ({row["depth"]})' for row in summary['depths'])
+            print(f'{run.name}: {tops}, {time.perf_counter() - start:.0f} s', flush=True)
+
+    def train(self, run, folder, teacher):
+        command = [
+            sys.executable, '-W', 'ignore', SCRIPT, *(('--teacher', teacher) if teacher else ()),
+            '--dataset', data_folder(run.data, self.root), '--in-memory', '-j', '0', '--checkpoint-hist', '1',
+            '--seed', run.seed, '--output', folder, '--resume', 'auto', '--log-interval', '1000000',
+            *flatten(run.options),
+        ]
+        environment = os.environ | {'OMP_NUM_THREADS': str(self.threads)}
+        with open(folder / 'log.txt', 'a') as log:
+            process = subprocess.Popen(
+                list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            self.processes.add(process)
+            if self.stopped.is_set():
+                process.terminate()
+            status = process.wait()
+            self.processes.discard(process)
+        if status not in (0, EXIT_STOPPED):
+            print(f'{run.name} failed with status {status}, see {folder / "log.txt"}', flush=True)
+        return status == 0
+
+
+def truncate(run, teacher, folder):
+    """Cut the net that was trained alone to every depth, and estimate the statistics that this changes."""
+    torch.manual_seed(run.seed)
+    state_dict = timm.create_model(f'local-dir:{teacher}', pretrained=True).state_dict()
+    model = timm.create_model(run.options['--model'])
+    model.load_state_dict({name: value for name, value in state_dict.items() if not name.startswith('subnets.')})
+    data = load_image_data(str(folder))
+    data_config = resolve_data_config(model=model)
+    accelerator = Accelerator(mixed_precision='bf16')
+    model.to(accelerator.device)
+    train, validation = (
+        create_loader(MemoryImages(data, split, data_config, seed=run.seed), 128, training=split == 'train')
+        for split in ('train', 'validation')
+    )
+    timm_ddnn.calibrate_bn(model, train, depth=model.depths[1:])
+    metrics = evaluate(accelerator, model, accelerator.prepare(validation))
+    rows = [
+        dict(row, top1=metrics[f'top1_{row["depth"]}'], top5=metrics[f'top5_{row["depth"]}'])
+        for row in count_costs(model, data_config['input_size'])
+    ]
+    described = describe_run(accelerator, {'dataset': run.data, 'seed': run.seed, 'model': run.options['--model']})
+    return {**described, 'validation_images': len(data.validation), 'depths': rows}, []
+
+
+def main():
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument('folder', type=Path, help='folder of the data sets')
+    parser.add_argument('--only', nargs='+', default=['*'], metavar='PATTERN', help='runs as cifar10_resnet20/ekd-*')
+    parser.add_argument('--jobs', type=number(int, 1), default=1, help='runs at a time')
+    parser.add_argument('--time-limit', type=number(int, 1), metavar='SECONDS', help='stop after, to go on later')
+    parser.add_argument('--list', action='store_true', help='list the runs and whether they are done')
+    args = parser.parse_args()
+    runs = all_runs()
+    chosen = [run for name, run in runs.items() if any(fnmatch.fnmatch(name, pattern) for pattern in args.only)]
+    if not chosen:
+        fail(f'--only must match runs such as {", ".join(list(runs)[:3])}, got {" ".join(args.only)}')
+    if args.list:
+        for run in chosen:
+            done = 'done' if (RESULTS / f'{run.name}.json').exists() else '    '
+            print(done, run.name, *flatten(run.options))
+        return
+    if not args.folder.is_dir():
+        fail(f'FOLDER must be the folder of the data sets, got {args.folder}')
+
+    runner = Runner(args.folder.resolve(), max(1, (os.cpu_count() or 1) // args.jobs))
+    for number_ in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number_, runner.stop)
+    if args.time_limit:
+        timer = threading.Timer(args.time_limit, runner.stop)
+        timer.daemon = True
+        timer.start()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(runner.do, chosen))
+    if runner.stopped.is_set():
+        sys.exit(EXIT_STOPPED)
+
+
+if __name__ == '__main__':
+    main()

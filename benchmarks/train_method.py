@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Run train_scripts/train_ekd.py with another method in the place of EKD, for comparison.
+
+    # The usual distillation: a net that was trained alone teaches one that is trained alone
+    python benchmarks/train_method.py --teacher output/alone --subnets --model-kwargs layers=1,1,1 ...
+
+    # The sub-nets learn from the full-net only
+    python benchmarks/train_method.py --subnet-ce 0 --beta 0 --alpha 1 ...
+
+The options below are taken, all others are those of train_ekd.py. What turned out to be of use is in the library.
+"""
+import runpy
+import sys
+from pathlib import Path
+
+import timm
+import torch
+
+import timm_ddnn
+from timm_ddnn.cli import ArgumentParser, number, one_line_errors
+
+SCRIPT = Path(__file__).resolve().parent.parent / 'train_scripts' / 'train_ekd.py'
+
+
+def parse_args():
+    parser = ArgumentParser(__doc__.splitlines()[0], usage='%(prog)s [options] [options of train_ekd.py]')
+    amount = number(float, 0)
+    parser.add_argument('--teacher', type=Path, metavar='FOLDER', help='output of a run, whose full-net teaches')
+    parser.add_argument('--subnet-ce', type=amount, default=1.0, help='weight of cross-entropy in the sub-nets')
+    parser.add_argument('--ramp-updates', type=number(int, 0), default=0, help='steps of linear growth of alpha, beta')
+    parser.add_argument('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
+    return parser.parse_known_args()
+
+
+class MethodTask(timm_ddnn.EKDTask):
+    """`EKDTask` with further options of the loss, and the frozen teacher of ordinary distillation."""
+
+    def __init__(self, model, *args, method, **kwargs):
+        super().__init__(model, *args, **kwargs)
+        self.method = method
+        self.full, *self.subnets = model.depths
+        self.register_buffer('steps', torch.zeros((), dtype=torch.long))
+        self.teacher = ()  # in a tuple: it is not a part of what is trained and saved
+        if method.teacher:
+            teacher = timm.create_model(f'local-dir:{method.teacher}', pretrained=True)
+            teacher = teacher.to(next(model.parameters()).device, memory_format=torch.channels_last)
+            self.teacher = (teacher.eval().requires_grad_(False),)
+
+    def forward(self, input, target):
+        run = self.subnets
+        if self.method.sample:
+            run = [self.subnets[torch.randint(len(self.subnets), ()).item()]]
+        outputs = self.trainable_module(input, depth=(self.full, *run))
+        loss_fn = self.loss_fn
+        terms = loss_fn.terms(outputs, target)
+        self.steps += 1
+        ramp = torch.clamp(self.steps / max(self.method.ramp_updates, 1), max=1.0)
+        loss = terms[f'ce_{self.full}']
+        for depth in run:
+            part = self.method.subnet_ce * terms[f'ce_{depth}']
+            if loss_fn.alpha:
+                part = part + ramp * loss_fn.alpha * terms[f'kl_{depth}']
+            if loss_fn.beta:
+                part = part + ramp * loss_fn.beta * terms[f'attention_{depth}']
+            loss = loss + loss_fn.weights.get(depth, 1.0) * part
+        for teacher in self.teacher:
+            with torch.no_grad():
+                logits = teacher(input)
+            kl = timm_ddnn.kl_divergence(outputs[self.full].logits.float(), logits.float(), loss_fn.temperature)
+            terms[f'kl_{self.full}'] = kl
+            loss = loss + ramp * loss_fn.alpha * kl
+        if self.method.sample:  # such that the means over an epoch are those of the steps that ran
+            scale = len(self.subnets)
+            for depth in self.subnets:
+                for name in ('ce', 'kl', 'attention'):
+                    if f'{name}_{run[0]}' in terms:
+                        terms[f'{name}_{depth}'] = terms[f'{name}_{run[0]}'] * (scale if depth == run[0] else 0)
+            terms = dict(sorted(terms.items()))
+        return {
+            **{name: term.detach() for name, term in terms.items()},
+            'loss': loss,
+            'output': outputs[self.full].logits,
+        }
+
+
+def main():
+    method, arguments = parse_args()
+
+    def create_task(*args, **kwargs):
+        with one_line_errors(RuntimeError, OSError):
+            return MethodTask(*args, method=method, **kwargs)
+
+    timm_ddnn.EKDTask = create_task
+    sys.argv = [str(SCRIPT), *arguments]
+    runpy.run_path(str(SCRIPT), run_name='__main__')
+
+
+if __name__ == '__main__':
+    main()

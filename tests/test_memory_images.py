@@ -1,0 +1,85 @@
+"""Images that are decoded once: the same as those decoded one by one, augmented as a function of seed and epoch."""
+import shutil
+
+import pytest
+import torch
+from timm.data import create_transform
+from training import FAST, assert_same_run, read, run
+
+from timm_ddnn.data import load_image_data
+from timm_ddnn.images import Images, MemoryImages, create_loader
+
+CONFIG = dict(input_size=(3, 16, 24), interpolation='bicubic', mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1), crop_pct=0.9)
+
+
+@pytest.fixture(scope='module')
+def data():
+    return load_image_data('digits')
+
+
+def one_epoch(images, epoch=0, **kwargs):
+    loader = create_loader(images, 100, training=False, **kwargs)
+    loader.sampler.set_epoch(epoch)
+    batches = list(loader)
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def test_validation_images_are_those_decoded_one_by_one(data):
+    """Catches another resize, another normalization or mixed-up labels."""
+    images, labels = one_epoch(MemoryImages(data, 'validation', CONFIG, num_workers=2))
+    expected, targets = one_epoch(Images(data, 'validation', create_transform(**CONFIG)))
+    assert images.shape == (360, 3, 16, 24)
+    assert torch.equal(images, expected)
+    assert torch.equal(labels, targets)
+
+
+def test_training_images_are_padded_crops_and_flips(data):
+    """Catches crops beyond the padding or of one place only, flips of all or none, and images mixed in a batch."""
+    memory = MemoryImages(data, 'train', CONFIG, hflip=0.5, seed=3)
+    mean, std = (torch.tensor(CONFIG[key])[:, None, None] for key in ('mean', 'std'))
+    images = (one_epoch(memory)[0] * std + mean) * 255
+    seen = set()
+    for number in range(200):
+        original = torch.nn.functional.pad(memory.images[number].float(), (3, 3, 2, 2))
+        found = {
+            (y, x, flip)
+            for flip in (False, True) for y in range(5) for x in range(7)
+            if torch.allclose(images[number].flip(-1) if flip else images[number],
+                              original[:, y:y + 16, x:x + 24], atol=1e-3)
+        }
+        assert found
+        seen |= found
+    assert {y for y, _, _ in seen} == set(range(5))
+    assert {x for _, x, _ in seen} == set(range(7))
+    assert {flip for _, _, flip in seen} == {False, True}
+
+
+def test_augmentation_is_a_function_of_seed_and_epoch(data):
+    """Catches randomness that depends on workers, batches or what was drawn before."""
+    memory = MemoryImages(data, 'train', CONFIG, hflip=0.5, seed=3)
+    first = one_epoch(memory, epoch=1)[0]
+    assert not torch.equal(one_epoch(memory, epoch=2)[0], first)
+    assert torch.equal(one_epoch(memory, epoch=1, num_workers=2)[0], first)
+    other = MemoryImages(data, 'train', CONFIG, hflip=0.5, seed=4)
+    assert not torch.equal(one_epoch(other, epoch=1)[0], first)
+
+
+def test_training_in_memory_resumes_exactly(tmp_path):
+    """Catches an augmentation that a run which goes on repeats otherwise, and an option without effect."""
+    args = [*FAST, '--in-memory', '--epochs', '2', '--checkpoint-interval', '10']
+    run(*args, '--output', tmp_path / 'whole')
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'parts')
+    last = max((tmp_path / 'parts' / 'checkpoints').iterdir())
+    shutil.rmtree(last)
+    run(*args, '--output', tmp_path / 'parts', '--resume', 'auto')
+    assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
+    assert read(tmp_path / 'whole')['arguments']['in_memory'] is True
+
+
+@pytest.mark.parametrize('option', [['--aa', 'rand-m9'], ['--train-crop-mode', 'rrc'], ['--reprob', '0.2']])
+def test_augmentation_that_needs_single_images_is_refused(option, capsys):
+    """Catches augmentation that is asked for and silently left out."""
+    with pytest.raises(SystemExit) as error:
+        run('--in-memory', *option)
+    assert error.value.code == 2
+    assert f'got {" ".join(option)}' in capsys.readouterr().err
