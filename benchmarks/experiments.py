@@ -314,9 +314,10 @@ def main():
     if not args.folder.is_dir():
         fail(f'FOLDER must be the folder of the data sets, got {args.folder}')
 
-    runner = Runner(args.folder.resolve(), max(1, (os.cpu_count() or 1) // args.jobs))
-    for number_ in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number_, runner.stop)
+    threads = int(os.environ.get('OMP_NUM_THREADS', max(1, (os.cpu_count() or 1) // args.jobs)))
+    runner = Runner(args.folder.resolve(), threads)
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, runner.stop)
     if args.time_limit:
         timer = threading.Timer(args.time_limit, runner.stop)
         timer.daemon = True
