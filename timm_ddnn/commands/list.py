@@ -1,0 +1,71 @@
+"""`timm-ddnn list`: what models there are."""
+import argparse
+from typing import Any
+
+import timm
+from rich.console import Console
+from rich.table import Table
+
+from ..cli import fail
+from ..report import count_costs
+
+HELP = 'List the dynamic-depth models: depths, blocks, parameters, multiply-accumulates, and tags of weights.'
+EXAMPLES = '''  timm-ddnn list
+  timm-ddnn list "*resnet50*"
+  timm-ddnn list --json | jq ".[].tags"'''
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument('pattern', nargs='?', default='*', help='names of models, with wildcards')
+
+
+def list_models(pattern: str = '*') -> list[dict[str, Any]]:
+    """Describe the dynamic-depth models that timm can create.
+
+    Args:
+        pattern: Names, with wildcards.
+
+    Returns:
+        For each model its name, tags (the default one first), input_size and depths: rows with depth, blocks,
+        parameters and macs (multiply-accumulates of one image), the full-net's first.
+    """
+    models = []
+    for name in timm.list_models(pattern):
+        if name.startswith('ddnn_'):
+            model = timm.create_model(name, device='meta')
+            input_size = model.pretrained_cfg['input_size']
+            models.append({
+                'model': name,
+                'tags': [tag.partition('.')[2] for tag in timm.list_pretrained(f'{name}.*')],
+                'input_size': list(input_size),
+                'depths': count_costs(model, input_size),
+            })
+    return models
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print the models."""
+    models = list_models(args.pattern)
+    if not models:
+        fail(f'PATTERN must match some of {", ".join(timm.list_models("ddnn_*"))}, got {args.pattern!r}')
+    if not args.json:
+        table = Table()
+        for column in ('model', 'pixels', 'depth', 'blocks', 'parameters (M)', 'MACs (M)', 'weights'):
+            text = column in ('model', 'weights')
+            table.add_column(column, justify='left' if text else 'right', no_wrap=column == 'model')
+        for model in models:
+            for i, row in enumerate(model['depths']):
+                last = i + 1 == len(model['depths'])
+                table.add_row(
+                    '' if i else model['model'],
+                    '' if i else str(model['input_size'][-1]),
+                    str(row['depth']),
+                    '-'.join(map(str, row['blocks'])),
+                    f'{row["parameters"] / 1e6:.2f}',
+                    f'{row["macs"] / 1e6:.1f}',
+                    '' if i else ', '.join(model['tags']),
+                    end_section=last,
+                )
+        Console().print(table)
+    return models
