@@ -41,6 +41,7 @@ from timm.models import save_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .hub import file_sum
 from .version import __version__
 
 __all__ = [
@@ -190,6 +191,7 @@ def save_model(
         config = json.loads(path.read_text())
         # It stands at top level as well, and transformers cannot load a timm model that gets it twice.
         config.get('model_args', {}).pop('num_classes', None)
+        config['weights_sha256'] = file_sum(Path(temporary) / 'model.safetensors')
         write_json(path, config)
         shutil.copymode(path, Path(temporary) / 'model.safetensors')  # safetensors lets nobody but the owner read it
         for name in ('model.safetensors', 'config.json'):
