@@ -4,6 +4,7 @@ from .cifar_resnet import CifarResNet
 from .ddnn_resnet import DynamicDepthCifarResNet, DynamicDepthResNet
 from .dynamic_depth import SubNetOutput
 from .loss import EKDLoss, attention_map, attention_transfer, kl_divergence
+from .publish import push_to_hub
 from .task import EKDTask
 from .version import __version__
 
@@ -19,4 +20,5 @@ __all__ = [
     'attention_transfer',
     'calibrate_bn',
     'kl_divergence',
+    'push_to_hub',
 ]

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, ResNet, make_blocks
 from torch import nn
+
+from .pretrained import build_model
 
 __all__ = ['CIFAR_FEATURES', 'CifarResNet', 'cifar_cfg']
 
@@ -154,7 +156,7 @@ default_cfgs = generate_default_cfgs({f'cifar_resnet{depth}': cifar_cfg() for de
 
 
 def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    return build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg=dict(CIFAR_FEATURES), **kwargs)
+    return build_model(CifarResNet, variant, pretrained, feature_cfg=dict(CIFAR_FEATURES), **kwargs)
 
 
 @register_model

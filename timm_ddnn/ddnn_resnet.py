@@ -1,21 +1,13 @@
 """Dynamic-depth ResNets: the classes, their default configurations and their entrypoints in timm's registry."""
-from pathlib import Path
 from typing import Any
 
-from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from .cifar_resnet import CIFAR_FEATURES, CifarResNet, cifar_cfg
 from .dynamic_depth import DynamicDepthMixin
-from .hub import check_config, check_size, find_weights
+from .pretrained import build_model
 
 __all__ = ['DynamicDepthCifarResNet', 'DynamicDepthResNet']
 
@@ -40,55 +32,27 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_ddnn(
-        cls: type[DynamicDepthMixin],
-        variant: str,
-        pretrained: bool = False,
-        pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
-        pretrained_cfg_overlay: dict[str, Any] | None = None,
-        cache_dir: str | Path | None = None,
-        **kwargs: Any,
-) -> nn.Module:
-    foreign = isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in ('local-dir', 'hf-hub')
-    if foreign:
-        check_config(pretrained_cfg)
-    overlay, weights = dict(pretrained_cfg_overlay or {}), None
-    if pretrained:
-        source = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict()
-        weights = find_weights(source, cache_dir)
-        if weights:
-            overlay |= {'source': 'file', 'file': str(weights), 'state_dict': None}
+def _create_ddnn(cls: type[DynamicDepthMixin], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    if not kwargs.get('features_only', False):
+        return build_model(cls, variant, pretrained, **kwargs)
 
+    # timm's extractors take a net apart and rebuild it from its children, so each gets the plain net of one depth
     model = None
 
-    def build(**model_args: Any) -> ResNet:
+    def construct(**model_args: Any) -> ResNet:
         nonlocal model
-        if foreign:
-            check_size(cls, model_args, weights)
         model = cls(**model_args)
-        # timm's extractors take a net apart and rebuild it from its children, so each gets the plain net of one depth
-        return model.extract() if features_only else model
+        return model.extract()
 
-    features_only = kwargs.get('features_only', False)
-    if features_only:
-        kwargs['pretrained_filter_fn'] = lambda state_dict, _: model.extract_state_dict(state_dict)
-        if cls is DynamicDepthCifarResNet:
-            kwargs['feature_cfg'] = dict(CIFAR_FEATURES)
-    net = build_model_with_cfg(
-        build,
+    return build_model(
+        cls,
         variant,
         pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=overlay,
-        cache_dir=cache_dir,
+        construct=construct,
+        pretrained_filter_fn=lambda state_dict, _: model.extract_state_dict(state_dict),
+        feature_cfg=dict(CIFAR_FEATURES) if cls is DynamicDepthCifarResNet else None,
         **kwargs,
     )
-    if weights:  # the model says where its weights come from, not where they lie
-        for key in ('source', 'file'):
-            net.pretrained_cfg.pop(key, None)
-            if key in source:
-                net.pretrained_cfg[key] = source[key]
-    return net
 
 
 @register_model

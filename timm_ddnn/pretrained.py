@@ -1,0 +1,155 @@
+"""Models of configurations and weights from elsewhere, which are checked before anything is built of them."""
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from torch import nn
+
+from .hub import find_weights
+
+__all__ = ['build_model', 'check_config', 'check_size']
+
+# What a configuration from elsewhere may ask for
+MAX_BLOCKS = 1_000
+MAX_WIDTH = 1_000_000
+MAX_PARAMETERS = 1_000_000_000
+
+
+def build_model(
+        cls: type[nn.Module],
+        variant: str,
+        pretrained: bool,
+        *,
+        construct: Callable[..., nn.Module] | None = None,
+        pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """Build a model as timm's `build_model_with_cfg` does, from verified weights only.
+
+    Args:
+        cls: Class of the model.
+        variant: Name of its entrypoint.
+        pretrained: Whether to load weights.
+        construct: Makes the net from the arguments of the class, the class itself if None.
+        pretrained_cfg: As for `build_model_with_cfg`; of a folder or a repository, the content of its config.json.
+        pretrained_cfg_overlay: As for `build_model_with_cfg`.
+        cache_dir: As for `build_model_with_cfg`.
+        **kwargs: Further arguments of `build_model_with_cfg`.
+
+    Raises:
+        ValueError: If a config.json asks for what `check_config` or `check_size` refuse.
+        OSError: If there are no weights, they cannot be reached, or they are damaged.
+    """
+    foreign = isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in ('local-dir', 'hf-hub')
+    if foreign:
+        check_config(pretrained_cfg)
+    overlay, weights = dict(pretrained_cfg_overlay or {}), None
+    if pretrained:
+        source = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict()
+        weights = find_weights(source, cache_dir)
+        if weights:
+            overlay |= {'source': 'file', 'file': str(weights), 'state_dict': None}
+
+    def build(**model_args: Any) -> nn.Module:
+        if foreign:
+            check_size(cls, model_args, weights)
+        return (construct or cls)(**model_args)
+
+    model = build_model_with_cfg(
+        build,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    if weights:  # the model says where its weights come from, not where they lie
+        for key in ('source', 'file'):
+            model.pretrained_cfg.pop(key, None)
+            if key in source:
+                model.pretrained_cfg[key] = source[key]
+    return model
+
+
+def check_config(cfg: Mapping[str, Any]) -> None:
+    """Check the pretrained configuration of a config.json from elsewhere.
+
+    Args:
+        cfg: As timm reads it.
+
+    Raises:
+        ValueError: If it has unknown entries or wrong types, or names files.
+    """
+    known = {field.name for field in fields(PretrainedCfg)}
+    unknown = sorted(set(cfg) - known)
+    if unknown:
+        raise ValueError(f'pretrained_cfg in config.json must have keys of {sorted(known)}, got {unknown}')
+    own = {'local-dir': 'file', 'hf-hub': 'hf_hub_id'}[cfg['source']]
+    for key in {'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load'} - {own}:
+        if cfg.get(key):
+            raise ValueError(f'pretrained_cfg in config.json must not say where weights are, got {key}={cfg[key]!r}')
+
+    def is_list(value: Any, kind: type | tuple[type, ...], length: int | None = None) -> bool:
+        return isinstance(value, list | tuple) and (length is None or len(value) == length) and all(
+            isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+    size = cfg.get('input_size', (3, 224, 224))
+    if not (is_list(size, int, 3) and 1 <= size[0] <= 1024 and all(1 <= side <= 16_384 for side in size[1:])):
+        raise ValueError(f'input_size in config.json must be channels, height and width, got {str(size)[:80]}')
+    for key in ('mean', 'std'):
+        if not is_list(cfg.get(key, [0.0]), (int, float)) or len(cfg.get(key, [0.0])) not in (1, size[0]):
+            raise ValueError(f'{key} in config.json must be {size[0]} numbers, got {str(cfg[key])[:80]}')
+    classes = cfg.get('num_classes', 1000)
+    if type(classes) is not int or not 0 <= classes <= MAX_WIDTH:
+        raise ValueError(f'num_classes in config.json must be an integer from 0 to {MAX_WIDTH}, got {classes!r}')
+
+
+def check_size(cls: type[nn.Module], model_args: Mapping[str, Any], weights: Path | None) -> None:
+    """Check what a config.json from elsewhere would build, before memory is taken for it.
+
+    Args:
+        cls: Class of the model.
+        model_args: Its arguments.
+        weights: The safetensors file that is to be loaded, if any.
+
+    Raises:
+        ValueError: If the arguments make no model, or one that is much larger than its weights.
+    """
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, list | tuple):
+            if len(value) > MAX_BLOCKS:
+                raise ValueError(f'{name} in config.json must have at most {MAX_BLOCKS} entries, got {len(value)}')
+            for item in value:
+                check(name, item)
+        elif isinstance(value, int | float) and abs(value) > MAX_WIDTH:
+            raise ValueError(f'{name} in config.json must be at most {MAX_WIDTH}, got {value}')
+
+    for name, value in model_args.items():
+        check(name, value)
+    layers, subnets = model_args['layers'], model_args.get('subnets', ())
+    for name, value in [('layers', layers), *(('subnets', subnet) for subnet in subnets)]:
+        if not (isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)):
+            raise ValueError(f'{name} in config.json must be numbers of blocks per stage, got {value!r}')
+    blocks = sum(layers) * (1 + len(subnets))
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f'layers and subnets in config.json must be of at most {MAX_BLOCKS} blocks, got {blocks}')
+    try:
+        model = cls(**{**model_args, 'device': 'meta'})
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as e:
+        raise ValueError(f'model_args in config.json make no {cls.__name__}: {e}') from e
+    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    allowed = MAX_PARAMETERS
+    if weights is not None:
+        with safe_open(weights, framework='pt') as file:
+            held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        allowed = 2 * held + 100_000_000  # a larger classifier, and statistics of sub-nets that the file has not
+    if count > allowed:
+        held = '' if weights is None else f', the weights hold {held}'
+        raise ValueError(f'config.json must describe a model of at most {allowed} values, got {count}{held}')

@@ -1,0 +1,154 @@
+"""Publication of shared weights, or of one depth, on the Hugging Face Hub; how they come back is in `hub.py`."""
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+from huggingface_hub import HfApi
+from timm.data import resolve_data_config
+from torch import nn
+
+from .dynamic_depth import DynamicDepthMixin
+from .hub import file_sum
+from .model_card import create_model_card
+
+__all__ = ['Publication', 'push_to_hub']
+
+# Pickle, in all its names, and what safetensors are replaced by: none of it stays beside the weights
+OTHER_WEIGHTS = ['*.bin', '*.pt', '*.pth', '*.pth.tar', '*.ckpt', '*.pkl', '*.pickle', '*.safetensors']
+
+
+class Publication(NamedTuple):
+    """What was published.
+
+    Attributes:
+        url: Address of the repository; of a dry run, the folder.
+        commit: Commit that holds the files, None in a dry run.
+        files: Size in bytes by file name.
+    """
+    url: str
+    commit: str | None
+    files: dict[str, int]
+
+
+def push_to_hub(
+        source: nn.Module | str | Path,
+        repo_id: str,
+        *,
+        depth: int | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        dry_run: bool = False,
+) -> Publication:
+    """Publish a model in one commit: model.safetensors, config.json, and a model card with its table and picture.
+
+    The repository is created if there is none. The same content makes no second commit, and an interrupted publication
+    leaves the repository as it was. The token is that of `hf auth login` or HF_TOKEN.
+
+    Args:
+        source: Dynamic-depth model, or a training run's output folder. A folder knows accuracies and recipe.
+        repo_id: 'owner/name'.
+        depth: Publish the plain net of this depth, which timm loads without this library (of the CIFAR family, with
+            it). All depths if None.
+        private: Whether a repository that is created is private.
+        revision: Branch, created if there is none. The default branch if None.
+        dry_run: Whether to write the files into a folder `hub/owner--name` and send nothing.
+
+    Raises:
+        ValueError: If the source is no dynamic-depth model, the model has no such depth, or a depth was not trained.
+        OSError: If the folder is not complete, or the Hub cannot be reached or refuses.
+    """
+    owner, _, name = repo_id.partition('/')
+    if not owner or not name or '/' in name:
+        raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}")
+    with tempfile.TemporaryDirectory(prefix='timm-ddnn-') as temporary:
+        folder = Path(temporary) / 'files'
+        folder.mkdir()
+        _write_files(source, repo_id, depth, folder)
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        if dry_run:
+            target = Path('hub') / repo_id.replace('/', '--')
+            target.parent.mkdir(exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            shutil.copytree(folder, target)
+            return Publication(str(target), None, files)
+        return _upload(folder, repo_id, files, private, revision)
+
+
+def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None, folder: Path) -> None:
+    from .report import count_costs, plot_accuracy, save_model  # they need the extra packages of 'cli'
+
+    summary, rows = None, None
+    if isinstance(source, nn.Module):
+        model = source
+    else:
+        source = Path(source)
+        if not (source / 'config.json').is_file():
+            raise FileNotFoundError(f'source must be a model or the output folder of a run, which {source} is not')
+        model = timm.create_model(f'local-dir:{source}', pretrained=True)
+        rows = json.loads((source / 'config.json').read_text()).get('depths')
+        if (source / 'summary.json').is_file():
+            summary = json.loads((source / 'summary.json').read_text())
+    if not isinstance(model, DynamicDepthMixin):
+        raise ValueError(f'source must be a dynamic-depth model (ddnn_*), got {type(model).__name__}')
+    wanted = model.depths if depth is None else (model.select_depth(depth),)
+    untrained = [d for d in wanted if d not in model.trained_depths]
+    if untrained:
+        raise ValueError(
+            f'depths {untrained} are not trained, of {wanted}: train them, calibrate them, or publish one of '
+            f'{model.trained_depths} by depth='
+        )
+    data_config = resolve_data_config(model=model)
+    rows = [row for row in rows or count_costs(model, data_config['input_size']) if row['depth'] in wanted]
+    save_model(
+        model if depth is None else model.extract(depth),
+        folder,
+        data_config=data_config,
+        class_names=model.pretrained_cfg.get('label_names') or (),
+        rows=rows,
+    )
+    picture = None
+    if len(rows) > 1 and all('top1' in row for row in rows):
+        picture = 'accuracy.png'
+        plot_accuracy(folder / picture, rows, repo_id)
+    config = json.loads((folder / 'config.json').read_text())
+    size = (folder / 'model.safetensors').stat().st_size
+    card = create_model_card(config, repo_id, summary=summary, picture=picture, weights_bytes=size)
+    (folder / 'README.md').write_text(card)
+
+
+def _upload(folder: Path, repo_id: str, files: dict[str, int], private: bool, revision: str | None) -> Publication:
+    api = HfApi(library_name='timm-ddnn')
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    repo_id = url.repo_id
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    if _same(folder, files, info):
+        return Publication(str(url), info.sha, files)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message='Publish weights',
+        delete_patterns=OTHER_WEIGHTS,
+    )
+    return Publication(str(url), commit.oid, files)
+
+
+def _same(folder: Path, files: dict[str, int], info: Any) -> bool:
+    """Whether a repository holds these files, and no weights besides."""
+    there = {file.rfilename: file for file in info.siblings}
+    for name in files:
+        file = there.get(name)
+        if file is None:
+            return False
+        kind, expected = ('sha256', file.lfs.sha256) if file.lfs else ('git', file.blob_id)
+        if file_sum(folder / name, kind) != expected:
+            return False
+    endings = tuple(pattern.removeprefix('*') for pattern in OTHER_WEIGHTS)
+    return not [name for name in there if name not in files and os.path.basename(name).endswith(endings)]
