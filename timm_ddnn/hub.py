@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
 __all__ = ['ORGANIZATION', 'fetch', 'file_sum', 'find_weights']
 
@@ -68,7 +68,7 @@ def fetch(
         if constants.HF_HUB_OFFLINE:
             raise OSError('HF_HUB_OFFLINE is set')
         path = Path(hf_hub_download(**download, force_download=True))
-    except OSError as e:
+    except (OSError, HTTPError) as e:
         raise OSError(f'{filename} of {repo_id} is damaged ({damage}), and cannot be downloaded again: {e}') from e
     again = _damage(path, sha256)
     if again is None:
@@ -128,17 +128,18 @@ def find_weights(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) ->
     if filename == 'model.safetensors':
         try:
             config = fetch(repo_id, 'config.json', **place)
+        except LocalEntryNotFoundError:
+            raise
         except EntryNotFoundError:
-            if constants.HF_HUB_OFFLINE:
-                raise
+            _logger.info(f'{repo_id} has no config.json')
         else:
             published = _published_sum(config)
             place['revision'] = config.parent.name  # the commit: another one may follow in between
     try:
         return fetch(repo_id, filename, sha256=published, **place)
+    except LocalEntryNotFoundError:
+        raise  # not on the disk and not reached
     except EntryNotFoundError as e:
-        if isinstance(e, OSError) and not hasattr(e, 'response'):
-            raise  # not on the disk and not reached
         raise FileNotFoundError(f'{repo_id} has no {filename}, and weights of other formats are not loaded: {e}') from e
 
 

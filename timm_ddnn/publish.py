@@ -1,13 +1,13 @@
 """Publication of shared weights, or of one depth, on the Hugging Face Hub; how they come back is in `hub.py`."""
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import timm
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+from huggingface_hub.errors import HTTPError
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -18,7 +18,7 @@ from .model_card import create_model_card
 __all__ = ['Publication', 'push_to_hub']
 
 # Pickle, in all its names, and what safetensors are replaced by: none of it stays beside the weights
-OTHER_WEIGHTS = ['*.bin', '*.pt', '*.pth', '*.pth.tar', '*.ckpt', '*.pkl', '*.pickle', '*.safetensors']
+OTHER_WEIGHTS = '.bin', '.pt', '.pth', '.pth.tar', '.ckpt', '.pkl', '.pickle', '.safetensors'
 
 
 class Publication(NamedTuple):
@@ -123,25 +123,35 @@ def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None
 
 def _upload(folder: Path, repo_id: str, files: dict[str, int], private: bool, revision: str | None) -> Publication:
     api = HfApi(library_name='timm-ddnn')
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    repo_id = url.repo_id
-    if revision:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    info = api.model_info(repo_id, revision=revision, files_metadata=True)
-    if _same(folder, files, info):
-        return Publication(str(url), info.sha, files)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        commit_message='Publish weights',
-        delete_patterns=OTHER_WEIGHTS,
-    )
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(url.repo_id, revision=revision, files_metadata=True)
+        others = _other_weights(info, files)
+        if not others and _same(folder, files, info):
+            return Publication(str(url), info.sha, files)
+        # one commit, where `upload_folder` may make several, and only if nobody else's came in between
+        add = [CommitOperationAdd(name, folder / name) for name in files]
+        commit = api.create_commit(
+            url.repo_id,
+            add + [CommitOperationDelete(name) for name in others],
+            commit_message='Publish weights',
+            revision=revision,
+            parent_commit=info.sha,
+        )
+    except (HTTPError, RuntimeError, ConnectionError) as e:
+        raise OSError(f'{repo_id} cannot be published: {e.__cause__ or e}') from e
     return Publication(str(url), commit.oid, files)
 
 
-def _same(folder: Path, files: dict[str, int], info: Any) -> bool:
-    """Whether a repository holds these files, and no weights besides."""
+def _other_weights(info: ModelInfo, files: dict[str, int]) -> list[str]:
+    names = [file.rfilename for file in info.siblings]
+    return [name for name in names if name not in files and name.endswith(OTHER_WEIGHTS)]
+
+
+def _same(folder: Path, files: dict[str, int], info: ModelInfo) -> bool:
+    """Whether a repository holds these very files."""
     there = {file.rfilename: file for file in info.siblings}
     for name in files:
         file = there.get(name)
@@ -150,5 +160,4 @@ def _same(folder: Path, files: dict[str, int], info: Any) -> bool:
         kind, expected = ('sha256', file.lfs.sha256) if file.lfs else ('git', file.blob_id)
         if file_sum(folder / name, kind) != expected:
             return False
-    endings = tuple(pattern.removeprefix('*') for pattern in OTHER_WEIGHTS)
-    return not [name for name in there if name not in files and os.path.basename(name).endswith(endings)]
+    return True

@@ -240,6 +240,11 @@ class SharedWeightsMixin:
         self._tie_affine()  # leaving the meta device replaces a parameter at every place where it is registered
         return self
 
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set the mode, as the parent's method."""
+        self._tie_affine()  # transformers replaces a parameter at one of its places only, and calls eval() after it
+        return super().train(mode)
+
     def expand_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Complete a state dict to all names of this model, those of shared tensors included.
 

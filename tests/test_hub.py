@@ -1,0 +1,457 @@
+"""Publishing on the Hub and loading from it: by the real client, against a server on 127.0.0.1."""
+import json
+import math
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import hub_server
+import pytest
+import timm
+import torch
+import yaml
+from hub_server import child
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import timm_ddnn
+from timm_ddnn import pretrained
+from timm_ddnn.hub import file_sum
+from timm_ddnn.main import main
+from timm_ddnn.report import count_costs, save_model
+
+hub = hub_server.hub  # the fixture
+NET = 'tests/net'
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+WEIGHTS = 'GET /storage/'  # its files are the large ones
+
+
+def make_model(name='ddnn_resnet20', channels=(4, 8, 16), seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = timm.create_model(name, channels=channels, num_classes=10, **kwargs).eval()
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            torch.nn.init.uniform_(tensor, 0.2, 1.0)
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    model.mark_trained(model.depths)
+    return model
+
+
+def save(model, folder, accuracies=True):
+    folder.mkdir()
+    rows = count_costs(model, (3, 32, 32))
+    if accuracies:
+        rows = [dict(row, top1=70.0 + i, top5=90.0 + i) for i, row in enumerate(rows)]
+    names = [f'class {i}' for i in range(10)]
+    save_model(model, folder, data_config=dict(input_size=(3, 32, 32)), class_names=names, rows=rows)
+    return folder
+
+
+def logits(model):
+    with torch.inference_mode():
+        return {d: model(IMAGES, depth=d) for d in model.depths}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save(make_model(), tmp_path / 'net')
+
+
+@pytest.fixture
+def published(hub, folder):
+    """A model on the Hub that was put there without the library's publication."""
+    hub.publish(NET, {name: (folder / name).read_bytes() for name in ('config.json', 'model.safetensors')})
+    return hub
+
+
+def run(hub, code, **env):
+    """Run code after the usual imports, in a process that takes `hub` for the Hub. -> its output"""
+    header = textwrap.dedent("""
+        import sys, timm, timm_ddnn, torch
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        def load(name, **kwargs):
+            return timm.create_model(name, pretrained=True, **kwargs).eval()
+        def failure(call, *args, **kwargs):
+            try:
+                call(*args, **kwargs)
+            except Exception as e:
+                print(type(e).__name__, ' '.join(str(e).split()))
+            else:
+                print('no error')
+    """)
+    result = child(hub, header + textwrap.dedent(code), timeout=280, OMP_NUM_THREADS='1', **env)
+    assert result.returncode == 0, result.stderr
+    assert hub.token not in result.stdout + result.stderr
+    return result
+
+
+def commits(hub, repo_id=NET):
+    return [r for r in hub.seen(f'POST /api/models/{repo_id}/commit') if r.status == 200]
+
+
+def test_what_is_published_loads_with_equal_logits_at_every_depth(hub, folder, tmp_path):
+    """Catches a file that is missing or differs, a second commit of the same content, a revision that is not kept."""
+    hub.publish(NET, {'pytorch_model.bin': b'0', 'notes.txt': b'1'})
+    other = save(make_model(seed=1), tmp_path / 'other')
+    result = run(hub, f"""
+        import json
+        dry = timm_ddnn.push_to_hub({str(folder)!r}, {NET!r}, dry_run=True)
+        first = timm_ddnn.push_to_hub({str(folder)!r}, {NET!r})
+        again = timm_ddnn.push_to_hub({str(folder)!r}, {NET!r})
+        second = timm_ddnn.push_to_hub({str(other)!r}, {NET!r})
+        branch = timm_ddnn.push_to_hub({str(folder)!r}, {NET!r}, revision='trial')
+        print(json.dumps([dry, first, again, second, branch]))
+    """, TMPDIR=tmp_path, PWD=tmp_path)
+    dry, first, again, second, _ = json.loads(result.stdout.splitlines()[-1])
+    assert dry[1] is None
+    assert first[1] == again[1] != second[1]
+    assert len(commits(hub)) == 3
+    files = {'README.md', 'accuracy.png', 'config.json', 'model.safetensors'}
+    assert set(first[2]) == set(dry[2]) == files
+    assert set(hub.repos[NET].resolve('main').files) == {*files, 'notes.txt', '.gitattributes'}
+
+    run(hub, f"""
+        for name in ({NET!r} + '@' + {first[1]!r}, {NET!r}, {NET!r} + '@trial'):
+            model = load('hf-hub:' + name)
+            with torch.inference_mode():
+                out = {{d: model(images, depth=d) for d in model.depths}}
+            torch.save([out, model.trained_depths], {str(tmp_path)!r} + '/' + name[-3:] + '.pt')
+    """, HF_HOME=tmp_path / 'empty')
+    for name, seed in ((first[1][-3:], 0), (NET[-3:], 1), ('ial', 0)):
+        out, trained = torch.load(tmp_path / f'{name}.pt')
+        expected = logits(make_model(seed=seed))
+        assert trained == tuple(expected) == (20, 14, 8)
+        assert all(torch.equal(out[d], expected[d]) for d in expected)
+        assert not torch.equal(out[20], out[8])
+
+
+def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkeypatch, capsys):
+    """Catches metadata that is missing, a table without a depth, a picture that is none, files that are not shown."""
+    monkeypatch.chdir(tmp_path)
+    summary = {
+        'arguments': {'dataset': 'uoft-cs/cifar10', 'epochs': 3, 'alpha': 0.3}, 'validation_images': 1000,
+        'training_images': 5000, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': []}, 'versions': {'torch': '2'},
+        'mixed_precision': 'bf16',
+    }
+    (folder / 'summary.json').write_text(json.dumps(summary))
+    main(['push', str(folder), 'me/net', '--dry-run'])
+    shown = capsys.readouterr().out
+    target = tmp_path / 'hub' / 'me--net'
+    assert str(target.relative_to(tmp_path)) in shown
+    assert {path.name for path in target.iterdir()} == {'README.md', 'accuracy.png', 'config.json', 'model.safetensors'}
+    for path in target.iterdir():
+        assert re.search(rf'{re.escape(path.name)} .* {path.stat().st_size:,} ', shown)
+
+    _, metadata, card = (target / 'README.md').read_text().split('---\n', 2)
+    metadata = yaml.safe_load(metadata)
+    assert metadata['library_name'] == 'timm'
+    assert metadata['datasets'] == ['uoft-cs/cifar10']
+    assert metadata['license'] == 'apache-2.0'
+    results = metadata['model-index'][0]['results']
+    assert [result['metrics'][0]['value'] for result in results] == [70.0, 71.0, 72.0]
+    assert all(f'depth {d}' in result['task']['name'] for d, result in zip((20, 14, 8), results, strict=True))
+    assert all(re.search(rf'\| {d} \| .* \| {top1:.2f} \|', card) for d, top1 in ((20, 70), (14, 71), (8, 72)))
+    assert 'import timm_ddnn' in card
+    assert 'Unknown model' in card
+    assert 'embedded knowledge distillation' in card
+    assert file_sum(target / 'model.safetensors') in card
+    assert Image.open(target / 'accuracy.png').format == 'PNG'
+
+    config = json.loads((target / 'config.json').read_text())
+    assert config['weights_sha256'] == file_sum(target / 'model.safetensors')
+    assert [row['top1'] for row in config['depths']] == [70.0, 71.0, 72.0]
+    assert config['label_names'] == [f'class {i}' for i in range(10)]
+    assert config['model_args']['channels'] == [4, 8, 16]
+
+
+def test_one_depth_is_a_stock_timm_repository(hub, tmp_path):
+    """Catches a repository that needs this library, or holds the weights of another depth."""
+    model = make_model('ddnn_resnet18', channels=(8, 8, 16, 16))
+    folder = save(model, tmp_path / 'net')
+    run(hub, f'print(timm_ddnn.push_to_hub({str(folder)!r}, "tests/resnet10", depth=10))')
+    result = child(hub, textwrap.dedent(f"""
+        import sys, timm, torch
+        model = timm.create_model('hf-hub:tests/resnet10', pretrained=True).eval()
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            torch.save(model(images), {str(tmp_path / "out.pt")!r})
+        print(type(model).__module__, 'timm_ddnn' in sys.modules, model.pretrained_cfg['architecture'])
+    """), timeout=280, HF_HOME=tmp_path / 'empty')
+    assert result.stdout.split()[:2] == ['timm.models.resnet', 'False'], result.stderr
+    assert torch.equal(torch.load(tmp_path / 'out.pt'), logits(model)[10])
+
+
+@pytest.mark.slow
+def test_transformers_run_what_is_published(hub, folder, tmp_path):
+    """Catches a config.json that timm reads and the TimmWrapper of transformers does not."""
+    pytest.importorskip('transformers')
+    Image.new('RGB', (40, 40), (200, 30, 90)).save(tmp_path / 'photo.png')
+    result = run(hub, f"""
+        from PIL import Image
+        from transformers import AutoModelForImageClassification, pipeline
+        timm_ddnn.push_to_hub({str(folder)!r}, {NET!r})
+        photo = Image.open({str(tmp_path / 'photo.png')!r})
+        model = load('hf-hub:{NET}')
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        expected = model(transform(photo)[None]).softmax(-1)[0]
+        best = pipeline('image-classification', model={NET!r})(photo)[0]
+        print(best['label'] == f'class {{expected.argmax()}}', abs(best['score'] - expected.max().item()) < 1e-5)
+        wrapped = AutoModelForImageClassification.from_pretrained({NET!r}).eval()
+        print(all(torch.equal(wrapped.timm_model(images, depth=d), model(images, depth=d)) for d in model.depths))
+    """)
+    assert result.stdout.split() == ['True'] * 3
+
+
+def test_interrupted_publication_leaves_the_old_revision_whole(published, tmp_path):
+    """Catches a publication in several commits."""
+    before = published.repos[NET].resolve('main').files
+    other = save(make_model(seed=1), tmp_path / 'other')
+    published.fail(f'POST /api/models/{NET}/commit', 500, times=math.inf)
+    result = run(published, f'failure(timm_ddnn.push_to_hub, {str(other)!r}, {NET!r})')
+    assert '500' in result.stdout
+    assert published.repos[NET].resolve('main').files == before
+
+
+def test_a_flipped_byte_is_caught_named_and_fetched_again(published, tmp_path):
+    """Catches damage on the way or in the cache that loads, and damage that stays in the cache."""
+    published.flip(WEIGHTS, at=5000)
+    result = run(published, f"""
+        import os
+        from pathlib import Path
+        model = load('hf-hub:{NET}')
+        torch.save(model(images), {str(tmp_path / "first.pt")!r})
+        blob, = [p for p in Path(os.environ['HF_HOME']).glob('hub/*/blobs/*') if p.stat().st_size > 10_000]
+        content = bytearray(blob.read_bytes())
+        content[9000] ^= 1
+        blob.write_bytes(content)
+        torch.save(load('hf-hub:{NET}')(images), {str(tmp_path / "second.pt")!r})
+    """)
+    assert result.stderr.count(f'model.safetensors of {NET} is damaged') == 2
+    expected = logits(make_model())[20]
+    for name in ('first', 'second'):
+        assert torch.equal(torch.load(tmp_path / f'{name}.pt'), expected)
+
+    published.flip(WEIGHTS, at=5000, times=math.inf)
+    result = run(published, f"""
+        import os
+        from pathlib import Path
+        failure(load, 'hf-hub:{NET}')
+        print(len([p for p in Path(os.environ['HF_HOME']).glob('hub/*/blobs/*') if p.stat().st_size > 10_000]))
+    """, HF_HOME=tmp_path / 'other')
+    message, left = result.stdout.splitlines()
+    assert message.startswith(f'OSError model.safetensors of {NET} came damaged twice')
+    assert left == '0'
+
+
+def test_a_hash_that_is_not_the_published_one_is_caught(published, folder):
+    """Catches weights that the server holds and announces, and that are not those which were published."""
+    weights = load_file(folder / 'model.safetensors')
+    weights['fc.bias'] += 1
+    save_file(weights, folder / 'model.safetensors')
+    published.publish(NET, {'model.safetensors': (folder / 'model.safetensors').read_bytes()})
+    result = run(published, f"failure(load, 'hf-hub:{NET}')")
+    assert result.stdout.startswith(f'OSError model.safetensors of {NET} came damaged twice')
+
+
+def test_offline(published, tmp_path):
+    """Catches a load that asks the network for what the cache has, and an error that does not say what is missing."""
+    run(published, f"load('hf-hub:{NET}')")
+    requests = len(published.requests)
+    result = run(published, f"""
+        import os
+        from pathlib import Path
+        torch.save(load('hf-hub:{NET}')(images), {str(tmp_path / "out.pt")!r})
+        failure(load, 'hf-hub:tests/other')
+        blob, = [p for p in Path(os.environ['HF_HOME']).glob('hub/*/blobs/*') if p.stat().st_size > 10_000]
+        content = bytearray(blob.read_bytes())
+        content[9000] ^= 1
+        blob.write_bytes(content)
+        failure(load, 'hf-hub:{NET}')
+    """, HF_HUB_OFFLINE='1')
+    assert torch.equal(torch.load(tmp_path / 'out.pt'), logits(make_model())[20])
+    missing, damaged = result.stdout.splitlines()
+    assert missing.startswith('LocalEntryNotFoundError')
+    assert re.match(r'OSError model.safetensors .* is damaged .* HF_HUB_OFFLINE is set', damaged)
+    assert len(published.requests) == requests
+
+
+def test_errors_of_the_network_and_of_access(published, folder):
+    """Catches a load that gives up on what passes, and messages that do not name what is wrong, or name the token."""
+    size = (folder / 'model.safetensors').stat().st_size
+    published.cut(WEIGHTS, after=size // 2)
+    published.fail('(GET|HEAD) .*model.safetensors', 429, retry_after=1)
+    published.fail('(GET|HEAD) .*model.safetensors', 503)
+    published.publish('tests/private', {'config.json': b'{}'}, private=True)
+    result = run(published, f"""
+        model = load('hf-hub:{NET}')
+        print(model.depths)
+        failure(load, 'hf-hub:tests/missing')
+        failure(load, 'hf-hub:{NET}@nowhere')
+    """)
+    first, missing, revision = result.stdout.splitlines()
+    assert first == '(20, 14, 8)'
+    assert 'tests/missing' in missing
+    assert 'nowhere' in revision
+    for token in ('hf_wrong', None):
+        result = run(published, "failure(load, 'hf-hub:tests/private')", HF_TOKEN=token)
+        assert 'tests/private' in result.stdout
+        assert 'hf_wrong' not in result.stdout + result.stderr
+
+
+def test_two_downloads_at_once(published, tmp_path):
+    """Catches processes that spoil each other's file in the cache."""
+    published.slow(WEIGHTS, seconds=2, at=3000, times=2)
+    code = f"""
+import timm, timm_ddnn, torch
+images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+model = timm.create_model('hf-hub:{NET}', pretrained=True).eval()
+with torch.inference_mode():
+    print(model(images, depth=8).sum().item())
+"""
+    script = tmp_path / 'load.py'
+    script.write_text(code)
+    both = f"""
+import subprocess, sys
+processes = [subprocess.Popen([sys.executable, {str(script)!r}], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+for process in processes:
+    print(process.communicate()[0].strip(), process.returncode)
+"""
+    result = child(published, both, timeout=280, OMP_NUM_THREADS='1')
+    expected = logits(make_model())[8].sum().item()
+    assert [line.split() for line in result.stdout.splitlines()] == [[str(expected), '0']] * 2, result.stderr
+
+
+def test_pickle_is_never_loaded(hub, folder, tmp_path):
+    """Catches weights from pickle, beside safetensors or in their place, from the Hub or from a folder."""
+    trap, mark = tmp_path / 'trap.bin', tmp_path / 'mark'
+    code = f'import pathlib; pathlib.Path({str(mark)!r}).touch()'
+    trap.write_bytes(b'c' + b'builtins\nexec\n(V' + code.encode() + b'\ntR.')
+    subprocess.run([sys.executable, '-c', f'import pickle; pickle.load(open({str(trap)!r}, "rb"))'], check=True)
+    mark.unlink()  # it works
+    config = (folder / 'config.json').read_bytes()
+    hub.publish('tests/pickle', {'config.json': config, 'pytorch_model.bin': trap.read_bytes()})
+    both = {'pytorch_model.bin': trap.read_bytes(), 'model.safetensors': (folder / 'model.safetensors').read_bytes()}
+    hub.publish('tests/both', {'config.json': config, **both})
+    (tmp_path / 'local').mkdir()
+    (tmp_path / 'local' / 'config.json').write_bytes(config)
+    (tmp_path / 'local' / 'pytorch_model.bin').write_bytes(trap.read_bytes())
+    result = run(hub, f"""
+        failure(load, 'hf-hub:tests/pickle')
+        failure(load, 'local-dir:{tmp_path / "local"}')
+        print(load('hf-hub:tests/both').depths)
+    """)
+    remote, local, depths = result.stdout.splitlines()
+    assert 'tests/pickle has no model.safetensors' in remote
+    assert local.startswith('FileNotFoundError weights must be in model.safetensors')
+    assert depths == '(20, 14, 8)'
+    assert not mark.exists()
+    assert not hub.seen(r'pytorch_model\.bin')
+
+
+def change(folder, **changes):
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        *parents, last = name.split('__')
+        part = config
+        for parent in parents:
+            part = part[parent]
+        part[last] = value
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(model_args__layers=[10 ** 9, 1, 1]), 'layers in config.json must be at most 1000000, got 1000000000'),
+    (dict(model_args__layers=[900, 900, 900]), 'must be of at most 1000 blocks'),
+    (dict(model_args__layers=[1] * 10_000), 'at most 1000 entries, got 10000'),
+    (dict(model_args__layers='many'), "numbers of blocks per stage, got 'many'"),
+    (dict(model_args__layers=[3, 3]), 'make no DynamicDepthCifarResNet: layers and channels must be of three stages'),
+    (dict(model_args__subnets=[[9, 9, 9]]), 'blocks of a sub-net must be 3 integers'),
+    (dict(model_args__channels=[4, 8, 900_000]), r'at most \d+ values, got \d+, the weights hold \d+'),
+    (dict(model_args__global_pool='x'), 'make no DynamicDepthCifarResNet'),
+    (dict(model_args__surprise=1), 'surprise'),
+    (dict(pretrained_cfg__hf_hub_filename='../../other.bin'), "got hf_hub_filename='../../other.bin'"),
+    (dict(pretrained_cfg__url='http://127.0.0.1/x.pth'), "got url='http://127.0.0.1/x.pth'"),
+    (dict(pretrained_cfg__custom_load=True), 'got custom_load=True'),
+    (dict(pretrained_cfg__surprise=1), r"got \['surprise'\]"),
+    (dict(pretrained_cfg__input_size=[3, 32]), r'input_size .* got \(3, 32\)'),
+    (dict(pretrained_cfg__mean=['a', 'b', 'c']), 'mean in config.json must be 3 numbers'),
+    (dict(num_classes='ten'), "num_classes .* got 'ten'"),
+    (dict(weights_sha256=5), "weights_sha256 in .* must be 64 hexadecimal digits, got '5'"),
+])
+def test_a_strangers_configuration_is_refused_before_anything_is_built(folder, monkeypatch, changes, message):
+    """Catches a configuration that takes memory or reads other files, and errors that do not say what is wrong."""
+    change(folder, **changes)
+    built = []
+
+    class Watched(timm_ddnn.DynamicDepthCifarResNet):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            built.append(kwargs.get('device'))
+
+    Watched.__name__ = 'DynamicDepthCifarResNet'
+    monkeypatch.setattr('timm_ddnn.ddnn_resnet.DynamicDepthCifarResNet', Watched)
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert set(built) <= {'meta'}
+
+
+def test_a_configuration_without_weights_is_limited_too(folder, monkeypatch):
+    """Catches a check that only weights set off."""
+    monkeypatch.setattr(pretrained, 'MAX_PARAMETERS', 1_000)
+    with pytest.raises(ValueError, match='a model of at most 1000 values, got'):
+        timm.create_model(f'local-dir:{folder}')
+
+
+def test_weights_that_do_not_fit_are_named(folder):
+    """Catches an error that does not say which tensor differs."""
+    change(folder, model_args__channels=[4, 8, 32])
+    with pytest.raises(RuntimeError, match=r'layer3\.0\.conv1\.weight'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+
+def test_damaged_weights_in_a_folder_are_refused(folder):
+    """Catches weights in a folder that nobody compares with the sum in config.json."""
+    content = bytearray((folder / 'model.safetensors').read_bytes())
+    content[-1] ^= 1
+    (folder / 'model.safetensors').write_bytes(content)
+    with pytest.raises(OSError, match=r'model\.safetensors is damaged: SHA-256 .* as config\.json says'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+
+def test_a_saved_model_adapts_to_other_classes_and_channels(folder):
+    """Catches checks of sizes that refuse what timm adapts."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=1000, in_chans=1)
+    assert model(torch.zeros(1, 1, 32, 32), depth=8).shape == (1, 1000)
+    assert torch.equal(model.layer2[0].conv1.weight, make_model().layer2[0].conv1.weight)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['nowhere', 'me/net'], 'must be a model or the output folder of a run, which nowhere is not'),
+    (['{folder}', 'net'], "repo_id must be 'owner/name', got 'net'"),
+    (['{folder}', 'me/net', '--depth', '9'], 'depth must be of (20, 14, 8)'),
+])
+def test_wrong_arguments_of_push_are_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):
+    """Catches tracebacks, and files that are left behind."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        main(['push', *(argument.format(folder=folder) for argument in arguments), '--dry-run'])
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not Path('hub').exists()
+
+
+def test_depths_that_are_not_trained_are_not_published(tmp_path, monkeypatch):
+    """Catches statistics that are copies of the full-net's, published as a model."""
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    model.add_subnet((3, 2, 2))
+    with pytest.raises(ValueError, match=r'depths \[.*\] are not trained'):
+        timm_ddnn.push_to_hub(model, 'me/net', dry_run=True)
+    assert timm_ddnn.push_to_hub(model, 'me/net', depth=8, dry_run=True).files.keys() >= {'model.safetensors'}
