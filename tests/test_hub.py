@@ -98,14 +98,15 @@ def test_what_is_published_loads_with_equal_logits_at_every_depth(hub, folder, t
     hub.publish(NET, {'pytorch_model.bin': b'0', 'notes.txt': b'1'})
     other = save(make_model(seed=1), tmp_path / 'other')
     result = run(hub, f"""
-        import json
+        import json, os
+        os.chdir({str(tmp_path)!r})
         dry = timm_ddnn.push_to_hub({str(folder)!r}, {NET!r}, dry_run=True)
         first = timm_ddnn.push_to_hub({str(folder)!r}, {NET!r})
         again = timm_ddnn.push_to_hub({str(folder)!r}, {NET!r})
         second = timm_ddnn.push_to_hub({str(other)!r}, {NET!r})
         branch = timm_ddnn.push_to_hub({str(folder)!r}, {NET!r}, revision='trial')
         print(json.dumps([dry, first, again, second, branch]))
-    """, TMPDIR=tmp_path, PWD=tmp_path)
+    """)
     dry, first, again, second, _ = json.loads(result.stdout.splitlines()[-1])
     assert dry[1] is None
     assert first[1] == again[1] != second[1]
@@ -140,7 +141,7 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     (folder / 'summary.json').write_text(json.dumps(summary))
     main(['push', str(folder), 'me/net', '--dry-run'])
     shown = capsys.readouterr().out
-    target = tmp_path / 'hub' / 'me--net'
+    target = tmp_path / 'output' / 'hub' / 'me--net'
     assert str(target.relative_to(tmp_path)) in shown
     assert {path.name for path in target.iterdir()} == {'README.md', 'accuracy.png', 'config.json', 'model.safetensors'}
     for path in target.iterdir():
@@ -444,7 +445,7 @@ def test_wrong_arguments_of_push_are_one_line(folder, tmp_path, monkeypatch, cap
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
-    assert not Path('hub').exists()
+    assert not Path('output').exists()
 
 
 def test_depths_that_are_not_trained_are_not_published(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def push_to_hub(
             it). All depths if None.
         private: Whether a repository that is created is private.
         revision: Branch, created if there is none. The default branch if None.
-        dry_run: Whether to write the files into a folder `hub/owner--name` and send nothing.
+        dry_run: Whether to write the files into a folder `output/hub/owner--name` and send nothing.
 
     Raises:
         ValueError: If the source is no dynamic-depth model, the model has no such depth, or a depth was not trained.
@@ -70,8 +70,8 @@ def push_to_hub(
         _write_files(source, repo_id, depth, folder)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         if dry_run:
-            target = Path('hub') / repo_id.replace('/', '--')
-            target.parent.mkdir(exist_ok=True)
+            target = Path('output') / 'hub' / repo_id.replace('/', '--')
+            target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 shutil.rmtree(target)
             shutil.copytree(folder, target)

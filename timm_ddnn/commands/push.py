@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--depth', type=int, help='publish the plain net of this depth alone')
     parser.add_argument('--private', action='store_true', help='create a private repository')
     parser.add_argument('--revision', help='branch, created if there is none')
-    parser.add_argument('--dry-run', action='store_true', help='write the files to the folder hub/, send nothing')
+    parser.add_argument('--dry-run', action='store_true', help='write the files into output/hub/, send nothing')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
