@@ -1,4 +1,6 @@
 """Dynamic-depth ResNets: the classes, their default configurations and their entrypoints in timm's registry."""
+import json
+from pathlib import Path
 from typing import Any
 
 from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
@@ -7,6 +9,7 @@ from torch import nn
 
 from .cifar_resnet import CIFAR_FEATURES, CifarResNet, cifar_cfg
 from .dynamic_depth import DynamicDepthMixin
+from .hub import ORGANIZATION
 from .pretrained import build_model
 
 __all__ = ['DynamicDepthCifarResNet', 'DynamicDepthResNet']
@@ -23,10 +26,37 @@ class DynamicDepthCifarResNet(DynamicDepthMixin, CifarResNet):
     plain_prefix = 'cifar_'
 
 
-# Each of timm's weights makes a full-net; the first tag of an architecture is the one that timm takes by default.
+# Weights that come with this library, a folder MODEL.TAG each; large ones are on the Hub, and here is what they are.
+WEIGHTS = Path(__file__).with_name('weights')
+
+
+def read_weights_cfgs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the pretrained configurations of weights in MODEL.TAG/config.json.
+
+    They lie beside it in model.safetensors, or else on the Hub in the repository MODEL.TAG of this library's
+    organization, at the commit that config.json names under 'revision'.
+
+    Args:
+        folder: Folder of the folders.
+    """
+    cfgs = {}
+    for path in sorted(folder.glob('*/config.json')):
+        config = json.loads(path.read_text())
+        cfg = dict(config['pretrained_cfg'], num_classes=config['num_classes'], label_names=config['label_names'])
+        if (path.parent / 'model.safetensors').exists():
+            cfg |= {'source': 'local-dir', 'file': str(path.parent)}
+        else:
+            cfg['hf_hub_id'] = f'{ORGANIZATION}/{path.parent.name}@{config["revision"]}'
+        cfgs[path.parent.name] = cfg
+    return cfgs
+
+
+# The first tag of an architecture with weights is the one that timm takes by default. Each of timm's weights makes a
+# full-net, whose sub-nets are to be trained.
 _IMAGENET_MODELS = (
     'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet50d', 'seresnet50', 'resnext50_32x4d')
 default_cfgs = generate_default_cfgs({
+    **read_weights_cfgs(WEIGHTS),
     **{f'ddnn_{cfg.architecture}.{cfg.tag}': cfg for cfg in map(get_pretrained_cfg, _IMAGENET_MODELS)},
     **{f'ddnn_resnet{depth}': cifar_cfg() for depth in (20, 32, 44, 56, 110)},
 })
