@@ -1,0 +1,93 @@
+"""The examples run offline and show what they say."""
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+from conftest import create
+from PIL import Image
+from training import ROOT
+
+from timm_ddnn.report import save_model
+
+CONFIG = dict(
+    input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, crop_mode='center')
+NAMES = [f'animal {i}' for i in range(10)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder of a model whose depths differ; the random state comes back after the test."""
+    model = create('ddnn_resnet20', channels=(4, 8, 16))
+    model.mark_trained(model.depths)
+    (tmp_path / 'model').mkdir()
+    save_model(model, tmp_path / 'model', data_config=CONFIG, class_names=NAMES, rows=[])
+    monkeypatch.setenv('MPLBACKEND', 'agg')
+    with torch.random.fork_rng():
+        yield tmp_path
+
+
+def run(monkeypatch, name, *args):
+    monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
+    return runpy.run_path(str(ROOT / 'examples' / name), run_name='__main__')
+
+
+def test_photograph(folder, monkeypatch, capsys):
+    """Catches an example that does not run, a table of another depth, and a picture that is none."""
+    picture = folder / 'picture.png'
+    args = ['--model', f'local-dir:{folder / "model"}', '--output', picture, '--repeats', 2]
+    names = run(monkeypatch, 'photograph.py', *args)
+    printed = capsys.readouterr().out
+    assert 'has depths (20, 14, 8), trained are (20, 14, 8); 10 classes' in printed
+    table = {line[:8]: line[8:].split() for line in printed.splitlines() if line.startswith('animal ')}
+    assert len(table) == 5
+    answers = set()
+    for column, depth in enumerate((20, 14, 8)):
+        with torch.no_grad():
+            expected = names['model'].extract(depth)(names['image']).softmax(-1)[0]
+        for name, values in table.items():
+            assert abs(float(values[column]) - 100 * expected[NAMES.index(name)].item()) < 0.06
+        answers.add(tuple(expected.tolist()))
+    assert len(answers) == 3
+    assert len(re.findall(r'depth \d+: \d+\.\d ms', printed)) == 3
+    with Image.open(picture) as image:
+        assert image.format == 'PNG' and image.width > 500 and len(image.convert('RGB').getcolors(10 ** 7)) > 1000
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (['none.jpg'], 'none.jpg'),
+    (['--output', 'none/picture.png'], 'none/picture.png'),
+    (['--model', 'resnet50'], 'must be a dynamic-depth model'),
+    (['--repeats', '0'], 'must be an integer of at least 1'),
+])
+def test_photograph_with_wrong_input(args, message, folder, monkeypatch, capsys):
+    """Catches a traceback in the place of one line."""
+    with pytest.raises(SystemExit) as error:
+        run(monkeypatch, 'photograph.py', '--model', f'local-dir:{folder / "model"}', '--repeats', 1, *args)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_feature_pyramid(folder, monkeypatch, capsys):
+    """Catches maps of other strides than a detector is built for, and training that does not lower the loss."""
+    run(monkeypatch, 'feature_pyramid.py', '--model', 'ddnn_resnet18', '--depth', 10, '--steps', 11)
+    printed = capsys.readouterr().out
+    assert re.findall(r'stride (\d+): (.*)', printed) == [
+        ('8', '[1, 128, 16, 24]'), ('16', '[1, 256, 8, 12]'), ('32', '[1, 512, 4, 6]')]
+    losses = [float(loss) for loss in re.findall(r'loss (\S+)', printed)]
+    assert len(losses) == 2 and losses[1] < 0.7 * losses[0]
+    assert re.search(r'overlaps the flower by \d+ % on average', printed)
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (['--depth', '17'], 'depth must be of (34, 18, 10)'),
+    (['--model', 'resnet18'], "invalid choice: 'resnet18'"),
+    (['--steps', '0'], 'must be an integer of at least 1'),
+])
+def test_feature_pyramid_with_wrong_input(args, message, folder, monkeypatch, capsys):
+    """Catches a traceback in the place of one line."""
+    with pytest.raises(SystemExit) as error:
+        run(monkeypatch, 'feature_pyramid.py', *args)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
