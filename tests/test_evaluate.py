@@ -1,0 +1,358 @@
+"""`timm-ddnn evaluate`: metrics against plain loops, the cascade against the model, files, messages, exit statuses."""
+import json
+import logging
+import math
+import shutil
+
+import pytest
+import timm
+import torch
+from conftest import create, images
+from PIL import Image
+from timm.data import create_transform, resolve_input_data_config
+from torchmetrics.classification import MulticlassCalibrationError
+from training import FAST, read, run
+
+from timm_ddnn.analysis import calibration_bins, class_rows, depth_metrics, predict, split_images
+from timm_ddnn.cascade import Cascade
+from timm_ddnn.commands import evaluate as command
+from timm_ddnn.data import load_image_data
+from timm_ddnn.images import Images
+from timm_ddnn.main import main
+
+DEPTHS = (14, 8)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A model of depths 14 and 8 that has learned something of digits, and not all."""
+    output = tmp_path_factory.mktemp('evaluate') / 'trained'
+    run(*FAST, '--epochs', '2', '--in-memory', '--output', output)
+    return output
+
+
+@pytest.fixture(scope='module')
+def digits(folder):
+    """The model, and all images and labels of the validation split."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval().to(memory_format=torch.channels_last)
+    data = Images(load_image_data('digits'), 'validation', create_transform(**resolve_input_data_config(model)))
+    pairs = [data[0, i] for i in range(len(data))]
+    return model, torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+
+@pytest.fixture(scope='module')
+def logits(digits):
+    model, x, _ = digits
+    with torch.no_grad():  # in the command's batches: a threshold is the confidence of an image, to the last bit
+        return {depth: torch.cat([model(part, depth=depth) for part in x.split(64)]) for depth in model.depths}
+
+
+def probabilities(z):
+    most = max(z)
+    total = sum(math.exp(value - most) for value in z)
+    return [math.exp(value - most) / total for value in z]
+
+
+def expected_metrics(logits, full, labels):
+    """The metrics of one depth, image by image."""
+    hits = top5 = equal = 0
+    bins = [[] for _ in range(15)]
+    for z, z0, label in zip(logits.tolist(), full.tolist(), labels.tolist(), strict=True):
+        best = sorted(range(len(z)), key=lambda c: -z[c])
+        hits += best[0] == label
+        top5 += label in best[:5]
+        equal += best[0] == max(range(len(z0)), key=lambda c: z0[c])
+        sureness = max(probabilities(z))
+        place = next(m for m in range(15) if sureness <= (m + 1) / 15 or m == 14)
+        bins[place].append((sureness, best[0] == label))
+    error = sum(abs(sum(hit for _, hit in b) - sum(sure for sure, _ in b)) for b in bins)
+    count = len(labels)
+    return {'top1': 100 * hits / count, 'top5': 100 * top5 / count, 'ece': 100 * error / count,
+            'agreement': 100 * equal / count}
+
+
+def invoke(capsys, *args):
+    """Run the command: its exit status, stdout and stderr."""
+    status = 0
+    try:
+        main(['evaluate', *map(str, args)])
+    except SystemExit as e:
+        status = e.code
+    return status, *capsys.readouterr()
+
+
+# Metrics
+
+def test_metrics_are_those_of_plain_loops(small):
+    """Catches a wrong metric, depths mixed up, and images at the edges of batches left out."""
+    x, labels = images(small, batch=50), torch.randint(10, (50,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        small.fc.weight.mul_(10)
+        logits = {depth: small(x, depth=depth) for depth in small.depths}
+    batches = zip(x.split(16), labels.split(16), strict=True)
+    rows = depth_metrics(predict(small.train(), batches))
+    assert not small.training
+    assert [row['depth'] for row in rows] == [20, 14, 8]
+    assert rows[0]['agreement'] == 100 > rows[2]['agreement']
+    for row in rows:
+        expected = expected_metrics(logits[row['depth']], logits[20], labels)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+
+
+def test_one_pass_for_all_depths(small):
+    """Catches a pass per depth: what depths share must run once."""
+    stems = []
+    small.conv1.register_forward_hook(lambda *_: stems.append(1))
+    predict(small, [(images(small, batch=3), torch.zeros(3, dtype=torch.long))] * 2)
+    assert len(stems) == 2
+
+
+def test_top5_of_few_classes():
+    """Catches an error where there are fewer than five classes: then the label is always among the best."""
+    model = create('ddnn_resnet20', num_classes=3)
+    rows = depth_metrics(predict(model, [(images(model, batch=8), torch.zeros(8, dtype=torch.long))]))
+    assert [row['top5'] for row in rows] == [100, 100, 100]
+
+
+def test_calibration_error_is_that_of_torchmetrics():
+    """Catches bins, weights or signs that differ from the usual ones."""
+    logits = torch.randn(500, 10, generator=torch.Generator().manual_seed(0)) * 2
+    labels = (logits + 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(1))).argmax(-1)
+    sure, classes = logits.softmax(-1).max(-1)
+    bins = calibration_bins(sure, classes == labels)
+    error = sum(n * abs(a - c) for n, c, a in zip(*bins.values(), strict=True) if n) / 500
+    expected = MulticlassCalibrationError(10, n_bins=15)(logits.softmax(-1), labels).item()
+    assert error == pytest.approx(expected, abs=1e-5)
+    assert error > 0.01
+
+
+def test_confidences_on_edges_fall_into_the_bin_below():
+    """Catches a bin of its own for a confidence of 1, which nets that are sure of all reach, and an index beyond."""
+    sure = torch.tensor([1.0, 0.95, 1.0, 0.2], dtype=torch.float64)
+    bins = calibration_bins(sure, torch.tensor([True, True, False, False]))
+    assert bins['images'] == [0, 0, 1] + [0] * 11 + [3]
+    assert bins['confidence'][14] == pytest.approx(2.95 / 3)
+    assert bins['accuracy'][14] == pytest.approx(2 / 3)
+    assert bins['accuracy'][0] is None
+
+
+def test_metrics_of_a_diverged_model_are_refused(small):
+    """Catches accuracies of a model whose logits are not numbers."""
+    with torch.no_grad():
+        small.subnets['8'].layer3[0].bn1.running_var.fill_(math.nan)
+    with pytest.raises(ValueError, match='logits at depth 8 that are not finite'):
+        predict(small, [(images(small), torch.tensor([0, 1]))])
+
+
+def test_classes(small):
+    """Catches hits counted for another class, and a division by zero where a class has no image."""
+    x, labels = images(small, batch=30), torch.arange(30) % 9
+    predictions = predict(small, [(x, labels)])
+    names = [f'class {i}' for i in range(10)]
+    rows = class_rows(predictions, names)
+    assert [row['class'] for row in rows] == names
+    assert rows[9] == {'class': 'class 9', 'images': 0, 'top1_20': None, 'top1_14': None, 'top1_8': None}
+    for label, row in enumerate(rows[:9]):
+        for i, depth in enumerate(small.depths):
+            mine = [n for n in range(30) if labels[n] == label]
+            hits = sum(int(predictions.classes[i][n]) == label for n in mine)
+            assert row['images'] == len(mine)
+            assert row[f'top1_{depth}'] == pytest.approx(100 * hits / len(mine), abs=1e-3)
+
+
+def test_halves_are_always_the_same_and_apart():
+    """Catches a threshold that is reported on the images it was chosen on, and halves sorted by class."""
+    held_out, reported = split_images(100, 0.3)
+    assert len(held_out) == 30
+    assert sorted([*held_out.tolist(), *reported.tolist()]) == list(range(100))
+    assert torch.equal(split_images(100, 0.3)[0], held_out)
+    assert 20 < held_out.double().mean() < 80
+    for share in (0.001, 1.0):
+        with pytest.raises(ValueError, match='some in both parts of 100, got'):
+            split_images(100, share)
+
+
+# The command
+
+def test_accuracies_are_those_of_the_training_script(folder, tmp_path):
+    """Catches other images, another normalization or another precision than that of the training script."""
+    run('--evaluate', '--pretrained', '--model', f'local-dir:{folder}', '--output', tmp_path, '-j', '0')
+    result = command.evaluate_model(str(folder), 'digits')
+    keys = ('depth', 'blocks', 'parameters', 'macs', 'top1', 'top5')
+    assert [{key: row[key] for key in keys} for row in result['depths']] == read(tmp_path, 'evaluation.json')['depths']
+    assert result['images'] == 360
+    assert len({row['top1'] for row in result['depths']}) == 2
+
+
+def test_command(folder, logits, digits, tmp_path, capsys):
+    """Catches numbers in the file that are not those of the model, files that others cannot read, and lost lines."""
+    output = tmp_path / 'new' / 'folder'
+    status, out, err = invoke(
+        capsys, folder, '--data', 'digits', '-j', 0, '--per-class', '--json', '--output', output)
+    assert status == 0 and 'error' not in err
+    result = json.loads(out)
+    assert result == read(output, 'evaluation.json')
+    assert sorted(path.name for path in output.iterdir()) == ['evaluation.json', 'evaluation.png']
+    with Image.open(output / 'evaluation.png') as picture:
+        assert picture.format == 'PNG'
+        assert len(picture.convert('L').getcolors()) > 10
+    for row in result['depths']:
+        expected = expected_metrics(logits[row['depth']], logits[14], digits[2])
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+    assert sum(row['images'] for row in result['per_class']) == result['images'] == 360
+    for i, depth in enumerate(DEPTHS):
+        total = sum(row['images'] * row[f'top1_{depth}'] for row in result['per_class'])
+        assert total / 360 == pytest.approx(result['depths'][i]['top1'], abs=1e-3)
+    assert result['cascade'] is None
+    assert result['versions']['timm'] == timm.__version__
+
+    status, out, err = invoke(capsys, folder, '--data', 'digits', '-j', 0, '--output', output)
+    assert status == 0 and 'error' not in err
+    assert '360 images' in out
+    for row in result['depths']:
+        assert f'{row["top1"]:.2f}' in out and f'{row["ece"]:.2f}' in out
+    assert out.splitlines()[-1] == f'{output}: evaluation.json evaluation.png'
+    assert 'by class' not in out
+
+
+@pytest.mark.parametrize('wish', [[], ['--target-top1', '60'], ['--budget-macs', '2.2e6'], ['--threshold', '0.5']])
+def test_cascade(folder, logits, digits, tmp_path, capsys, wish):
+    """Catches a threshold chosen on the wrong images or by the wrong rule, and a result that is not the cascade's."""
+    status, out, err = invoke(
+        capsys, folder, '--data', 'digits', '-j', 0, '--cascade', '8,14', *wish, '--speed-images', 50, '--json',
+        '--output', tmp_path)
+    assert status == 0 and 'error' not in err
+    result = json.loads(out)
+    cascade = result['cascade']
+    model, x, labels = digits
+    held_out, reported = split_images(360, 0.5)
+    if '--threshold' in wish:
+        reported = torch.arange(360)
+    first, second = (cost['macs'] for cost in cascade['steps'])
+    sure = logits[8].softmax(-1).amax(-1)
+    hits = {depth: z.argmax(-1) == labels for depth, z in logits.items()}
+
+    def outcome(part, threshold):
+        own = [hits[14][n] if sure[n] <= threshold else hits[8][n] for n in part.tolist()]
+        onward = sum(bool(sure[n] <= threshold) for n in part.tolist())
+        return 100 * sum(map(int, own)) / len(part), first + second * onward / len(part)
+
+    threshold = cascade['threshold']
+    assert (cascade['top1'], cascade['macs']) == pytest.approx(outcome(reported, threshold), abs=1e-3)
+    assert cascade['images'] == len(reported)
+    for step, depth in zip(cascade['steps'], (8, 14), strict=True):
+        assert step['top1_alone'] == pytest.approx(100 * hits[depth][reported].double().mean().item(), abs=1e-3)
+        assert step['macs_alone'] == next(row['macs'] for row in result['depths'] if row['depth'] == depth)
+    assert sum(step['ends'] for step in cascade['steps']) == pytest.approx(100, abs=1e-3)
+    got, steps = Cascade(model, (8, 14), threshold)(x[reported])
+    right = (got.argmax(-1) == labels[reported]).double().mean()
+    image = 100 / len(reported) + 1e-3  # in other batches, the image that the threshold is of may go the other way
+    assert 100 * right.item() == pytest.approx(cascade['top1'], abs=image)
+    assert 100 * steps.double().mean().item() == pytest.approx(cascade['steps'][1]['ends'], abs=image)
+
+    points = [outcome(held_out, t) for t in (0.0, *sure[held_out].tolist())]
+    if '--threshold' in wish:
+        assert threshold == 0.5 and cascade['chosen'] is None
+    else:
+        chosen = cascade['chosen']
+        assert (chosen['top1'], chosen['macs']) == pytest.approx(outcome(held_out, threshold), abs=1e-3)
+        if '--budget-macs' in wish:
+            assert chosen['top1'] == pytest.approx(max(top1 for top1, macs in points if macs <= 2.2e6), abs=1e-3)
+        else:
+            least = 60 if wish else 100 * hits[14][held_out].double().mean().item()
+            best = min(macs for top1, macs in points if top1 >= least - 1e-9)
+            assert chosen['macs'] == pytest.approx(best, abs=1e-3)
+    curve = list(zip(*cascade['curve'].values(), strict=True))
+    assert len(curve) <= 200
+    for t, top1, macs in curve:
+        assert (top1, macs) == pytest.approx(outcome(reported, t), abs=1e-3)
+    better = [cost['depth'] for cost in cascade['steps']
+              if cost['top1_alone'] >= cascade['top1'] and cost['macs_alone'] <= cascade['macs']]
+    assert cascade['beaten_by'] in better or (cascade['beaten_by'] is None and not better)
+    speed = cascade['speed']
+    assert speed['images'] == 50
+    for row in (*speed['depths'], speed['cascade']):
+        assert 0 < row['low'] <= row['median'] <= row['high']
+
+
+def test_cascade_for_people(folder, tmp_path, capsys):
+    """Catches a table without the speed or the reuse, or that fails where there is no speed."""
+    args = [folder, '--data', 'digits', '-j', 0, '--cascade', '8,14', '--output', tmp_path]
+    _, out, _ = invoke(capsys, *args, '--speed-images', 20)
+    cascade = read(tmp_path, 'evaluation.json')['cascade']
+    assert f'threshold {cascade["threshold"]:.4f}, 180 images' in out
+    assert f'{cascade["speed"]["cascade"]["median"]:.0f}' in out
+    step = cascade['steps'][1]
+    share = 100 * step['reused'] / cascade['steps'][0]['macs_alone']
+    assert f'depth 14 reuses {share:.1f} % of the MACs of depth 8: the stem and 1 block' in out
+    assert 'chosen on 180 other images' in out
+    status, out, err = invoke(capsys, *args, '--speed-images', 0)
+    assert status == 0 and 'error' not in err and 'rounds' not in out
+
+
+def test_bfloat16(folder):
+    """Catches a precision without effect, and one that the cascade does not take over."""
+    exact = command.evaluate_model(str(folder), 'digits')
+    rounded = command.evaluate_model(str(folder), 'digits', precision='bf16', cascade=(8, 14), speed_images=20)
+    assert rounded['precision'] == 'bf16'
+    assert rounded['depths'][0]['ece'] != exact['depths'][0]['ece']
+    assert rounded['depths'][0]['top1'] == pytest.approx(exact['depths'][0]['top1'], abs=3)
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (['--cascade', '8,50'], 'two or more of the depths (8, 14), the shallowest first, got (8, 50)'),
+    (['--cascade', '14,8'], 'the shallowest first, got (14, 8)'),
+    (['--cascade', '8;14'], "must be depths such as '14,26,50', got '8;14'"),
+    (['--cascade', '8,14', '--threshold', '1.5'], "must be 'auto' or a number from 0 to 1, got '1.5'"),
+    (['--cascade', '8,14', '--threshold', 'high'], "must be 'auto' or a number from 0 to 1, got 'high'"),
+    (['--cascade', '8,14', '--holdout', '1'], 'some in both parts of 360, got 1.0'),
+    (['--threshold', '0.5'], "only for a cascade, got {'threshold': 0.5}"),
+    (['--cascade', '8,14', '--target-top1', '50', '--budget-macs', '1e6'], 'at most one of threshold, target_top1'),
+    (['--device', 'tpu9'], 'device must be cpu'),
+    (['--val-split', 'nowhere'], "--val-split must be one of the splits ['train', 'validation'], got 'nowhere'"),
+    (['--data', 'no/such/folder'], "no data set 'no/such/folder'"),
+])
+def test_wrong_arguments_are_one_line(folder, surroundings, tmp_path, capsys, args, message):
+    """Catches tracebacks, statuses other than 2, and folders that an error leaves behind."""
+    status, out, err = invoke(capsys, folder, '--data', 'digits', '-j', 0, *args, '--output', tmp_path / 'output')
+    assert (status, out) == (2, '')
+    assert err.startswith('error: ') and len(err.splitlines()) == 1 and message in err
+    assert not (tmp_path / 'output').exists()
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('ddnn_resnet21', 'must be a dynamic-depth model such as ddnn_resnet'),
+    ('resnet18', 'must be a dynamic-depth model'),
+    ('ddnn_resnet56', 'cannot be created'),
+    ('local-dir:nowhere', 'cannot be created'),
+])
+def test_wrong_models_are_one_line(surroundings, capsys, name, message):
+    """Catches tracebacks for models that there are not, and a model without weights that is evaluated all the same."""
+    status, out, err = invoke(capsys, name, '--data', 'digits', '-j', 0)
+    assert (status, out) == (2, '')
+    assert len(err.splitlines()) == 1 and message in err
+
+
+def test_what_no_threshold_fulfils_ends_with_3(folder, tmp_path, capsys):
+    """Catches the status of wrong input for a wish that was right and cannot be fulfilled, and files in spite of it."""
+    args = [folder, '--data', 'digits', '-j', 0, '--cascade', '8,14', '--output', tmp_path / 'output']
+    status, out, err = invoke(capsys, *args, '--target-top1', 100)
+    assert (status, out) == (3, '')
+    assert len(err.splitlines()) == 1 and 'no threshold has a top-1 accuracy of 100.0 %' in err
+    assert not (tmp_path / 'output').exists()
+
+
+def test_other_classes_are_refused_or_said(folder, tmp_path, capsys, caplog):
+    """Catches accuracies by the index of classes that are other ones, or in another order."""
+    model = create('ddnn_resnet20', num_classes=3)
+    with pytest.raises(ValueError, match='as many classes as the data, got 3 and 10'):
+        command._check_classes(model, [str(i) for i in range(10)])
+    other = shutil.copytree(folder, tmp_path / 'other', ignore=shutil.ignore_patterns('checkpoints'))
+    config = read(other, 'config.json')
+    config['label_names'] = [*'0123456798']
+    (other / 'config.json').write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING):
+        command.evaluate_model(str(folder), 'digits')
+        assert not caplog.records
+        command.evaluate_model(str(other), 'digits')
+    assert "2 classes are called otherwise in the data than in the model, the first '8' and '9'" in caplog.text
