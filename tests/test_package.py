@@ -29,7 +29,10 @@ def test_models_need_no_training_libraries():
 def test_wheel_and_sdist(tmp_path):
     """Fails if the package cannot be built, lacks a module, or carries what does not belong in it."""
     subprocess.run([sys.executable, '-m', 'build', '--outdir', tmp_path, ROOT], check=True, capture_output=True)
-    modules = {f'timm_ddnn/{path.name}' for path in (ROOT / 'timm_ddnn').glob('*.py')}
+    modules = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / 'timm_ddnn').rglob('*')
+        if path.is_file() and '__pycache__' not in path.parts
+    }
     with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as wheel:
         names = wheel.namelist()
     assert {name for name in names if '.dist-info/' not in name} == modules

@@ -1,4 +1,5 @@
 """The command `timm-ddnn`: finds a command's module in `commands/`, and reports every wrong input in one line."""
+import argparse
 import importlib
 import json
 import logging
@@ -22,24 +23,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name, that of the process if None.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s', stream=sys.stderr)
+    try:
+        args = _parse(arguments)
+        with one_line_errors(ValueError, OSError):
+            result = args.run(args)
+    except ModuleNotFoundError as e:
+        if e.name and e.name.split('.')[0] == 'timm_ddnn':
+            raise
+        fail(f"timm-ddnn needs the package {e.name} for this: pip install 'timm-ddnn[cli,export]'")
+    if args.json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser('Dynamic-depth networks: from a trained model to a device.', epilog=EXIT_STATUSES)
     parser.add_argument('--version', action='version', version=f'timm-ddnn {timm_ddnn.__version__}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    for _, name, _ in pkgutil.iter_modules(timm_ddnn.commands.__path__):
+    names = [name for _, name, _ in pkgutil.iter_modules(timm_ddnn.commands.__path__)]
+    # the command that is asked for does not wait for what the others import
+    for name in arguments[:1] if set(arguments[:1]) <= set(names) and arguments else names:
         module = importlib.import_module(f'timm_ddnn.commands.{name}')
         command = commands.add_parser(
             name, description=module.HELP, help=module.HELP, epilog=f'examples:\n{module.EXAMPLES}\n\n{EXIT_STATUSES}')
         module.add_arguments(command)
         command.add_argument('--json', action='store_true', help='print JSON in the place of tables')
         command.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s', stream=sys.stderr)
-    try:
-        with one_line_errors(ValueError, OSError):
-            result = args.run(args)
-    except ModuleNotFoundError as e:
-        if e.name and e.name.split('.')[0] == 'timm_ddnn':
-            raise
-        fail(f"timm-ddnn {args.command} needs the package {e.name}: pip install 'timm-ddnn[cli]'")
-    if args.json:
-        print(json.dumps(result, indent=2, allow_nan=False))
+    return parser.parse_args(arguments)
