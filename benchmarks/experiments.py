@@ -119,6 +119,8 @@ def ablations():
         'joint_lr_0.4': CE_ONLY | {'--lr': '0.4'},
         'ekd_energy_last': ekd,
         'ekd_standardized_last': ekd | standardized,
+        'ekd_standardized_last_1': ekd | standardized | {'--beta': '1'},
+        'ekd_standardized_all': standardized | {'--alpha': '0.3', '--beta': '0.1'},
         'ekd_energy_all': {'--alpha': '0.3', '--beta': '0.1'},
         'kl_1': kl | {'--alpha': '1'},
         'ekd_ramp': ekd | {'--ramp-updates': '460'},

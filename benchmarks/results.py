@@ -20,6 +20,7 @@ from timm_ddnn.report import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results'
+HIDDEN = '--seed', '--model', '--epochs'
 COMMON = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.1', '--weight-decay': '5e-4', '--warmup-epochs': '1'}
 METHODS = {
     'alone': 'each depth trained alone, as a stock net',
@@ -94,7 +95,7 @@ def ablation_table():
         by_depth = tops[name]
         cells = ', '.join(f'{with_error(list(v.values()))} ({d})' for d, v in sorted(by_depth.items(), reverse=True))
         options = next(run['options'] for key, run in runs.items() if key.rpartition('-')[0] == name)
-        options = {k: v for k, v in options.items() if COMMON.get(k) != v and k not in ('--seed', '--model', '--epochs')}
+        options = {k: v for k, v in options.items() if COMMON.get(k) != v and k not in HIDDEN}
         average = mean(mean(values.values()) for values in by_depth.values())
         seeds = max(len(values) for values in by_depth.values())
         text = ' '.join(flag if value is None else f'{flag} {value}'.strip() for flag, value in options.items())

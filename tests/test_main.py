@@ -76,4 +76,4 @@ def test_a_missing_package_is_named():
     )
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert run.returncode == 2
-    assert re.fullmatch(r'error: timm-ddnn needs the package rich.* pip install .timm-ddnn\[cli,export\].\n', run.stderr)
+    assert re.fullmatch(r'error: timm-ddnn needs the package rich.* .timm-ddnn\[cli,export\].\n', run.stderr)
