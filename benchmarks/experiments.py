@@ -326,10 +326,15 @@ def main():
         timer = threading.Timer(args.time_limit, runner.stop)
         timer.daemon = True
         timer.start()
+    for name in {run.data for run in chosen}:
+        data_folder(name, runner.root)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(runner.do, chosen))
     if runner.stopped.is_set():
         sys.exit(EXIT_STOPPED)
+    missing = [run.name for run in chosen if not (RESULTS / f'{run.name}.json').exists()]
+    if missing:
+        sys.exit(f'not done: {", ".join(missing)}')
 
 
 if __name__ == '__main__':

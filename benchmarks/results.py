@@ -165,7 +165,7 @@ def write_results():
     for experiment in experiments:
         table, tops, runs = comparison(experiment)
         trained = {name: run for name, run in runs.items() if run['history']}
-        parts += [f'## {experiment}\n', recipe(trained) + '\n', table]
+        parts += [f'## {experiment}\n', *([recipe(trained) + '\n'] if trained else ()), table]
         if {'alone', 'ekd'} <= tops.keys():
             draw(experiment, tops, runs)
             parts.append(f'![Accuracy of every depth over its multiply-accumulates]({experiment}.png)\n')

@@ -87,7 +87,7 @@ def main():
     method, arguments = parse_args()
 
     def create_task(*args, **kwargs):
-        with one_line_errors(RuntimeError, OSError):
+        with one_line_errors(RuntimeError, OSError, ValueError):
             return MethodTask(*args, method=method, **kwargs)
 
     timm_ddnn.EKDTask = create_task

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_ddnn
 from timm_ddnn import pretrained
+from timm_ddnn.cli import create_ddnn
 from timm_ddnn.hub import file_sum
 from timm_ddnn.main import main
 from timm_ddnn.report import count_costs, save_model
@@ -303,6 +304,74 @@ def test_errors_of_the_network_and_of_access(published, folder):
         assert 'hf_wrong' not in result.stdout + result.stderr
 
 
+def test_files_that_xet_left_in_the_cache_load(published, tmp_path):
+    """Catches the name of a Xet file taken for a SHA-256: there the link to a blob leads to a further link."""
+    run(published, f"load('hf-hub:{NET}')")
+    blob = next(path for path in Path(published.home.name).glob('hub/*/blobs/*') if path.stat().st_size > 10_000)
+    stored = blob.parent / ('0' * 64)
+    blob.rename(stored)
+    blob.symlink_to(stored)
+    result = run(published, f"""
+        print(load('hf-hub:{NET}').depths)
+        import pathlib
+        content = bytearray(pathlib.Path({str(stored)!r}).read_bytes())
+        content[9000] ^= 1
+        pathlib.Path({str(stored)!r}).write_bytes(content)
+        failure(load, 'hf-hub:{NET}')
+    """, HF_HUB_OFFLINE='1')
+    depths, damaged = result.stdout.splitlines()
+    assert depths == '(20, 14, 8)'
+    assert re.match(r'OSError model.safetensors .* is damaged', damaged)
+
+
+def test_a_damaged_configuration_is_repaired_and_not_used(published):
+    """Catches a model of a damaged config.json, which timm reads before this library can verify it."""
+    result = run(published, f"""
+        import os
+        from pathlib import Path
+        from timm_ddnn.cli import create_ddnn
+        load('hf-hub:{NET}')
+        config, = Path(os.environ['HF_HOME']).glob('hub/*/snapshots/*/config.json')
+        content = config.read_text()
+        config.resolve().write_text(content.replace('0.4914', '0.4915'))
+        failure(load, 'hf-hub:{NET}')
+        print(load('hf-hub:{NET}').pretrained_cfg['mean'])
+        config.resolve().write_text('!' + content[1:])
+        print(create_ddnn('hf-hub:{NET}', pretrained=True).depths)
+    """)
+    damaged, mean, depths = result.stdout.splitlines()
+    assert damaged.startswith(f'OSError config.json of {NET} was damaged in the cache and was downloaded again')
+    assert '0.4914' in mean
+    assert depths == '(20, 14, 8)'
+
+
+def test_weights_of_a_tag_load_offline_without_a_configuration(published, tmp_path):
+    """Catches a tag that needs offline what timm alone does not put into the cache."""
+    result = run(published, f"""
+        import os
+        from huggingface_hub import constants, hf_hub_download
+        hf_hub_download({NET!r}, 'model.safetensors')
+        constants.HF_HUB_OFFLINE = True
+        model = timm.create_model('ddnn_resnet20', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id={NET!r}),
+                                  channels=(4, 8, 16)).eval()
+        with torch.inference_mode():
+            torch.save(model(images, depth=8), {str(tmp_path / 'out.pt')!r})
+    """)
+    assert not published.seen('config.json'), result.stderr
+    assert torch.equal(torch.load(tmp_path / 'out.pt'), logits(make_model())[8])
+
+
+@pytest.mark.parametrize('content', ['[]', '{', '{"architecture": "resnet18"}', '{"architecture": 5}',
+                                     '{"architecture": "ddnn_resnet20", "pretrained_cfg": 5}'])
+def test_a_configuration_of_no_dynamic_model_is_refused_by_the_commands(folder, content):
+    """Catches another architecture that is built, or a pickle that is loaded, before its type is checked."""
+    (folder / 'config.json').write_text(content)
+    (folder / 'model.safetensors').unlink()
+    (folder / 'pytorch_model.bin').write_bytes(b'0')
+    with pytest.raises(ValueError, match=r'config\.json of|in config\.json'):
+        create_ddnn(f'local-dir:{folder}', pretrained=True)
+
+
 def test_two_downloads_at_once(published, tmp_path):
     """Catches processes that spoil each other's file in the cache."""
     published.slow(WEIGHTS, seconds=2, at=3000, times=2)
@@ -374,12 +443,18 @@ def change(folder, **changes):
     (dict(model_args__subnets=[[9, 9, 9]]), 'blocks of a sub-net must be 3 integers'),
     (dict(model_args__channels=[4, 8, 900_000]), r'at most \d+ values, got \d+, the weights hold \d+'),
     (dict(model_args__global_pool='x'), 'make no DynamicDepthCifarResNet'),
-    (dict(model_args__surprise=1), 'surprise'),
+    (dict(model_args__surprise=1), r"model_args in config.json must be of .* got \['surprise'\]"),
+    (dict(model_args__device='meta'), r"got \['device'\]"),
+    (dict(model_args__pretrained_strict=False), r"got \['pretrained_strict'\]"),
+    (dict(model_args__subnets=5), "subnets in config.json must be a list, got '5'"),
+    (dict(pretrained_cfg__first_conv=5), "first_conv in config.json must be text, got '5'"),
+    (dict(pretrained_cfg__std=[0, 0, 0]), 'std in config.json must be 3 numbers'),
+    (dict(pretrained_cfg__crop_pct='x'), "crop_pct in config.json must be a number above 0, at most 2, got 'x'"),
     (dict(pretrained_cfg__hf_hub_filename='../../other.bin'), "got hf_hub_filename='../../other.bin'"),
     (dict(pretrained_cfg__url='http://127.0.0.1/x.pth'), "got url='http://127.0.0.1/x.pth'"),
     (dict(pretrained_cfg__custom_load=True), 'got custom_load=True'),
     (dict(pretrained_cfg__surprise=1), r"got \['surprise'\]"),
-    (dict(pretrained_cfg__input_size=[3, 32]), r'input_size .* got \(3, 32\)'),
+    (dict(pretrained_cfg__input_size=[3, 32]), r'input_size .* got .\(3, 32\).'),
     (dict(pretrained_cfg__mean=['a', 'b', 'c']), 'mean in config.json must be 3 numbers'),
     (dict(num_classes='ten'), "num_classes .* got 'ten'"),
     (dict(weights_sha256=5), "weights_sha256 in .* must be 64 hexadecimal digits, got '5'"),

@@ -7,6 +7,7 @@ import timm
 import torch
 from hub_server import child
 from test_hub import IMAGES, logits, make_model, save
+from timm.models import PretrainedCfg
 
 from timm_ddnn.ddnn_resnet import WEIGHTS, read_weights_cfgs
 
@@ -21,6 +22,18 @@ def test_weights_beside_the_configuration_need_no_network(tmp_path):
     assert torch.equal(model(IMAGES, depth=14), logits(make_model())[14])
     assert model.pretrained_cfg['label_names'] == [f'class {i}' for i in range(10)]
     assert model.trained_depths == (20, 14, 8)
+
+
+def test_an_overlay_goes_before_weights_of_this_library(tmp_path):
+    """Catches other weights that a user gives and that are silently passed over."""
+    save(make_model(), tmp_path / 'ddnn_resnet20.mine')
+    other = save(make_model(seed=1), tmp_path / 'other')
+    cfg = PretrainedCfg(**read_weights_cfgs(tmp_path)['ddnn_resnet20.mine'])
+    state_dict = make_model(seed=1).state_dict()
+    for overlay in ({'file': str(other / 'model.safetensors')}, {'state_dict': state_dict}):
+        model = timm.create_model(
+            'ddnn_resnet20', pretrained=True, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay, channels=(4, 8, 16))
+        assert torch.equal(model.eval()(IMAGES), logits(make_model(seed=1))[20])
 
 
 def test_weights_on_the_hub_are_those_of_the_organization_at_the_pinned_commit(hub, tmp_path):

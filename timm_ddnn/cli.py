@@ -14,6 +14,7 @@ import timm
 from torch import nn
 
 from .dynamic_depth import DynamicDepthMixin
+from .hub import read_config
 
 __all__ = [
     'ArgumentParser', 'create_ddnn', 'fail', 'number', 'one_line_errors', 'parse_blocks', 'parse_option',
@@ -164,6 +165,8 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
     if ':' not in name and name.split('.')[0] not in known:
         raise wrong
     try:
+        if name.startswith(('local-dir:', 'hf-hub:')):
+            read_config(name, kwargs.get('cache_dir'))
         model = timm.create_model(name, checkpoint_path=checkpoint_path, **kwargs)
     except Exception as e:  # timm and its loaders raise many types, and none that they share
         weights = f' with the weights in {checkpoint_path!r}' if checkpoint_path else ''

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
-__all__ = ['ORGANIZATION', 'fetch', 'file_sum', 'find_weights']
+__all__ = ['ORGANIZATION', 'fetch', 'file_sum', 'find_weights', 'read_config']
 
 # Owner of the repositories that the tags of this library name
 ORGANIZATION = os.environ.get('TIMM_DDNN_ORGANIZATION', 'timm-ddnn')
@@ -57,41 +57,89 @@ def fetch(
     Raises:
         OSError: If there is no such file or repository, it cannot be reached, or what comes is damaged.
     """
+    path, _ = _fetch(repo_id, filename, revision, sha256, cache_dir)
+    return path
+
+
+def _fetch(
+        repo_id: str,
+        filename: str,
+        revision: str | None,
+        sha256: str | None,
+        cache_dir: str | Path | None,
+) -> tuple[Path, bool]:
+    """Do what `fetch` does, and tell whether the file was found damaged and downloaded again."""
     download = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
     path = Path(hf_hub_download(**download))
     damage = _damage(path, sha256)
     if damage is None:
-        return path
+        return path, False
     _logger.warning(f'{filename} of {repo_id} is damaged in the cache ({damage}), downloading it again: {path}')
-    blob = path.resolve()
     try:
         if constants.HF_HUB_OFFLINE:
             raise OSError('HF_HUB_OFFLINE is set')
         path = Path(hf_hub_download(**download, force_download=True))
-    except (OSError, HTTPError) as e:
+    except (OSError, HTTPError, RuntimeError) as e:
         raise OSError(f'{filename} of {repo_id} is damaged ({damage}), and cannot be downloaded again: {e}') from e
     again = _damage(path, sha256)
     if again is None:
-        return path
-    for broken in {blob, path.resolve(), path}:
+        return path, True
+    for broken in (path.resolve(), _blob(path), path):
         broken.unlink(missing_ok=True)
     raise OSError(f'{filename} of {repo_id} came damaged twice, the second time {again}; it was removed from the cache')
+
+
+def _blob(path: Path) -> Path:
+    """The file's place among the blobs of its repository, which under Xet is a link to yet another place."""
+    return path.parent / os.readlink(path) if path.is_symlink() else path
 
 
 def _damage(path: Path, sha256: str | None) -> str | None:
     """Say how a file in the cache differs from its sums, or None."""
     sums = {} if sha256 is None else {'sha256': sha256}
-    blob = path.resolve().name  # the ETag: the SHA-256 of a large file, git's sum of a small one
-    kind = {64: 'sha256', 40: 'git'}.get(len(blob))
-    if kind and blob != path.name:
-        sums.setdefault(kind, blob)
-        if sums[kind] != blob:
-            return f'{kind} {blob} announced, {sums[kind]} published'
+    announced = _blob(path).name  # the ETag: the SHA-256 of a large file, git's sum of a small one
+    kind = {64: 'sha256', 40: 'git'}.get(len(announced))
+    if kind and announced != path.name:
+        sums.setdefault(kind, announced)
+        if sums[kind] != announced:
+            return f'{kind} {announced} announced, {sums[kind]} published'
     for kind, expected in sums.items():
         got = file_sum(path, kind)
         if got != expected:
             return f'{kind} {got} instead of {expected}'
     return None
+
+
+def read_config(name: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
+    """Read and verify the config.json of a dynamic-depth model or a plain CIFAR ResNet, before timm makes one of it.
+
+    Args:
+        name: 'local-dir:FOLDER' or 'hf-hub:ID'.
+        cache_dir: As for `fetch`.
+
+    Raises:
+        ValueError: If it is of no such model.
+        OSError: If there is none, it cannot be reached, or it is damaged.
+    """
+    source, _, place = name.partition(':')
+    if source == 'local-dir':
+        path = Path(place) / 'config.json'
+        if not path.is_file():
+            raise FileNotFoundError(f'{place} must be the folder of a model, which has no config.json')
+    else:
+        repo_id, _, revision = place.partition('@')
+        path = fetch(repo_id, 'config.json', revision=revision or None, cache_dir=cache_dir)
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise ValueError(f'config.json of {place} is no JSON: {e}') from None
+    architecture = config.get('architecture') if isinstance(config, dict) else None
+    if not (isinstance(architecture, str) and architecture.startswith(('ddnn_', 'cifar_resnet'))):
+        raise ValueError(f"config.json of {place} must be of an architecture 'ddnn_*', got {str(architecture)[:80]!r}")
+    for key in ('pretrained_cfg', 'model_args'):
+        if not isinstance(config.get(key, {}), dict):
+            raise ValueError(f'{key} in config.json of {place} must be a mapping, got {str(config[key])[:80]!r}')
+    return config
 
 
 def find_weights(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> Path | None:
@@ -126,13 +174,16 @@ def find_weights(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) ->
     place = dict(revision=revision or None, cache_dir=cache_dir)
     published = None
     if filename == 'model.safetensors':
+        own = cfg.get('source') == 'hf-hub'  # timm has read that config.json, where a tag needs the weights alone
         try:
-            config = fetch(repo_id, 'config.json', **place)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            _logger.info(f'{repo_id} has no config.json')
+            config, repaired = _fetch(repo_id, 'config.json', place['revision'], None, cache_dir)
+        except EntryNotFoundError as e:
+            if own and isinstance(e, LocalEntryNotFoundError):
+                raise
+            _logger.info(f'{repo_id} has no config.json, or none in the cache')
         else:
+            if own and repaired:
+                raise OSError(f'config.json of {repo_id} was damaged in the cache and was downloaded again: load again')
             published = _published_sum(config)
             place['revision'] = config.parent.name  # the commit: another one may follow in between
     try:

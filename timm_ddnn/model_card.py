@@ -1,5 +1,6 @@
 """The README.md of a published model: what the Hub reads of it, its results per depth, and how it is used."""
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CardData
@@ -63,7 +64,8 @@ def _data_name(config: Mapping[str, Any], summary: Mapping[str, Any] | None) -> 
     if not name:
         return None
     name = str(name).rstrip('/')
-    return name if name.count('/') == 1 and not name.startswith(('.', '/')) else name.rpartition('/')[2]
+    on_hub = name.count('/') == 1 and not name.startswith(('.', '/')) and not Path(name).exists()
+    return name if on_hub else name.rpartition('/')[2]
 
 
 def _metadata(

@@ -2,6 +2,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import nn
 
 from .hub import find_weights
 
-__all__ = ['build_model', 'check_config', 'check_size']
+__all__ = ['build_model', 'check_config', 'check_names', 'check_size']
 
 # What a configuration from elsewhere may ask for
 MAX_BLOCKS = 1_000
+MAX_SIDE = 4_096
 MAX_WIDTH = 1_000_000
 MAX_PARAMETERS = 1_000_000_000
 
@@ -47,9 +49,12 @@ def build_model(
         OSError: If there are no weights, they cannot be reached, or they are damaged.
     """
     foreign = isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in ('local-dir', 'hf-hub')
+    overlay, weights = dict(pretrained_cfg_overlay or {}), None
     if foreign:
         check_config(pretrained_cfg)
-    overlay, weights = dict(pretrained_cfg_overlay or {}), None
+        check_names(cls, kwargs.get('pretrained_model_args') or {})
+    elif any(overlay.get(key) for key in ('file', 'url', 'state_dict', 'hf_hub_id')):
+        overlay = {'source': None, 'file': None, **overlay}  # weights that come with this library do not go before it
     if pretrained:
         source = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict()
         weights = find_weights(source, cache_dir)
@@ -96,19 +101,56 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         if cfg.get(key):
             raise ValueError(f'pretrained_cfg in config.json must not say where weights are, got {key}={cfg[key]!r}')
 
-    def is_list(value: Any, kind: type | tuple[type, ...], length: int | None = None) -> bool:
-        return isinstance(value, list | tuple) and (length is None or len(value) == length) and all(
+    def check(key: str, allowed: str, valid: Callable[[Any], bool]) -> None:
+        value = cfg.get(key)
+        if value is not None and not valid(value):
+            raise ValueError(f'{key} in config.json must be {allowed}, got {str(value)[:80]!r}')
+
+    def is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
+        return isinstance(value, list | tuple) and all(
             isinstance(item, kind) and not isinstance(item, bool) for item in value)
 
-    size = cfg.get('input_size', (3, 224, 224))
-    if not (is_list(size, int, 3) and 1 <= size[0] <= 1024 and all(1 <= side <= 16_384 for side in size[1:])):
-        raise ValueError(f'input_size in config.json must be channels, height and width, got {str(size)[:80]}')
-    for key in ('mean', 'std'):
-        if not is_list(cfg.get(key, [0.0]), (int, float)) or len(cfg.get(key, [0.0])) not in (1, size[0]):
-            raise ValueError(f'{key} in config.json must be {size[0]} numbers, got {str(cfg[key])[:80]}')
-    classes = cfg.get('num_classes', 1000)
-    if type(classes) is not int or not 0 <= classes <= MAX_WIDTH:
-        raise ValueError(f'num_classes in config.json must be an integer from 0 to {MAX_WIDTH}, got {classes!r}')
+    def is_size(value: Any) -> bool:
+        return is_list(value, int) and len(value) == 3 and 1 <= value[0] <= 1024 and all(
+            1 <= side <= MAX_SIDE for side in value[1:])
+
+    for key in ('input_size', 'test_input_size', 'min_input_size'):
+        check(key, f'channels, height and width, of at most {MAX_SIDE} pixels', is_size)
+    channels = cfg.get('input_size', (3,))[0]
+
+    def is_statistic(value: Any, least: float) -> bool:
+        return is_list(value, (int, float)) and len(value) in (1, channels) and all(
+            least < number < math.inf for number in value)
+
+    check('mean', f'{channels} numbers', lambda value: is_statistic(value, -math.inf))
+    check('std', f'{channels} numbers above 0', lambda value: is_statistic(value, 0))
+    check('num_classes', f'an integer from 0 to {MAX_WIDTH}',
+          lambda value: type(value) is int and 0 <= value <= MAX_WIDTH)
+    for key in ('crop_pct', 'test_crop_pct'):
+        check(key, 'a number above 0, at most 2', lambda value: type(value) in (int, float) and 0 < value <= 2)
+    for key in ('interpolation', 'crop_mode', 'license'):
+        check(key, 'text', lambda value: isinstance(value, str))
+    for key in ('first_conv', 'classifier'):
+        check(key, 'text', lambda value: isinstance(value, str) or is_list(value, str))
+    check('label_names', 'names', lambda value: isinstance(value, dict) or is_list(value, str))
+    check('label_offset', 'an integer', lambda value: type(value) is int)
+
+
+def check_names(cls: type[nn.Module], model_args: Mapping[str, Any]) -> None:
+    """Check the names of the model arguments of a config.json from elsewhere.
+
+    Args:
+        cls: Class of the model.
+        model_args: As they stand there.
+
+    Raises:
+        ValueError: If one is not an argument of the class, or is about where a model is put.
+    """
+    known = {name for parent in cls.__mro__ for name in signature(parent.__init__).parameters}
+    known -= {'self', 'args', 'kwargs', 'device', 'dtype', 'block'}
+    unknown = sorted(set(model_args) - known)
+    if unknown:
+        raise ValueError(f'model_args in config.json must be of {sorted(known)}, got {unknown}')
 
 
 def check_size(cls: type[nn.Module], model_args: Mapping[str, Any], weights: Path | None) -> None:
@@ -134,6 +176,8 @@ def check_size(cls: type[nn.Module], model_args: Mapping[str, Any], weights: Pat
     for name, value in model_args.items():
         check(name, value)
     layers, subnets = model_args['layers'], model_args.get('subnets', ())
+    if not isinstance(subnets, list | tuple):
+        raise ValueError(f'subnets in config.json must be a list, got {str(subnets)[:80]!r}')
     for name, value in [('layers', layers), *(('subnets', subnet) for subnet in subnets)]:
         if not (isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)):
             raise ValueError(f'{name} in config.json must be numbers of blocks per stage, got {value!r}')
@@ -142,8 +186,8 @@ def check_size(cls: type[nn.Module], model_args: Mapping[str, Any], weights: Pat
         raise ValueError(f'layers and subnets in config.json must be of at most {MAX_BLOCKS} blocks, got {blocks}')
     try:
         model = cls(**{**model_args, 'device': 'meta'})
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as e:
-        raise ValueError(f'model_args in config.json make no {cls.__name__}: {e}') from e
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError) as e:
+        raise ValueError(f'config.json, and the arguments given, make no {cls.__name__}: {e}') from e
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     allowed = MAX_PARAMETERS
     if weights is not None:

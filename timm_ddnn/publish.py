@@ -12,7 +12,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from .dynamic_depth import DynamicDepthMixin
-from .hub import file_sum
+from .hub import file_sum, read_config
 from .model_card import create_model_card
 
 __all__ = ['Publication', 'push_to_hub']
@@ -46,14 +46,15 @@ def push_to_hub(
     """Publish a model in one commit: model.safetensors, config.json, and a model card with its table and picture.
 
     The repository is created if there is none. The same content makes no second commit, and an interrupted publication
-    leaves the repository as it was. The token is that of `hf auth login` or HF_TOKEN.
+    leaves the repository as it was. Weights of other names and formats at the top of the repository are removed by the
+    commit. The token is that of `hf auth login` or HF_TOKEN.
 
     Args:
         source: Dynamic-depth model, or a training run's output folder. A folder knows accuracies and recipe.
         repo_id: 'owner/name'.
         depth: Publish the plain net of this depth, which timm loads without this library (of the CIFAR family, with
             it). All depths if None.
-        private: Whether a repository that is created is private.
+        private: Whether a repository that is created is private; if not, it is as its owner has it by default.
         revision: Branch, created if there is none. The default branch if None.
         dry_run: Whether to write the files into a folder `output/hub/owner--name` and send nothing.
 
@@ -89,8 +90,8 @@ def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None
         source = Path(source)
         if not (source / 'config.json').is_file():
             raise FileNotFoundError(f'source must be a model or the output folder of a run, which {source} is not')
+        rows = read_config(f'local-dir:{source}').get('depths')
         model = timm.create_model(f'local-dir:{source}', pretrained=True)
-        rows = json.loads((source / 'config.json').read_text()).get('depths')
         if (source / 'summary.json').is_file():
             summary = json.loads((source / 'summary.json').read_text())
     if not isinstance(model, DynamicDepthMixin):
@@ -124,7 +125,7 @@ def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None
 def _upload(folder: Path, repo_id: str, files: dict[str, int], private: bool, revision: str | None) -> Publication:
     api = HfApi(library_name='timm-ddnn')
     try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
         if revision:
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
         info = api.model_info(url.repo_id, revision=revision, files_metadata=True)
@@ -147,7 +148,7 @@ def _upload(folder: Path, repo_id: str, files: dict[str, int], private: bool, re
 
 def _other_weights(info: ModelInfo, files: dict[str, int]) -> list[str]:
     names = [file.rfilename for file in info.siblings]
-    return [name for name in names if name not in files and name.endswith(OTHER_WEIGHTS)]
+    return [name for name in names if name not in files and '/' not in name and name.endswith(OTHER_WEIGHTS)]
 
 
 def _same(folder: Path, files: dict[str, int], info: ModelInfo) -> bool:

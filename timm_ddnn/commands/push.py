@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..publish import push_to_hub
 
-HELP = 'Publish a training output folder on the Hugging Face Hub, with a model card, in one commit.'
+HELP = 'Publish a training output folder on the Hugging Face Hub, in one commit, in the place of weights there.'
 EXAMPLES = """  hf auth login                                                    # once
   timm-ddnn push output/ddnn_resnet20-digits me/ddnn_resnet20.digits --dry-run
   timm-ddnn push output/ddnn_resnet20-digits me/ddnn_resnet20.digits
