@@ -1,0 +1,238 @@
+"""The choice of a depth from a profile."""
+import copy
+import json
+import math
+import random
+from importlib.metadata import version
+
+import pytest
+
+from timm_ddnn.main import main
+from timm_ddnn.profiling import compare_machines
+from timm_ddnn.report import describe_machine
+from timm_ddnn.selection import NoDepthError, percentile_90, profile_rows, read_accuracies, select_depth
+
+COSTS = {50: 20.0, 26: 12.0, 14: 7.0}
+
+
+def measurement(depth, median, memory, **setting):
+    setting = {'runtime': 'eager', 'batch_size': 1, 'threads': 1, **setting}
+    return {'depth': depth, **setting, 'median_ms': median, 'p90_ms': 1.5 * median, 'runs': 20, 'compile_s': None,
+            'memory_mb': memory}
+
+
+@pytest.fixture
+def profile():
+    machine = describe_machine()
+    machine['versions']['onnxruntime'] = version('onnxruntime')
+    return {
+        'architecture': 'ddnn_resnet50',
+        'depths': [
+            {'depth': 50, 'macs': 4_000_000_000, 'top1': 80.0},
+            {'depth': 26, 'macs': 2_300_000_000, 'top1': 75.0},
+            {'depth': 14, 'macs': 1_400_000_000, 'top1': 70.0},
+        ],
+        'measurements': [
+            *(measurement(d, c, 2 * d) for d, c in COSTS.items()),
+            *(measurement(d, 4 * c, 3 * d, batch_size=8, threads=2) for d, c in COSTS.items()),
+            *(measurement(d, c / 2, d, runtime='onnxruntime') for d, c in COSTS.items()),
+        ],
+        **machine,
+    }
+
+
+@pytest.fixture
+def choose(profile, tmp_path, capsys):
+    """Run the command on the profile; -> exit status, output, lines of errors."""
+    def run(*args, content=None):
+        path = tmp_path / 'profile.json'
+        path.write_text(json.dumps(profile) if content is None else content)
+        status = 0
+        try:
+            main(['choose', '--profile', str(path), *map(str, args)])
+        except SystemExit as e:
+            status = e.code
+        captured = capsys.readouterr()
+        return status, captured.out, [line for line in captured.err.splitlines() if line.startswith(('err', 'WARN'))]
+    return run
+
+
+# Choice
+
+def test_percentile():
+    """Catches another rank: 90 % of the values are not greater, and of no lesser value is that so."""
+    generator = random.Random(0)
+    for count in range(1, 60):
+        values = [generator.random() for _ in range(count)]
+        fitting = [v for v in values if sum(w <= v for w in values) >= 0.9 * count]
+        assert percentile_90(values) == min(fitting)
+
+
+def test_choice_is_the_best_of_those_that_fulfil_all(profile):
+    """Catches limits that are left out, compared the wrong way or with another column, and another order of choice."""
+    generator = random.Random(1)
+    outcomes = set()
+    for _ in range(500):
+        content = copy.deepcopy(profile)
+        known = generator.random() < 0.7
+        for row in content['depths']:
+            row['top1'] = generator.choice([70.0, 75.0, 75.0, 80.0]) if known else None
+        limits = {
+            'latency_ms': generator.choice([None, generator.uniform(5, 40)]),
+            'macs': generator.choice([None, generator.uniform(1e9, 5e9)]),
+            'memory_mb': generator.choice([None, generator.uniform(20, 120)]),
+            'min_top1': generator.choice([None, generator.uniform(60, 85)]) if known else None,
+        }
+        if all(limit is None for limit in limits.values()):
+            continue
+        fitting = []
+        for depth, costs, measured in zip(COSTS, content['depths'], content['measurements'], strict=False):
+            values = (measured['p90_ms'], costs['macs'], measured['memory_mb'])
+            most = (limits['latency_ms'], limits['macs'], limits['memory_mb'])
+            ok = all(limit is None or value <= limit for value, limit in zip(values, most, strict=True))
+            if ok and (limits['min_top1'] is None or costs['top1'] >= limits['min_top1']):
+                fitting.append((costs['top1'], measured['median_ms'], depth))
+        alone = [name for name, limit in limits.items() if limit is not None] == ['min_top1']
+        if not fitting:
+            with pytest.raises(NoDepthError):
+                select_depth(content, **limits)
+        else:
+            if alone:
+                expected = min(fitting, key=lambda row: row[1])[2]
+            elif known:
+                best = max(top1 for top1, _, _ in fitting)
+                expected = min(row[1:] for row in fitting if row[0] == best)[1]
+            else:
+                expected = max(depth for _, _, depth in fitting)
+            assert select_depth(content, **limits).depth == expected
+        outcomes.add((alone, known, len(fitting)))
+    assert len(outcomes) >= 11
+
+
+def test_reason_names_limits_and_what_others_failed_by(profile):
+    """Catches a reason that leaves out a limit, a value or a depth."""
+    choice = select_depth(profile, latency_ms=25, memory_mb=50)
+    assert choice.depth == 14
+    assert choice.row['memory_mb'] == 28 and choice.row['macs'] == 1_400_000_000
+    for text in ('latency of at most 25 ms', 'memory of at most 50 MB', 'highest top-1 (70.00 %)', '10.5 ms', '28 MB',
+                 'depth 50 by latency 30 ms, memory 100 MB', 'depth 26 by memory 52 MB', '1 thread', 'eager'):
+        assert text in choice.reason
+    assert 'latency 18' not in choice.reason  # that of depth 26 fulfils
+
+
+def test_nearest_depth_is_named(profile):
+    """Catches a nearest depth by the sum of what is exceeded, or by latency alone."""
+    with pytest.raises(NoDepthError, match=r'nearest is depth 14: latency 10\.5 ms') as error:
+        select_depth(profile, latency_ms=1)
+    assert error.value.nearest['depth'] == 14
+    with pytest.raises(NoDepthError) as error:
+        select_depth(profile, latency_ms=15, min_top1=79)  # 50: 100 % too slow, 26: 20 % and 5 % off, 14: 11 % off
+    assert error.value.nearest['depth'] == 14
+    with pytest.raises(NoDepthError) as error:
+        select_depth(profile, latency_ms=17.5, min_top1=79)
+    assert error.value.nearest['depth'] == 26
+
+
+def test_setting_is_that_asked_for(profile):
+    """Catches measurements of another batch size, number of threads or runtime."""
+    assert [row['median_ms'] for row in profile_rows(profile)] == [20, 12, 7]
+    assert [row['median_ms'] for row in profile_rows(profile, runtime='onnxruntime')] == [10, 6, 3.5]
+    assert [row['memory_mb'] for row in profile_rows(profile, batch_size=8, threads=2)] == [150, 78, 42]
+    assert select_depth(profile, latency_ms=20).depth == 26
+    assert select_depth(profile, latency_ms=20, runtime='onnxruntime').depth == 50
+    with pytest.raises(ValueError, match='batch_size must be one that was measured, 1, 8, got 4'):
+        profile_rows(profile, batch_size=4)
+    with pytest.raises(ValueError, match='no depth was measured with'):
+        profile_rows(profile, batch_size=8, threads=1)
+
+
+def test_accuracies_take_the_place_of_those_in_the_profile(profile):
+    """Catches an evaluation without effect, or one that lacks a depth."""
+    accuracies = {50: 60.0, 26: 61.0, 14: 50.0}
+    assert select_depth(profile, macs=1e10).depth == 50
+    assert select_depth(profile, macs=1e10, accuracies=accuracies).depth == 26
+    with pytest.raises(ValueError, match=r'\[14\] are not in \[50, 26\]'):
+        select_depth(profile, macs=1e10, accuracies={50: 1, 26: 1})
+
+
+@pytest.mark.parametrize('limits, message', [
+    ({}, 'give a limit'), ({'latency_ms': -1}, 'at least 0, got -1'), ({'macs': math.nan}, 'got nan'),
+])
+def test_wrong_limits_are_refused(profile, limits, message):
+    """Catches a limit that every depth or none fulfils by accident."""
+    with pytest.raises(ValueError, match=message) as error:
+        select_depth(profile, **limits)
+    assert not isinstance(error.value, NoDepthError)
+
+
+# Command
+
+def test_command_prints_depth_and_reason(choose):
+    """Catches a command that does not run as documented, or whose JSON is none."""
+    status, out, errors = choose('--latency-ms', 20)
+    assert (status, errors) == (0, [])
+    assert out.splitlines()[0] == 'ddnn_resnet50, depth 26'
+    assert 'depth 50 by latency 30 ms' in out
+    status, out, _ = choose('--latency-ms', 20, '--runtime', 'onnxruntime', '--json')
+    result = json.loads(out)
+    assert result['depth'] == result['row']['depth'] == 50 and result['row']['p90_ms'] == 15
+    assert 'highest top-1' in result['reason']
+
+
+def test_evaluation_file(choose, tmp_path):
+    """Catches another key than 'depths', an evaluation without effect, and one without accuracies that is taken."""
+    path = tmp_path / 'evaluation.json'
+    rows = [{'depth': d, 'top1': t} for d, t in ((50, 60.0), (26, 65.0), (14, 50.0))]
+    path.write_text(json.dumps({'architecture': 'ddnn_resnet50', 'depths': rows}))
+    status, out, errors = choose('--macs', 1e10, '--evaluation', path)
+    assert status == 0 and out.startswith('ddnn_resnet50, depth 26')
+    assert read_accuracies(path, 'ddnn_resnet50') == {50: 60.0, 26: 65.0, 14: 50.0}
+    path.write_text(json.dumps({'depths': [{'depth': 50}]}))
+    status, out, errors = choose('--macs', 1e10, '--evaluation', path)
+    assert status == 2 and not out and 'evaluation.json: top1' in errors[0]
+
+
+def test_other_architecture_is_named(tmp_path, caplog):
+    """Catches an evaluation of another model that nobody is told of."""
+    path = tmp_path / 'evaluation.json'
+    path.write_text(json.dumps({'architecture': 'ddnn_resnet101', 'depths': [{'depth': 50, 'top1': 60}]}))
+    read_accuracies(path, 'ddnn_resnet50')
+    assert 'ddnn_resnet101' in caplog.text and 'ddnn_resnet50' in caplog.text
+
+
+def test_status_3_where_no_depth_fulfils(choose):
+    """Catches a script that goes on with a depth which is not what was asked for."""
+    status, out, errors = choose('--latency-ms', 1, '--json')
+    assert (status, out) == (3, '')
+    assert errors == ['error: no depth has latency of at most 1 ms; the nearest is depth 14: latency 10.5 ms']
+
+
+@pytest.mark.parametrize('args, content, message', [
+    ([], None, 'give a limit'),
+    (['--latency-ms', 'x'], None, "must be a number of at least 0, got 'x'"),
+    (['--latency-ms', '1', '--batch-size', '3'], None, 'batch_size must be one that was measured, 1, 8, got 3'),
+    (['--latency-ms', '1', '--evaluation', '/nowhere'], None, '/nowhere'),
+    (['--latency-ms', '1'], 'PNG', 'profile.json is not a JSON file'),
+    (['--latency-ms', '1'], '[1]', "profile.json: key 'depths' must hold rows"),
+    (['--latency-ms', '1'], '{"depths": [{"depth": 50, "macs": "x"}]}', "macs in 'depths' must be a number, got 'x'"),
+])
+def test_wrong_input_is_one_line(choose, args, content, message):
+    """Catches a traceback, another exit status, or a message that does not name what is wrong."""
+    status, out, errors = choose(*args, content=content)
+    assert (status, out, len(errors)) == (2, '', 1)
+    assert message in errors[0]
+
+
+def test_profile_of_another_machine(profile, caplog, choose):
+    """Catches a profile of other hardware or another version that passes for one of this machine, and false alarms."""
+    assert compare_machines(profile) == []
+    profile['versions']['torch'] = '1.0'
+    profile['versions']['python'] = '2.7'  # not what runs the nets
+    profile['hardware']['cpu'] = 'Z80'
+    differences = compare_machines(profile)
+    assert len(differences) == 2
+    assert "cpu 'Z80' there" in differences[0] and "torch '1.0' there" in differences[1]
+    assert choose('--latency-ms', 20)[0] == 0
+    assert 'Z80' in caplog.text
+    del profile['hardware']
+    assert "cpu 'unknown' there" in compare_machines(profile)[0]
