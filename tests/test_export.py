@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 
-from timm_ddnn import calibration, exporting, report
+from timm_ddnn import calibration, cli, exporting, report
 from timm_ddnn.commands import calibrate
 from timm_ddnn.commands.calibrate import calibrate_model
 from timm_ddnn.commands.export import export_model
@@ -344,7 +344,7 @@ def test_images_of_another_size_are_refused(shape, saved, tmp_path):
 
 def test_images_are_of_the_data_set(saved, digits):
     """Catches images of another split or preparation, and all of them from its beginning."""
-    model = exporting.load_model(str(saved[1]))
+    model = cli.load_model(str(saved[1]))
     images = exporting.load_images(model, str(digits), num=4)
     expected = [TRANSFORM(Image.open(io.BytesIO(png(70 + row))).convert('RGB')) for row in (0, 13, 26, 39)]
     assert torch.equal(images, torch.stack(expected))
@@ -392,22 +392,22 @@ def test_missing_packages_are_named(saved, tmp_path, capsys, monkeypatch):
 
 def test_saved_results_are_those_of_the_models_own_config(saved, tmp_path, monkeypatch):
     """Catches accuracies of another model or revision, and an error where there are none."""
-    model = exporting.load_model(str(saved[1]))
-    assert [row['top1'] for row in exporting.saved_results(model)] == [20.5, 14.5, 8.5]
+    model = cli.load_model(str(saved[1]))
+    assert [row['top1'] for row in cli.saved_results(model)] == [20.5, 14.5, 8.5]
     asked = []
 
     def fetch(repo_id, filename, revision=None):
         asked.append((repo_id, filename, revision))
         return saved[1] / filename
 
-    monkeypatch.setattr(exporting, 'fetch', fetch)
+    monkeypatch.setattr(cli, 'fetch', fetch)
     model.pretrained_cfg = {'hf_hub_id': 'owner/name@v1', 'source': 'hf-hub'}
-    assert [row['top1'] for row in exporting.saved_results(model)] == [20.5, 14.5, 8.5]
+    assert [row['top1'] for row in cli.saved_results(model)] == [20.5, 14.5, 8.5]
     assert asked == [('owner/name', 'config.json', 'v1')]
     for content in ('{}', '{"depths": 3}', '{"depths": [{"depth": 101}]}', 'nothing'):
         (tmp_path / 'config.json').write_text(content)
         model.pretrained_cfg = {'file': str(tmp_path / 'model.safetensors')}
-        assert exporting.saved_results(model) == []
+        assert cli.saved_results(model) == []
 
 
 # calibrate

@@ -1,15 +1,18 @@
 """Dynamic-depth ResNets for timm, trained by embedded knowledge distillation; the import registers the models."""
 from .calibration import calibrate_bn
 from .cifar_resnet import CifarResNet
+from .controller import DepthController
 from .ddnn_resnet import DynamicDepthCifarResNet, DynamicDepthResNet
 from .dynamic_depth import SubNetOutput
 from .loss import EKDLoss, attention_map, attention_transfer, kl_divergence
 from .publish import push_to_hub
+from .selection import select_depth
 from .task import EKDTask
 from .version import __version__
 
 __all__ = [
     'CifarResNet',
+    'DepthController',
     'DynamicDepthCifarResNet',
     'DynamicDepthResNet',
     'EKDLoss',
@@ -21,4 +24,5 @@ __all__ = [
     'calibrate_bn',
     'kl_divergence',
     'push_to_hub',
+    'select_depth',
 ]

@@ -1,12 +1,7 @@
-"""Plain nets in files that other programs read, compared with the model before they are kept.
-
-The commands that write models share the loading of one and the writing of a folder, which are here too.
-"""
+"""Plain nets in files that other programs read, compared with the model before they are kept."""
 import copy
 import json
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,16 +16,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 from torch import nn
 
-from .cli import create_ddnn
+from .cli import saved_results, staged_folder, warn_of_untrained
 from .data import load_image_data
-from .hub import fetch
 from .images import Images
 from .version import __version__
 
-__all__ = [
-    'FORMATS', 'ExportMismatchError', 'describe_net', 'export', 'load_images', 'load_model', 'saved_results',
-    'staged_folder', 'warn_of_untrained',
-]
+__all__ = ['FORMATS', 'ExportMismatchError', 'describe_net', 'export', 'load_images']
 
 FORMATS = {'onnx': '.onnx', 'torch-export': '.pt2', 'torchscript': '.pt'}
 METADATA = 'metadata.json'  # name of the extra file in the formats of torch
@@ -41,79 +32,6 @@ _logger = logging.getLogger(__name__)
 class ExportMismatchError(RuntimeError):
     """A file that computes something else than the model."""
 
-
-# Models and folders
-
-def load_model(name: str) -> nn.Module:
-    """Load a model with its weights, in eval mode.
-
-    Args:
-        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
-
-    Raises:
-        ValueError: If there is no such model or it has no weights.
-    """
-    if os.path.isdir(name) and not timm.is_model(name.split('.')[0]):
-        name = f'local-dir:{name}'
-    return create_ddnn(name, pretrained=True).eval()
-
-
-def saved_results(model: nn.Module) -> list[dict[str, Any]]:
-    """Find the results per depth that were saved with the weights of a model, none if none were.
-
-    Args:
-        model: What `load_model` returned.
-
-    Returns:
-        Rows as at the head of `report.py`.
-    """
-    cfg = model.pretrained_cfg
-    try:
-        if cfg.get('file'):
-            file = Path(cfg['file'])
-            config = (file if file.is_dir() else file.parent) / 'config.json'
-        else:
-            repo_id, _, revision = cfg['hf_hub_id'].partition('@')
-            config = fetch(repo_id, 'config.json', revision=revision or None)
-        rows = json.loads(config.read_text())['depths']
-        return [dict(row) for row in rows if row['depth'] in model.depths]
-    except (KeyError, AttributeError, TypeError, ValueError, OSError):  # not saved by this library
-        return []
-
-
-def warn_of_untrained(model: nn.Module, depths: Sequence[int]) -> None:
-    """Log a warning if some of the depths that are to be written were not trained."""
-    untrained = [depth for depth in depths if depth not in model.trained_depths]
-    if untrained:
-        _logger.warning(f'of depths {untrained} the weights or statistics are not trained')
-
-
-@contextmanager
-def staged_folder(folder: str | Path, new: bool = False) -> Iterator[Path]:
-    """Give a temporary folder whose files move to `folder` when the block ends, and vanish when it fails.
-
-    Args:
-        folder: Where the files are to be, made if it is not there.
-        new: Whether it must be new or empty.
-
-    Raises:
-        FileExistsError: If it is not new or empty.
-        NotADirectoryError: If it is, or lies in, something else than a folder.
-    """
-    folder = Path(folder).absolute()
-    if new and folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f'output must be a new or an empty folder, got {str(folder)!r}')
-    base = next(path for path in (folder, *folder.parents) if path.exists())
-    if not base.is_dir():
-        raise NotADirectoryError(f'output must be a folder, got {str(folder)!r}: {str(base)!r} is none')
-    with tempfile.TemporaryDirectory(dir=base, prefix='.timm-ddnn-') as temporary:
-        yield Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
-
-
-# What is compared, and what is said about it
 
 def load_images(model: nn.Module, data: str | None = None, num: int = 16) -> torch.Tensor:
     """Load some real images as the model takes them.

@@ -13,10 +13,9 @@ from timm.data import create_transform, resolve_input_data_config
 from torch.utils.data import DataLoader
 
 from ..calibration import calibrate_bn
-from ..cli import number, parse_blocks
+from ..cli import load_model, number, parse_blocks, staged_folder
 from ..data import load_image_data
 from ..evaluation import evaluate
-from ..exporting import load_model, staged_folder
 from ..images import Images, create_loader
 from ..report import count_costs, result_table, save_model
 
@@ -56,7 +55,7 @@ def calibrate_model(
     such images that the depth is for. All other depths stay equal bit for bit.
 
     Args:
-        name: As for `exporting.load_model`.
+        name: As for `cli.load_model`.
         blocks: Blocks per stage of the new depth.
         data: Data set, as for `load_image_data`.
         output: Folder to write, new or empty.

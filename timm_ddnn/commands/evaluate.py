@@ -24,9 +24,8 @@ from ..analysis import (
     split_images,
 )
 from ..cascade import Cascade, UnreachableError, measure_speed
-from ..cli import number
+from ..cli import load_model, number, staged_folder
 from ..data import load_image_data
-from ..exporting import load_model, staged_folder
 from ..images import Images, create_loader
 from ..report import count_costs, describe_machine, write_json
 
@@ -112,7 +111,7 @@ def evaluate_model(
     """Evaluate every depth of a model on a validation split, in one pass over it.
 
     Args:
-        name: As for `exporting.load_model`.
+        name: As for `cli.load_model`.
         data: Data set, as for `load_image_data`.
         input_key: Name of the image column, found if None.
         target_key: Name of the label column, found if None.

@@ -8,8 +8,8 @@ import datasets
 from rich.console import Console
 from rich.table import Table
 
-from ..cli import number
-from ..exporting import FORMATS, ExportMismatchError, export, load_images, load_model
+from ..cli import load_model, number
+from ..exporting import FORMATS, ExportMismatchError, export, load_images
 
 HELP = 'Write one depth, or every depth, as ONNX, torch.export or TorchScript, compared with the model on real images.'
 EXAMPLES = """  timm-ddnn export output/ddnn_resnet50-food --depth 26 --format onnx --data FOLDER
@@ -55,7 +55,7 @@ def export_model(
     """Load a model and write some of its depths to files, see `exporting.export`.
 
     Args:
-        name: As for `exporting.load_model`.
+        name: As for `cli.load_model`.
         depth: One of the model's depths or 'all'.
         format: 'onnx', 'torch-export' or 'torchscript'.
         output: Folder to write to.

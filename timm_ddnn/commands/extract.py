@@ -7,7 +7,7 @@ from rich.console import Console
 from timm.data import resolve_input_data_config
 
 from ..cifar_resnet import CifarResNet
-from ..exporting import load_model, saved_results, staged_folder, warn_of_untrained
+from ..cli import load_model, saved_results, staged_folder, warn_of_untrained
 from ..report import save_model
 
 HELP = 'Save one depth as a stock timm model, for machines that never heard of this library.'
@@ -29,7 +29,7 @@ def extract_model(name: str, depth: int, output: str | Path) -> dict[str, Any]:
     saved with the model.
 
     Args:
-        name: As for `exporting.load_model`.
+        name: As for `cli.load_model`.
         depth: One of the model's depths.
         output: Folder to write, new or empty.
 

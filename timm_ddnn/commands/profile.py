@@ -9,8 +9,7 @@ import timm
 from rich.console import Console
 from rich.table import Table
 
-from ..cli import create_ddnn, number
-from ..exporting import load_model, saved_results, staged_folder
+from ..cli import create_ddnn, load_model, number, saved_results, staged_folder
 from ..profiling import RUNTIMES, plot_profile, profile_model
 from ..report import write_json
 from ..selection import read_accuracies
