@@ -165,8 +165,9 @@ def test_memory_is_that_of_the_net_alone():
     ballast = torch.ones(2 ** 27)  # 512 MiB in this process
     peaks = measure_memory(net, runtime='eager', input_size=(3, 64, 64), batch_sizes=(64, 1), threads=1)
     feature_map = 4 * 64 * 16 * 64 * 64
-    # Input of a block, output of its first convolution, and that normalized: at least two are there at once
-    assert 2 * feature_map < peaks[64] - peaks[1] < 8 * feature_map
+    # Input of a block, output of its first convolution, and that normalized: at least two are there at once. An
+    # allocator may keep several times that, but not the 512 MiB of this process.
+    assert 2 * feature_map < peaks[64] - peaks[1] < 16 * feature_map
     assert 4 * sum(p.numel() for p in net.parameters()) < peaks[1] < 64e6
     assert ballast.sum() > 0
 

@@ -125,7 +125,7 @@ def read_config(name: str, cache_dir: str | Path | None = None) -> dict[str, Any
     if source == 'local-dir':
         path = Path(place) / 'config.json'
         if not path.is_file():
-            raise FileNotFoundError(f'{place} must be the folder of a model, which has no config.json')
+            raise FileNotFoundError(f'{place} is no folder of a model: it has no config.json')
     else:
         repo_id, _, revision = place.partition('@')
         path = fetch(repo_id, 'config.json', revision=revision or None, cache_dir=cache_dir)
