@@ -168,7 +168,7 @@ def test_images_of_a_folder_and_pretrained_weights(trained):
 WRONG = [
     ('--model ddnn_resnet21', 'dynamic-depth model such as .*ddnn_resnet20.*, got .ddnn_resnet21'),
     ('--model resnet50', 'dynamic-depth model such as ddnn_resnet50.*, got .resnet50'),
-    ('--model local-dir:nowhere', "'local-dir:nowhere' cannot be created: nowhere is no folder of a model: it has no config.json"),
+    ('--model local-dir:nowhere', "'local-dir:nowhere' cannot be created: nowhere is no folder of a model"),
     ('--pretrained', 'No pretrained weights exist for ddnn_resnet20'),
     ('--model-kwargs foo=1', "unexpected keyword argument 'foo'"),
     ('--model-kwargs foo', "KEY=VALUE .*, got 'foo'"),
