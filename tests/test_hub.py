@@ -172,19 +172,19 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
 
 def test_one_depth_is_a_stock_timm_repository(hub, tmp_path):
     """Catches a repository that needs this library, or holds the weights of another depth."""
-    model = make_model('ddnn_resnet18', channels=(8, 8, 16, 16))
+    model = make_model('ddnn_resnet50', channels=(8, 8, 16, 16))
     folder = save(model, tmp_path / 'net')
-    run(hub, f'print(timm_ddnn.push_to_hub({str(folder)!r}, "tests/resnet10", depth=10))')
+    run(hub, f'print(timm_ddnn.push_to_hub({str(folder)!r}, "tests/resnet26", depth=26))')
     result = child(hub, textwrap.dedent(f"""
         import sys, timm, torch
-        model = timm.create_model('hf-hub:tests/resnet10', pretrained=True).eval()
+        model = timm.create_model('hf-hub:tests/resnet26', pretrained=True).eval()
         images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             torch.save(model(images), {str(tmp_path / "out.pt")!r})
         print(type(model).__module__, 'timm_ddnn' in sys.modules, model.pretrained_cfg['architecture'])
     """), timeout=280, HF_HOME=tmp_path / 'empty')
-    assert result.stdout.split()[:2] == ['timm.models.resnet', 'False'], result.stderr
-    assert torch.equal(torch.load(tmp_path / 'out.pt'), logits(model)[10])
+    assert result.stdout.split() == ['timm.models.resnet', 'False', 'resnet26'], result.stderr
+    assert torch.equal(torch.load(tmp_path / 'out.pt'), logits(model)[26])
 
 
 @pytest.mark.slow
