@@ -21,6 +21,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ from timm_ddnn.cli import ArgumentParser, fail, number
 from timm_ddnn.data import load_image_data
 from timm_ddnn.evaluation import evaluate
 from timm_ddnn.images import MemoryImages, create_loader
-from timm_ddnn.report import count_costs, describe_run, write_json
+from timm_ddnn.report import add_accuracies, count_costs, describe_run, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / 'benchmarks' / 'train_method.py'
@@ -70,29 +71,28 @@ def compare(experiment, model, data, recipe, methods, seeds):
         seeds: Number of seeds by method.
     """
     net = timm.create_model(model)
-    full = net.depths[0]
+    single = {
+        depth: {'--subnets': '', '--model-kwargs': f'layers={",".join(map(str, net.blocks(depth)))}'}
+        for depth in net.depths
+    }
     runs = []
     for method in methods:
-        for seed in range(seeds.get(method, 1)):
-            def add(name, options, seed=seed, **kwargs):
-                runs.append(Run(f'{experiment}/{name}-{seed}', data, seed, {**recipe, **options}, **kwargs))
-
-            single = {
-                d: {'--subnets': '', '--model-kwargs': f'layers={",".join(map(str, net.blocks(d)))}'}
-                for d in net.depths
-            }
-            alone_full = f'{experiment}/alone-{full}-{seed}'
-            if method == 'alone':
-                for d in net.depths:
-                    add(f'alone-{d}', single[d] | CE_ONLY)
-            elif method == 'kd':
-                for d in net.depths[1:]:
-                    add(f'kd-{d}', single[d] | KD, teacher=alone_full)
-            elif method == 'truncation':
-                add('truncation', {}, teacher=alone_full, truncate=True)
-            else:
-                add(method, METHODS[method])
-    return [run._replace(options={'--model': model, **run.options}) for run in runs]
+        if method == 'alone':
+            named = {f'alone-{depth}': single[depth] | CE_ONLY for depth in net.depths}
+        elif method == 'kd':
+            named = {f'kd-{depth}': single[depth] | KD for depth in net.depths[1:]}
+        else:
+            named = {method: METHODS[method]}
+        for seed, (name, options) in product(range(seeds.get(method, 1)), named.items()):
+            runs.append(Run(
+                f'{experiment}/{name}-{seed}',
+                data,
+                seed,
+                {'--model': model, **recipe, **options},
+                teacher=f'{experiment}/alone-{net.depths[0]}-{seed}' if method in ('kd', 'truncation') else None,
+                truncate=method == 'truncation',
+            ))
+    return runs
 
 
 # The loss of each method; how they were chosen is in results/README.md.
@@ -102,6 +102,7 @@ METHODS = {
     'kl': {'--beta': '0'},
     'attention': {'--alpha': '0'},
     'ekd': {},
+    'truncation': {},
     'kl_only': {'--subnet-ce': '0', '--alpha': '1', '--temperature': '1', '--beta': '0'},
 }
 ALL = ('alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation')
@@ -175,15 +176,15 @@ def data_folder(name, root):
     if name != 'cifar10_part':
         return root / name
     folder = WORK / 'data' / name
+    if (folder / 'train.parquet').exists():  # written last
+        return folder
     train = datasets.load_dataset('parquet', data_files=str(root / 'cifar10' / 'train.parquet'), split='train')
     for split, rows in (('validation', range(35_000, 40_000)), ('train', range(40_000, 50_000 + 5_000))):
         rows = [row % 50_000 for row in rows]  # the images are in random order
-        path = folder / f'{split}.parquet'
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f'.{split}-{os.getpid()}')
-            train.select(rows).to_parquet(temporary)
-            os.replace(temporary, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f'.{split}-{os.getpid()}'
+        train.select(rows).to_parquet(temporary)
+        os.replace(temporary, folder / f'{split}.parquet')
     return folder
 
 
@@ -290,10 +291,7 @@ def truncate(run, teacher, folder):
     )
     timm_ddnn.calibrate_bn(model, train, depth=model.depths[1:])
     metrics = evaluate(accelerator, model, accelerator.prepare(validation))
-    rows = [
-        dict(row, top1=metrics[f'top1_{row["depth"]}'], top5=metrics[f'top5_{row["depth"]}'])
-        for row in count_costs(model, data_config['input_size'])
-    ]
+    rows = add_accuracies(count_costs(model, data_config['input_size']), metrics)
     described = describe_run(accelerator, {'dataset': run.data, 'seed': run.seed, 'model': run.options['--model']})
     return {**described, 'validation_images': len(data.validation), 'depths': rows}, []
 

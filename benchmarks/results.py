@@ -12,16 +12,16 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from experiments import RECIPE
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from timm_ddnn.cli import ArgumentParser
-from timm_ddnn.report import write_text
+from timm_ddnn.model_card import markdown_table
+from timm_ddnn.report import save_figure, show_macs, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results'
 HIDDEN = '--seed', '--model', '--epochs'
-COMMON = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.1', '--weight-decay': '5e-4', '--warmup-epochs': '1'}
 METHODS = {
     'alone': 'each depth trained alone, as a stock net',
     'kd': 'each depth trained alone, the full-net that was trained alone teaching it',
@@ -63,11 +63,6 @@ def difference(tops, method, other, depth):
     return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
 
 
-def markdown(head, rows):
-    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
-    return '\n'.join(lines + ['| ' + ' | '.join(row) + ' |' for row in rows]) + '\n'
-
-
 def comparison(experiment):
     """Table of the methods, top-1 per depth, and the differences to training alone."""
     tops, runs = load_runs(experiment)
@@ -85,27 +80,20 @@ def comparison(experiment):
         seeds = max(len(values) for values in tops[method].values())
         rows.append([method, *cells, *gains, str(seeds)])
     head = ['method', *map(str, depths), *(f'{depth} against alone' for depth in depths), 'seeds']
-    return markdown(head, rows), tops, runs
+    return markdown_table(head, rows), tops, runs
 
 
-def ablation_table():
-    tops, runs = load_runs('ablations')
+def ablation_table(tops, runs):
     rows = []
-    for name in runs_in_order(runs):
-        by_depth = tops[name]
+    for name, by_depth in sorted(tops.items()):
         cells = ', '.join(f'{with_error(list(v.values()))} ({d})' for d, v in sorted(by_depth.items(), reverse=True))
         options = next(run['options'] for key, run in runs.items() if key.rpartition('-')[0] == name)
-        options = {k: v for k, v in options.items() if COMMON.get(k) != v and k not in HIDDEN}
+        options = {k: v for k, v in options.items() if RECIPE.get(k) != v and k not in HIDDEN}
         average = mean(mean(values.values()) for values in by_depth.values())
         seeds = max(len(values) for values in by_depth.values())
         text = ' '.join(flag if value is None else f'{flag} {value}'.strip() for flag, value in options.items())
         rows.append([name, cells, f'{average:.2f}', str(seeds), f'`{text}`'])
-    return markdown(['variant', 'top-1 (depth)', 'mean', 'seeds', 'options'], rows)
-
-
-def runs_in_order(runs):
-    names = {re.sub(r'^(alone|kd)-\d+$', r'\1', name.rpartition('-')[0]) for name in runs}
-    return sorted(names)
+    return markdown_table(['variant', 'top-1 (depth)', 'mean', 'seeds', 'options'], rows)
 
 
 def draw(experiment, tops, runs):
@@ -127,15 +115,12 @@ def draw(experiment, tops, runs):
         axes.axvline(value, color='black', alpha=0.08)
         place = dict(xycoords=('data', 'axes fraction'), ha='center', fontsize='small')
         axes.annotate(f'depth {depth}', (value, 0.02), **place)
-    unit, letter = (1e9, 'G') if max(macs.values()) >= 1e9 else (1e6, 'M')
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value / unit:g} {letter}'))
+    show_macs(axes, max(macs.values()))
     axes.margins(x=0.12, y=0.18)
     axes.set(xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)', title=experiment)
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right', bbox_to_anchor=(1, 0.08))
-    temporary = RESULTS / f'.{experiment}.tmp'
-    figure.savefig(temporary, format='png', dpi=150, metadata={'Software': None})
-    temporary.replace(RESULTS / f'{experiment}.png')
+    save_figure(figure, RESULTS / f'{experiment}.png')
 
 
 def recipe(runs):
@@ -160,7 +145,7 @@ def write_results():
         'Written by `python benchmarks/results.py` from the JSON files beside it, one per run of '
         '`benchmarks/experiments.py`: change those, not this. Top-1 in percent on images that no option was chosen on; '
         'where there are several seeds, mean ± standard error, and differences are those of runs with the same seed.\n',
-        markdown(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items()]),
+        markdown_table(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items()]),
     ]
     for experiment in experiments:
         table, tops, runs = comparison(experiment)
@@ -170,15 +155,14 @@ def write_results():
             draw(experiment, tops, runs)
             parts.append(f'![Accuracy of every depth over its multiply-accumulates]({experiment}.png)\n')
     if (RESULTS / 'ablations').is_dir():
-        _, runs = load_runs('ablations')
+        tops, runs = load_runs('ablations')
         parts += [
             '## Choice of options\n',
             'On images of the training split only, the validation images being others of it. Of one seed, differences '
             f'below about half a point mean nothing. Unless the options say otherwise: {recipe(runs)}\n',
-            ablation_table(),
+            ablation_table(tops, runs),
         ]
     write_text(RESULTS / 'README.md', '\n'.join(parts))
-    return experiments
 
 
 def main():

@@ -9,52 +9,20 @@ from pathlib import Path
 
 import hub_server
 import pytest
-import timm
 import torch
 import yaml
 from hub_server import child
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_models import logits, make_model, save
 
 import timm_ddnn
-from timm_ddnn import pretrained
-from timm_ddnn.cli import create_ddnn
 from timm_ddnn.hub import file_sum
 from timm_ddnn.main import main
-from timm_ddnn.report import count_costs, save_model
 
 hub = hub_server.hub  # the fixture
 NET = 'tests/net'
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 WEIGHTS = 'GET /storage/'  # its files are the large ones
-
-
-def make_model(name='ddnn_resnet20', channels=(4, 8, 16), seed=0, **kwargs):
-    torch.manual_seed(seed)
-    model = timm.create_model(name, channels=channels, num_classes=10, **kwargs).eval()
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            torch.nn.init.uniform_(tensor, 0.2, 1.0)
-    for p in model.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.2)
-    model.mark_trained(model.depths)
-    return model
-
-
-def save(model, folder, accuracies=True):
-    folder.mkdir()
-    rows = count_costs(model, (3, 32, 32))
-    if accuracies:
-        rows = [dict(row, top1=70.0 + i, top5=90.0 + i) for i, row in enumerate(rows)]
-    names = [f'class {i}' for i in range(10)]
-    save_model(model, folder, data_config=dict(input_size=(3, 32, 32)), class_names=names, rows=rows)
-    return folder
-
-
-def logits(model):
-    with torch.inference_mode():
-        return {d: model(IMAGES, depth=d) for d in model.depths}
 
 
 @pytest.fixture
@@ -194,6 +162,7 @@ def test_transformers_run_what_is_published(hub, folder, tmp_path):
     Image.new('RGB', (40, 40), (200, 30, 90)).save(tmp_path / 'photo.png')
     result = run(hub, f"""
         from PIL import Image
+from small_models import logits, make_model, save
         from transformers import AutoModelForImageClassification, pipeline
         timm_ddnn.push_to_hub({str(folder)!r}, {NET!r})
         photo = Image.open({str(tmp_path / 'photo.png')!r})
@@ -361,17 +330,6 @@ def test_weights_of_a_tag_load_offline_without_a_configuration(published, tmp_pa
     assert torch.equal(torch.load(tmp_path / 'out.pt'), logits(make_model())[8])
 
 
-@pytest.mark.parametrize('content', ['[]', '{', '{"architecture": "resnet18"}', '{"architecture": 5}',
-                                     '{"architecture": "ddnn_resnet20", "pretrained_cfg": 5}'])
-def test_a_configuration_of_no_dynamic_model_is_refused_by_the_commands(folder, content):
-    """Catches another architecture that is built, or a pickle that is loaded, before its type is checked."""
-    (folder / 'config.json').write_text(content)
-    (folder / 'model.safetensors').unlink()
-    (folder / 'pytorch_model.bin').write_bytes(b'0')
-    with pytest.raises(ValueError, match=r'config\.json of|in config\.json'):
-        create_ddnn(f'local-dir:{folder}', pretrained=True)
-
-
 def test_two_downloads_at_once(published, tmp_path):
     """Catches processes that spoil each other's file in the cache."""
     published.slow(WEIGHTS, seconds=2, at=3000, times=2)
@@ -420,90 +378,6 @@ def test_pickle_is_never_loaded(hub, folder, tmp_path):
     assert depths == '(20, 14, 8)'
     assert not mark.exists()
     assert not hub.seen(r'pytorch_model\.bin')
-
-
-def change(folder, **changes):
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    for name, value in changes.items():
-        *parents, last = name.split('__')
-        part = config
-        for parent in parents:
-            part = part[parent]
-        part[last] = value
-    path.write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(('changes', 'message'), [
-    (dict(model_args__layers=[10 ** 9, 1, 1]), 'layers in config.json must be at most 1000000, got 1000000000'),
-    (dict(model_args__layers=[900, 900, 900]), 'must be of at most 1000 blocks'),
-    (dict(model_args__layers=[1] * 10_000), 'at most 1000 entries, got 10000'),
-    (dict(model_args__layers='many'), "numbers of blocks per stage, got 'many'"),
-    (dict(model_args__layers=[3, 3]), 'make no DynamicDepthCifarResNet: layers and channels must be of three stages'),
-    (dict(model_args__subnets=[[9, 9, 9]]), 'blocks of a sub-net must be 3 integers'),
-    (dict(model_args__channels=[4, 8, 900_000]), r'at most \d+ values, got \d+, the weights hold \d+'),
-    (dict(model_args__global_pool='x'), 'make no DynamicDepthCifarResNet'),
-    (dict(model_args__surprise=1), r"model_args in config.json must be of .* got \['surprise'\]"),
-    (dict(model_args__device='meta'), r"got \['device'\]"),
-    (dict(model_args__pretrained_strict=False), r"got \['pretrained_strict'\]"),
-    (dict(model_args__subnets=5), "subnets in config.json must be a list, got '5'"),
-    (dict(pretrained_cfg__first_conv=5), "first_conv in config.json must be text, got '5'"),
-    (dict(pretrained_cfg__std=[0, 0, 0]), 'std in config.json must be 3 numbers'),
-    (dict(pretrained_cfg__crop_pct='x'), "crop_pct in config.json must be a number above 0, at most 2, got 'x'"),
-    (dict(pretrained_cfg__hf_hub_filename='../../other.bin'), "got hf_hub_filename='../../other.bin'"),
-    (dict(pretrained_cfg__url='http://127.0.0.1/x.pth'), "got url='http://127.0.0.1/x.pth'"),
-    (dict(pretrained_cfg__custom_load=True), 'got custom_load=True'),
-    (dict(pretrained_cfg__surprise=1), r"got \['surprise'\]"),
-    (dict(pretrained_cfg__input_size=[3, 32]), r'input_size .* got .\(3, 32\).'),
-    (dict(pretrained_cfg__mean=['a', 'b', 'c']), 'mean in config.json must be 3 numbers'),
-    (dict(num_classes='ten'), "num_classes .* got 'ten'"),
-    (dict(weights_sha256=5), "weights_sha256 in .* must be 64 hexadecimal digits, got '5'"),
-])
-def test_a_strangers_configuration_is_refused_before_anything_is_built(folder, monkeypatch, changes, message):
-    """Catches a configuration that takes memory or reads other files, and errors that do not say what is wrong."""
-    change(folder, **changes)
-    built = []
-
-    class Watched(timm_ddnn.DynamicDepthCifarResNet):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            built.append(kwargs.get('device'))
-
-    Watched.__name__ = 'DynamicDepthCifarResNet'
-    monkeypatch.setattr('timm_ddnn.ddnn_resnet.DynamicDepthCifarResNet', Watched)
-    with pytest.raises(ValueError, match=message):
-        timm.create_model(f'local-dir:{folder}', pretrained=True)
-    assert set(built) <= {'meta'}
-
-
-def test_a_configuration_without_weights_is_limited_too(folder, monkeypatch):
-    """Catches a check that only weights set off."""
-    monkeypatch.setattr(pretrained, 'MAX_PARAMETERS', 1_000)
-    with pytest.raises(ValueError, match='a model of at most 1000 values, got'):
-        timm.create_model(f'local-dir:{folder}')
-
-
-def test_weights_that_do_not_fit_are_named(folder):
-    """Catches an error that does not say which tensor differs."""
-    change(folder, model_args__channels=[4, 8, 32])
-    with pytest.raises(RuntimeError, match=r'layer3\.0\.conv1\.weight'):
-        timm.create_model(f'local-dir:{folder}', pretrained=True)
-
-
-def test_damaged_weights_in_a_folder_are_refused(folder):
-    """Catches weights in a folder that nobody compares with the sum in config.json."""
-    content = bytearray((folder / 'model.safetensors').read_bytes())
-    content[-1] ^= 1
-    (folder / 'model.safetensors').write_bytes(content)
-    with pytest.raises(OSError, match=r'model\.safetensors is damaged: SHA-256 .* as config\.json says'):
-        timm.create_model(f'local-dir:{folder}', pretrained=True)
-
-
-def test_a_saved_model_adapts_to_other_classes_and_channels(folder):
-    """Catches checks of sizes that refuse what timm adapts."""
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=1000, in_chans=1)
-    assert model(torch.zeros(1, 1, 32, 32), depth=8).shape == (1, 1000)
-    assert torch.equal(model.layer2[0].conv1.weight, make_model().layer2[0].conv1.weight)
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

@@ -295,8 +295,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(args, message, monkeypatch, 
 def points(path, profile, monkeypatch):
     """Draw a profile; -> for each panel its scale and its curves as lists of points."""
     figures = []
-    save = profiling._save_figure
-    monkeypatch.setattr(profiling, '_save_figure', lambda figure, path: (figures.append(figure), save(figure, path)))
+    save = profiling.save_figure
+    monkeypatch.setattr(profiling, 'save_figure', lambda figure, path: (figures.append(figure), save(figure, path)))
     plot_profile(path, profile, 'title')
     with Image.open(path) as picture:
         picture.load()

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from hub_server import child
-from test_hub import IMAGES, logits, make_model, save
+from small_models import IMAGES, logits, make_model, save
 from timm.models import PretrainedCfg
 
 from timm_ddnn.ddnn_resnet import WEIGHTS, read_weights_cfgs

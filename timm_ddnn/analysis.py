@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from torch import nn
 
 from .cascade import StepCost, autocast, choose_threshold, confidence, exit_steps, trace_thresholds
-from .report import _save_figure
+from .report import save_figure, show_macs
 
 __all__ = [
     'Predictions', 'calibration_bins', 'class_rows', 'depth_metrics', 'evaluate_cascade', 'plot_evaluation', 'predict',
@@ -280,9 +279,7 @@ def plot_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
         points = [(row['depth'], row['macs'], row['top1']) for row in result['depths']]
     for depth, macs, top1 in points:
         axes.plot(macs, top1, 'o', color=colors[depth], label=f'depth {depth} alone: {top1:.2f} %')
-    most = max(macs for _, macs, _ in points)
-    unit, letter = (1e9, 'G') if most >= 1e9 else (1e6, 'M')
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value / unit:g} {letter}'))
+    show_macs(axes, max(macs for _, macs, _ in points))
     axes.margins(x=0.1, y=0.1)
     on = f' on {cascade["images"]:,} images, the threshold chosen on others' if cascade and cascade['chosen'] else ''
     axes.set(title=f'accuracy{on}', xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
@@ -300,4 +297,4 @@ def plot_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
     for part in (axes, reliability):
         part.grid(alpha=0.3)
         part.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=2)
-    _save_figure(figure, path)
+    save_figure(figure, path)

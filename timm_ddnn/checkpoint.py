@@ -6,7 +6,6 @@ with the position in the run, and `checksums.json` with size and SHA-256 of all 
 temporary name, flushed to the disk and renamed: a folder of the final name is complete. With several machines the
 folder must lie on a file system that they share.
 """
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from .hub import file_sum
 
 __all__ = ['EXIT_STOPPED', 'CheckpointError', 'Checkpoints', 'StopRequest', 'stop_signals']
 
@@ -164,8 +165,7 @@ class Checkpoints:
 
 
 def _checksum(path: Path) -> dict[str, Any]:
-    with open(path, 'rb') as file:
-        return {'bytes': path.stat().st_size, 'sha256': hashlib.file_digest(file, 'sha256').hexdigest()}
+    return {'bytes': path.stat().st_size, 'sha256': file_sum(path)}
 
 
 def _flush(path: Path) -> None:

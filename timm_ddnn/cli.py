@@ -21,8 +21,8 @@ from .dynamic_depth import DynamicDepthMixin
 from .hub import fetch, read_config
 
 __all__ = [
-    'ArgumentParser', 'create_ddnn', 'fail', 'load_model', 'number', 'one_line_errors', 'parse_blocks', 'parse_option',
-    'parse_weight', 'run_script', 'saved_results', 'staged_folder', 'warn_of_untrained',
+    'ArgumentParser', 'create_ddnn', 'fail', 'integers', 'load_model', 'number', 'one_line_errors', 'parse_blocks',
+    'parse_option', 'parse_weight', 'run_script', 'saved_results', 'staged_folder', 'warn_of_untrained',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -100,16 +100,21 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse
 
 
-def parse_blocks(text: str) -> tuple[int, ...]:
-    """Parse the blocks per stage of a sub-net, for example '2,2,2,2'.
+def integers(what: str) -> Callable[[str], tuple[int, ...]]:
+    """Make a parser of integers with commas between them, for the `type` of an argument.
 
-    Raises:
-        ArgumentTypeError: If the text is not integers with commas between them.
+    Args:
+        what: What they are and an example, for the error.
     """
-    try:
-        return tuple(int(n) for n in text.split(','))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be blocks per stage such as '2,2,2,2', got {text!r}") from None
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            return tuple(int(n) for n in text.split(','))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'must be {what}, got {text!r}') from None
+    return parse
+
+
+parse_blocks = integers("blocks per stage such as '2,2,2,2'")
 
 
 def parse_weight(text: str) -> tuple[int, float]:

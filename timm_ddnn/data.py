@@ -5,6 +5,7 @@ Reading and augmenting the images is in `images.py`. Models and losses need neit
 import glob
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +13,19 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-__all__ = ['ImageData', 'load_image_data']
+__all__ = ['ImageData', 'load_image_data', 'quiet_datasets']
 
 TRAIN_SPLITS = ('train',)
 VAL_SPLITS = ('validation', 'val', 'valid', 'test')
 INPUT_KEYS = ('image', 'img')
 TARGET_KEYS = ('label', 'labels', 'fine_label')
+
+
+def quiet_datasets() -> None:
+    """Let the library `datasets` log nothing, its errors come as exceptions too, and draw bars on a terminal only."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 class ImageData(NamedTuple):

@@ -43,7 +43,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     names = [name for _, name, _ in pkgutil.iter_modules(timm_ddnn.commands.__path__)]
     # the command that is asked for does not wait for what the others import
-    for name in arguments[:1] if set(arguments[:1]) <= set(names) and arguments else names:
+    for name in arguments[:1] if arguments and arguments[0] in names else names:
         module = importlib.import_module(f'timm_ddnn.commands.{name}')
         command = commands.add_parser(
             name, description=module.HELP, help=module.HELP, epilog=f'examples:\n{module.EXAMPLES}\n\n{EXIT_STATUSES}')

@@ -1,11 +1,11 @@
 """The README.md of a published model: what the Hub reads of it, its results per depth, and how it is used."""
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CardData
 
-__all__ = ['create_model_card']
+__all__ = ['create_model_card', 'markdown_table']
 
 PAPER = 'https://arxiv.org/abs/2103.00793'
 RECIPE = 'epochs', 'batch_size', 'opt', 'lr', 'sched', 'weight_decay', 'temperature', 'alpha', 'beta', 'seed'
@@ -139,15 +139,27 @@ def _results(rows: list[Mapping[str, Any]], data: str | None, summary: Mapping[s
     split = f'the {images:,} validation images' if images else 'the validation images'
     where = f'Accuracy in percent on {split} of {data or "its data"}. '
     head = ['depth', 'blocks', 'parameters (M)', 'MACs (M)', *(('top-1', 'top-5') if measured else ())]
-    lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
-    for row in rows:
-        cells = [
+    cells = [
+        [
             str(row['depth']), '-'.join(map(str, row['blocks'])), f'{row["parameters"] / 1e6:.3f}',
             f'{row["macs"] / 1e6:.1f}', *((f'{row["top1"]:.2f}', f'{row["top5"]:.2f}') if measured else ()),
         ]
-        lines.append('| ' + ' | '.join(cells) + ' |')
+        for row in rows
+    ]
     note = 'Parameters and multiply-accumulates (MACs) are those of the plain net of a depth.'
-    return f'## Results\n\n{where if measured else ""}{note}\n\n' + '\n'.join(lines) + '\n'
+    return f'## Results\n\n{where if measured else ""}{note}\n\n' + markdown_table(head, cells)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out a table in Markdown.
+
+    Args:
+        head: Names of the columns.
+        rows: Cells by row.
+    """
+    lines = ['| ' + ' | '.join(row) + ' |' for row in (head, *rows)]
+    lines.insert(1, '|' + '---|' * len(head))
+    return '\n'.join(lines) + '\n'
 
 
 def _usage(architecture: str, repo_id: str, rows: list[Mapping[str, Any]], dynamic: bool) -> str:

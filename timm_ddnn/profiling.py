@@ -41,8 +41,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 
-from .memory import measure_memory, measure_memory_cuda
-from .report import _save_figure, count_costs, describe_machine
+from .memory import measure_memory, measure_memory_cuda, onnx_function
+from .report import count_costs, describe_machine, save_figure
 from .selection import percentile_90
 
 __all__ = ['RUNTIMES', 'compare_machines', 'plot_profile', 'profile_model']
@@ -220,7 +220,8 @@ def _measure_latency(
         for depth in depths:
             step = f'depth {depth}, {runtime}, batch of {batch_size}, threads: {threads}'
             if runtime == 'onnxruntime':
-                functions[depth] = _onnx_function(files[depth][batch_size], images, threads)
+                functions[depth] = functools.partial(
+                    onnx_function(files[depth][batch_size], threads), images.cpu().numpy())
             else:
                 net = compiled if runtime == 'compiled' else model
                 functions[depth] = functools.partial(net, images, depth=depth)
@@ -245,15 +246,6 @@ def _measure_latency(
         }
         for depth, values in latencies.items()
     }
-
-
-def _onnx_function(path: Path, images: torch.Tensor, threads: int) -> Callable[[], Any]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    return functools.partial(session.run, None, {session.get_inputs()[0].name: images.cpu().numpy()})
 
 
 def _describe(runtimes: Collection[str]) -> dict[str, Any]:
@@ -339,7 +331,7 @@ def plot_profile(path: Path, profile: Mapping[str, Any], title: str) -> None:
         *panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize='small',
         title='median, and line to the 90th percentile', title_fontsize='small',
     )
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _apart(heights: Mapping[int, float]) -> dict[float, list[int]]:

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -45,8 +46,8 @@ from .hub import file_sum
 from .version import __version__
 
 __all__ = [
-    'count_costs', 'describe_machine', 'describe_run', 'plot_accuracy', 'plot_curves', 'result_table', 'save_model',
-    'write_json', 'write_text',
+    'add_accuracies', 'count_costs', 'describe_machine', 'describe_run', 'plot_accuracy', 'plot_curves', 'result_table',
+    'save_figure', 'save_model', 'show_macs', 'write_json', 'write_text',
 ]
 
 
@@ -76,6 +77,19 @@ def count_costs(model: nn.Module, input_size: Sequence[int]) -> list[dict[str, A
         })
     model.train(training)
     return rows
+
+
+def add_accuracies(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Add the accuracy of every depth to its row.
+
+    Args:
+        rows: Rows with depth, as `count_costs` gives them.
+        metrics: top1_<depth> and top5_<depth>, as `evaluation.evaluate` gives them.
+
+    Returns:
+        Rows of results.
+    """
+    return [dict(row, top1=metrics[f'top1_{row["depth"]}'], top5=metrics[f'top5_{row["depth"]}']) for row in rows]
 
 
 def result_table(rows: Sequence[Mapping[str, Any]], title: str, num_parameters: int) -> Table:
@@ -217,10 +231,9 @@ def plot_accuracy(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> 
         )
     axes.margins(x=0.25, y=0.3)
     axes.set(title=title, xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
-    unit, letter = (1e9, 'G') if max(macs) >= 1e9 else (1e6, 'M')
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value / unit:g} {letter}'))
+    show_macs(axes, max(macs))
     axes.grid(alpha=0.3)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequence[int], title: str) -> None:
@@ -257,10 +270,17 @@ def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequen
         axes.legend(fontsize='small')
     handles = [Line2D([], [], color=f'C{i}', label=f'depth {depth}') for i, depth in enumerate(depths)]
     figure.legend(handles=handles, loc='outside lower center', ncols=len(depths))
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def _save_figure(figure: Figure, path: Path) -> None:
+def show_macs(axes: Axes, most: float) -> None:
+    """Write the multiply-accumulates of an x-axis in millions, or in billions if the most of them are that many."""
+    unit, letter = (1e9, 'G') if most >= 1e9 else (1e6, 'M')
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value / unit:g} {letter}'))
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file such that it is whole or not there at all."""
     temporary = path.with_name(f'.{path.name}.tmp')
     figure.savefig(temporary, format='png', dpi=150)
     os.replace(temporary, path)

@@ -24,7 +24,6 @@ On SIGTERM and SIGINT a run saves a checkpoint and ends with status 75. `acceler
 processes only, so start a single one that may be stopped by `python train_scripts/train_ekd.py`.
 """
 import json
-import logging
 import math
 import os
 import secrets
@@ -32,9 +31,9 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
@@ -50,12 +49,13 @@ from timm.utils import ModelEmaV3, distribute_bn, get_outdir
 import timm_ddnn
 from timm_ddnn.checkpoint import EXIT_STOPPED, CheckpointError, Checkpoints, stop_signals
 from timm_ddnn.cli import create_ddnn, one_line_errors
-from timm_ddnn.data import load_image_data
+from timm_ddnn.data import load_image_data, quiet_datasets
 from timm_ddnn.evaluation import evaluate
 from timm_ddnn.images import ImageReadError, Images, MemoryImages, create_loader, create_train_transform, seeded
 from timm_ddnn.monitor import LossMeter, check_weights
 from timm_ddnn.options import UNESSENTIAL, parse_args
 from timm_ddnn.report import (
+    add_accuracies,
     count_costs,
     describe_run,
     plot_accuracy,
@@ -113,9 +113,7 @@ def start_tracker(accelerator, args, output, name):
 def main():
     args = parse_args(__doc__.splitlines()[0])
     console = Console()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    quiet_datasets()
 
     # Set-up: whatever is wrong with the arguments is found here
     with one_line_errors(ValueError, OSError, AssertionError):
@@ -178,10 +176,7 @@ def main():
             if not (args.evaluate or args.resume) and any(output.glob('checkpoints/step-*')):
                 raise ValueError(f'--output {output} has checkpoints: go on by --resume auto, or choose another folder')
 
-    costs = count_costs(model, data_config['input_size'])
-
-    def add_results(metrics):
-        return [dict(row, top1=metrics[f'top1_{row["depth"]}'], top5=metrics[f'top5_{row["depth"]}']) for row in costs]
+    add_results = partial(add_accuracies, count_costs(model, data_config['input_size']))
 
     def finish(file, metrics, **results):
         if main_process:

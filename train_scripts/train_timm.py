@@ -10,21 +10,13 @@
 The first argument is the script. Options that begin with --ekd- are taken, all others are passed on, and train.py does
 with them what it always does. It logs and validates the full-net; the other depths by run_timm.py and validate.py.
 """
-import argparse
 import sys
 
 import timm.task
 from timm.task import classification
 
 import timm_ddnn
-from timm_ddnn.cli import ArgumentParser, fail, number, one_line_errors, parse_weight, run_script
-
-
-def parse_stages(text):
-    try:
-        return [int(stage) for stage in text.split(',')]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be stages such as '2,3', got {text!r}") from None
+from timm_ddnn.cli import ArgumentParser, fail, integers, number, one_line_errors, parse_weight, run_script
 
 
 def parse_args():
@@ -36,7 +28,8 @@ def parse_args():
     arg('--ekd-alpha', type=amount, default=loss.alpha, help='weight of the KL divergence')
     arg('--ekd-beta', type=amount, default=loss.beta, help='weight of the attention')
     arg('--ekd-attention', choices=('energy', 'standardized'), default=loss.attention, help='form of the attention')
-    arg('--ekd-stages', type=parse_stages, metavar='STAGE,...', help='stages compared, from 0, all if not given')
+    arg('--ekd-stages', type=integers("stages such as '2,3'"), metavar='STAGE,...',
+        help='stages compared, from 0, all if not given')
     arg('--ekd-weights', type=lambda text: dict(parse_weight(pair) for pair in text.split(',')),
         metavar='DEPTH=WEIGHT,...', help='loss weights of sub-nets')
     options, arguments = parser.parse_known_args()

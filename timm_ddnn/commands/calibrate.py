@@ -1,11 +1,9 @@
 """`timm-ddnn calibrate`: a further depth, without training."""
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
@@ -14,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from ..calibration import calibrate_bn
 from ..cli import load_model, number, parse_blocks, staged_folder
-from ..data import load_image_data
+from ..data import load_image_data, quiet_datasets
 from ..evaluation import evaluate
 from ..images import Images, create_loader
-from ..report import count_costs, result_table, save_model
+from ..report import add_accuracies, count_costs, result_table, save_model
 
 HELP = 'Add a depth without training: its batch-norm statistics are estimated, and every accuracy is measured.'
 EXAMPLES = """  timm-ddnn calibrate output/ddnn_resnet50-food --blocks 3,4,4,2 --data FOLDER --output ddnn_resnet50-41
@@ -92,10 +90,7 @@ def calibrate_model(
         image_data = image_data._replace(train=image_data.train.select(chosen, keep_in_memory=True))
         num_seen = calibrate_bn(model, load('train', min(batch_size, len(chosen))), depth=depth)
         metrics = evaluate(accelerator, model, accelerator.prepare(load('validation', batch_size)))
-        rows = [
-            dict(row, top1=metrics[f'top1_{row["depth"]}'], top5=metrics[f'top5_{row["depth"]}'])
-            for row in count_costs(model, data_config['input_size'])
-        ]
+        rows = add_accuracies(count_costs(model, data_config['input_size']), metrics)
         names = model.pretrained_cfg.get('label_names') or image_data.class_names
         save_model(model, folder, data_config=data_config, class_names=list(names), rows=rows)
     return {
@@ -110,9 +105,7 @@ def calibrate_model(
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Add the depth, and print the accuracy of every depth."""
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come as exceptions too
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    quiet_datasets()
     with Console(stderr=True).status('calibrating and measuring'):
         result = calibrate_model(
             args.model, args.blocks, args.data, args.output, num_images=args.images, batch_size=args.batch_size,

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -24,8 +23,8 @@ from ..analysis import (
     split_images,
 )
 from ..cascade import Cascade, UnreachableError, measure_speed
-from ..cli import load_model, number, staged_folder
-from ..data import load_image_data
+from ..cli import integers, load_model, number, staged_folder
+from ..data import load_image_data, quiet_datasets
 from ..images import Images, create_loader
 from ..report import count_costs, describe_machine, write_json
 
@@ -35,18 +34,6 @@ EXAMPLES = """  timm-ddnn evaluate output/ddnn_resnet50-food --data FOLDER --per
   timm-ddnn evaluate hf-hub:OWNER/NAME --data FOLDER --cascade 14,50 --budget-macs 2e9 --json"""
 
 _logger = logging.getLogger(__name__)
-
-
-def parse_depths(text: str) -> tuple[int, ...]:
-    """Parse the depths of a cascade, for example '14,26,50'.
-
-    Raises:
-        ArgumentTypeError: If the text is not integers with commas between them.
-    """
-    try:
-        return tuple(int(depth) for depth in text.split(','))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be depths such as '14,26,50', got {text!r}") from None
 
 
 def parse_threshold(text: str) -> float | None:
@@ -76,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--per-class', action='store_true', help='top-1 of every class')
     arg('--output', type=Path, help='folder for evaluation.json and evaluation.png')
     arg = parser.add_argument_group('cascade').add_argument
-    arg('--cascade', type=parse_depths, metavar='DEPTHS', help='depths to run where the one before is unsure: 14,26,50')
+    arg('--cascade', type=integers("depths such as '14,26,50'"), metavar='DEPTHS',
+        help='depths to run where the one before is unsure: 14,26,50')
     arg('--threshold', type=parse_threshold, metavar='auto|P', default='auto',
         help='an image goes on to the next depth where the greatest probability is not above it')
     arg('--target-top1', type=number(float, 0, 100), metavar='PERCENT',
@@ -233,9 +221,7 @@ def _check_classes(model: torch.nn.Module, class_names: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate, and print tables."""
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come as exceptions too
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    quiet_datasets()
     try:
         result = evaluate_model(
             args.model, args.data, input_key=args.input_key, target_key=args.target_key, val_split=args.val_split,

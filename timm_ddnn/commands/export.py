@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 from rich.console import Console
 from rich.table import Table
 
 from ..cli import load_model, number
+from ..data import quiet_datasets
 from ..exporting import FORMATS, ExportMismatchError, export, load_images
 
 HELP = 'Write one depth, or every depth, as ONNX, torch.export or TorchScript, compared with the model on real images.'
@@ -79,9 +79,7 @@ def export_model(
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the files, and print how far they are from the model."""
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come as exceptions too
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    quiet_datasets()
     try:
         with Console(stderr=True).status('exporting and comparing'):
             rows = export_model(
