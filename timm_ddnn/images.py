@@ -224,6 +224,8 @@ def _ignore_stop_signals(worker_id: int) -> None:
 @atexit.register
 def _kill_workers() -> None:
     # multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever after an error
+    if hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

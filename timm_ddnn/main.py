@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s', stream=sys.stderr)
+    # where there is CUDA and no GPU, it says so when something imports it, amid the one line of an error
+    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
     try:
         args = _parse(arguments)
         with one_line_errors(ValueError, OSError):

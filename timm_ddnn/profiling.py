@@ -86,7 +86,7 @@ def profile_model(
         ValueError: If an argument is out of its range, a runtime is not installed, or a depth does not run, for
             example because memory is too small.
     """
-    from torch._inductor.utils import fresh_cache  # these, and Timer below, warn where CUDA is there and no GPU
+    from torch._inductor.utils import fresh_cache  # slow to import, as Timer below; `choose` needs neither
     from torch.utils.benchmark.utils.common import set_torch_threads
 
     threads = (torch.get_num_threads(),) if threads is None else threads
