@@ -44,7 +44,7 @@ SCRIPT = ROOT / 'benchmarks' / 'train_method.py'
 RESULTS = ROOT / 'results'
 WORK = ROOT / 'output' / 'experiments'
 
-RECIPE = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.1', '--weight-decay': '5e-4', '--warmup-epochs': '1'}
+RECIPE = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.4', '--weight-decay': '5e-4', '--warmup-epochs': '2'}
 CE_ONLY = {'--alpha': '0', '--beta': '0'}
 
 
@@ -111,42 +111,36 @@ ALL = ('alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation'
 def ablations():
     """Make the runs by which the options were chosen, on images of the training split only."""
     kl = {'--alpha': '0.3', '--beta': '0'}
-    last = {'--alpha': '0', '--stages': '2'}
-    ekd = {'--alpha': '0.3', '--beta': '0.1', '--stages': '2'}
-    standardized = {'--attention': 'standardized'}
+    attention = {'--alpha': '0', '--beta': '0.1', '--stages': '2', '--attention': 'standardized'}
+    ekd = attention | {'--alpha': '0.3'}
     variants = {
         'joint': CE_ONLY,
-        'kl_0.3': kl,
-        'joint_lr_0.4': CE_ONLY | {'--lr': '0.4'},
-        'ekd_energy_last': ekd,
-        'ekd_standardized_last': ekd | standardized,
-        'ekd_standardized_last_1': ekd | standardized | {'--beta': '1'},
-        'ekd_standardized_all': standardized | {'--alpha': '0.3', '--beta': '0.1'},
-        'ekd_energy_all': {'--alpha': '0.3', '--beta': '0.1'},
-        'kl_1': kl | {'--alpha': '1'},
-        'ekd_ramp': ekd | {'--ramp-updates': '460'},
-        'kl_0.3_t2': kl | {'--temperature': '2'},
-        'ekd_private': ekd | {'--model-kwargs': 'shared_affine=False'},
-        'joint_lr_0.2': CE_ONLY | {'--lr': '0.2'},
-        'joint_lr_0.05': CE_ONLY | {'--lr': '0.05'},
-        'energy_all_0.1': {'--alpha': '0', '--beta': '0.1'},
-        'energy_last_0.1': last | {'--beta': '0.1'},
-        'standardized_last_0.1': last | standardized | {'--beta': '0.1'},
-        'standardized_all_0.1': standardized | {'--alpha': '0', '--beta': '0.1'},
-        'kl_0.1_t4': kl | {'--alpha': '0.1', '--temperature': '4'},
-        'energy_last_1': last | {'--beta': '1'},
-        'standardized_last_1': last | standardized | {'--beta': '1'},
-        'ekd_half_weights': ekd | {'--weights': '14=0.5 8=0.5'},
-        'ekd_lr_0.05': ekd | {'--lr': '0.05'},
-        'ekd_lr_0.2': ekd | {'--lr': '0.2'},
+        'kl': kl,
+        'ekd': ekd,
         'alone_20': CE_ONLY | {'--subnets': ''},
-        'alone_20_lr_0.4': CE_ONLY | {'--subnets': '', '--lr': '0.4'},
-        'alone_20_lr_0.05': CE_ONLY | {'--subnets': '', '--lr': '0.05'},
         'alone_20_lr_0.2': CE_ONLY | {'--subnets': '', '--lr': '0.2'},
+        'joint_lr_0.2': CE_ONLY | {'--lr': '0.2'},
+        'ekd_energy': ekd | {'--attention': 'energy'},
+        'ekd_beta_0.3': ekd | {'--beta': '0.3'},
+        'ekd_beta_0.03': ekd | {'--beta': '0.03'},
+        'kl_1': kl | {'--alpha': '1'},
+        'ekd_alpha_1': ekd | {'--alpha': '1'},
+        'ekd_all_stages': ekd | {'--stages': '0 1 2'},
+        'ekd_energy_all_stages': ekd | {'--attention': 'energy', '--stages': '0 1 2'},
+        'attention': attention,
+        'kl_t_2': kl | {'--temperature': '2'},
+        'kl_t_4': kl | {'--alpha': '0.1', '--temperature': '4'},
+        'ekd_ramp': ekd | {'--ramp-updates': '460'},
+        'ekd_private': ekd | {'--model-kwargs': 'shared_affine=False'},
+        'ekd_half_weights': ekd | {'--weights': '14=0.5 8=0.5'},
+        'ekd_lr_0.2': ekd | {'--lr': '0.2'},
         'ekd_sampled': ekd | {'--sample': None},
         'ekd_one_subnet': ekd | {'--subnets': '1,1,1'},
         'ekd_three_subnets': ekd | {'--subnets': '3,3,2 2,2,2 1,1,1'},
         'ekd_cut_late': ekd | {'--subnets': '3,2,1 2,1,1'},
+        'joint_zero_init': CE_ONLY | {'--model-kwargs': 'zero_init_last=True'},
+        'alone_20_zero_init': CE_ONLY | {'--subnets': '', '--model-kwargs': 'zero_init_last=True'},
+        'ekd_beta_1': ekd | {'--beta': '1'},
     }
     recipe = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
     return [
@@ -157,7 +151,7 @@ def ablations():
 
 def all_runs():
     seeds = {'alone': 3, 'joint': 3, 'ekd': 3}
-    small = {**RECIPE, '--epochs': '15'}
+    small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     whole = {**RECIPE, '--epochs': '200', '--warmup-epochs': '5'}
     tiny = {**RECIPE, '--epochs': '60', '--warmup-epochs': '3', '--img-size': '128', '-b': '256'}
     main = ('alone', 'joint', 'ekd', 'kd')

@@ -16,11 +16,17 @@ from experiments import RECIPE
 from matplotlib.figure import Figure
 
 from timm_ddnn.cli import ArgumentParser
-from timm_ddnn.model_card import markdown_table
+from timm_ddnn.ddnn_resnet import WEIGHTS
+from timm_ddnn.model_card import CITATION, PAPER, markdown_table
 from timm_ddnn.report import save_figure, show_macs, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results'
+DATA = {
+    'cifar10': 'CIFAR-10, recoded as JPEG of quality 75 (slightly lossy, so that accuracies are near those of the '
+    'original files, not the same)',
+    'tiny_imagenet': 'Tiny ImageNet (200 classes, 64 px)',
+}
 HIDDEN = '--seed', '--model', '--epochs'
 METHODS = {
     'alone': 'each depth trained alone, as a stock net',
@@ -83,6 +89,14 @@ def comparison(experiment):
     return markdown_table(head, rows), tops, runs
 
 
+def method_table():
+    return markdown_table(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items()])
+
+
+def join(options):
+    return ' '.join(flag if value is None else f'{flag} {value}'.strip() for flag, value in options.items())
+
+
 def ablation_table(tops, runs):
     rows = []
     for name, by_depth in sorted(tops.items()):
@@ -91,8 +105,7 @@ def ablation_table(tops, runs):
         options = {k: v for k, v in options.items() if RECIPE.get(k) != v and k not in HIDDEN}
         average = mean(mean(values.values()) for values in by_depth.values())
         seeds = max(len(values) for values in by_depth.values())
-        text = ' '.join(flag if value is None else f'{flag} {value}'.strip() for flag, value in options.items())
-        rows.append([name, cells, f'{average:.2f}', str(seeds), f'`{text}`'])
+        rows.append([name, cells, f'{average:.2f}', str(seeds), f'`{join(options)}`'])
     return markdown_table(['variant', 'top-1 (depth)', 'mean', 'seeds', 'options'], rows)
 
 
@@ -145,7 +158,7 @@ def write_results():
         'Written by `python benchmarks/results.py` from the JSON files beside it, one per run of '
         '`benchmarks/experiments.py`: change those, not this. Top-1 in percent on images that no option was chosen on; '
         'where there are several seeds, mean ± standard error, and differences are those of runs with the same seed.\n',
-        markdown_table(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items()]),
+        method_table(),
     ]
     for experiment in experiments:
         table, tops, runs = comparison(experiment)
@@ -165,9 +178,133 @@ def write_results():
     write_text(RESULTS / 'README.md', '\n'.join(parts))
 
 
+CARD = """## {tag}
+
+```python
+import timm
+import timm_ddnn
+
+model = timm.create_model('{tag}', pretrained=True)
+logits = model(images, depth={shallow})  # model(images) is the same with depth={full}
+```
+
+One set of {parameters:.3f} million weights, {size:,} bytes, that holds depths {depths}, for images of {side} px and the
+classes {classes}. It was trained by embedded knowledge distillation ([arXiv 2103.00793]({paper})).
+
+{results}
+Top-1, top-5 and expected calibration error of {images:,} validation images in float32, in percent. Parameters and
+multiply-accumulates (MACs) are those of the plain net of a depth. Latency: median of batches of {batch} on {threads}
+of a {latency_cpu}, {runtime}, torch {torch}, all depths in turn.
+
+![Accuracy of every depth over its multiply-accumulates](results/{experiment}.png)
+
+### Against other methods
+
+{comparison}
+{methods}
+Top-1 in percent; where there are several seeds, mean ± standard error, and differences are those of runs with the same
+seed. The road to these options, and on which images they were chosen, is in [results](results/README.md).
+
+### Training
+
+- **Data:** {data}; {training_images:,} images to train and {images:,} to validate. No other data, no pretrained
+  weights.
+- **Recipe:** `train_scripts/train_ekd.py {options}`
+- **Choice:** of several seeds, the one with the highest mean top-1 on the images of the table above, which flatters
+  it a little. What a run of your own may be expected to reach are the means in the table of methods.
+- **Hardware and cost:** {hours:.1f} hours for {epochs} epochs on one core of a {training_cpu}, which other work shared,
+  no GPU. Longer schedules reach more: these weights show what depth costs, they are not the best nets of their size.
+
+### Limits and biases
+
+- The net names one of its classes whatever the picture shows, and knows pictures of {side} px of the kind it was
+  trained on.
+- {extremes}
+- The confidence is what training left, without calibration afterwards: see the table.
+- {bias}
+"""
+BIAS = {
+    'cifar10': 'CIFAR-10 was collected from the Internet by search terms as a part of 80 Million Tiny Images, which '
+    'its authors withdrew in 2020 for offensive labels among its other classes. Whom and what its pictures show was '
+    'not balanced, and nothing here measures what follows from that.',
+}
+
+
+def card_section(tag):
+    """The part of MODEL_CARD.md on the weights in a folder: what they reach, cost, and come from."""
+    measurements = RESULTS / 'weights' / tag.name
+    config, evaluation, profile = (
+        json.loads(path.read_text())
+        for path in (tag / 'config.json', measurements / 'evaluation.json', measurements / 'profile.json')
+    )
+    experiment = evaluation['run'].partition('/')[0]
+    run = json.loads((RESULTS / f'{evaluation["run"]}.json').read_text())
+    measured = {row['depth']: row for row in profile['measurements']}
+    full, *_, shallow = depths = [row['depth'] for row in evaluation['depths']]
+    extremes = []
+    for depth in (full, shallow):
+        low, *_, high = sorted(evaluation['per_class'], key=lambda row, key=f'top1_{depth}': row[key])
+        low, high = (f'{row[f"top1_{depth}"]:.1f} % ({row["class"]})' for row in (low, high))
+        extremes.append(f'from {low} to {high} at depth {depth}')
+    setting = measured[full]
+    return CARD.format(
+        tag=tag.name,
+        full=full,
+        shallow=shallow,
+        parameters=evaluation['parameters'] / 1e6,
+        size=(tag / 'model.safetensors').stat().st_size,
+        depths=', '.join(map(str, depths)),
+        side=evaluation['input_size'][-1],
+        classes=', '.join(config['label_names']),
+        paper=PAPER,
+        results=markdown_table(
+            ['depth', 'blocks', 'parameters (M)', 'MACs (M)', 'top-1', 'top-5', 'calibration error', 'latency (ms)'],
+            [
+                [
+                    str(row['depth']), '-'.join(map(str, row['blocks'])), f'{row["parameters"] / 1e6:.3f}',
+                    f'{row["macs"] / 1e6:.1f}', f'{row["top1"]:.2f}', f'{row["top5"]:.2f}', f'{row["ece"]:.2f}',
+                    f'{measured[row["depth"]]["median_ms"]:.2f}',
+                ]
+                for row in evaluation['depths']
+            ],
+        ),
+        images=evaluation['images'],
+        batch=setting['batch_size'],
+        threads='one thread' if setting['threads'] == 1 else f'{setting["threads"]} threads',
+        latency_cpu=profile['hardware']['cpu'],
+        runtime=setting['runtime'],
+        torch=profile['versions']['torch'],
+        experiment=experiment,
+        comparison=comparison(experiment)[0],
+        methods=method_table(),
+        data=DATA[evaluation['data']],
+        training_images=run['training_images'],
+        options=join(run['options']),
+        hours=sum(record['seconds'] for record in run['history']) / 3600,
+        training_cpu=run['hardware']['cpu'],
+        epochs=run['arguments']['epochs'],
+        extremes=f'Accuracy is not the same for all classes: {", and ".join(extremes)}.',
+        bias=BIAS[evaluation['data']],
+    )
+
+
+def write_card():
+    tags = [path.parent for path in sorted(WEIGHTS.glob('*/config.json'))]
+    parts = [
+        '# Model card\n',
+        'Weights that come with timm_ddnn, under Apache-2.0. Written by `python benchmarks/results.py` from the JSON '
+        'files in `results/` and beside the weights: change those, not this.\n',
+        *map(card_section, tags),
+        f'## Citation\n\nThe method:\n\n```bibtex\n{CITATION}\n```\n\nThis library: [CITATION.cff](CITATION.cff).\n',
+    ]
+    if tags:
+        write_text(ROOT / 'MODEL_CARD.md', '\n'.join(parts))
+
+
 def main():
     ArgumentParser(__doc__.splitlines()[0]).parse_args()
     write_results()
+    write_card()
 
 
 if __name__ == '__main__':

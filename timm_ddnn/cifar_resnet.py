@@ -52,7 +52,7 @@ class CifarResNet(ResNet):
             norm_layer: Any = nn.BatchNorm2d,
             drop_rate: float = 0.0,
             drop_path_rate: float = 0.0,
-            zero_init_last: bool = True,
+            zero_init_last: bool = False,
             device: Any = None,
             dtype: torch.dtype | None = None,
     ) -> None:
@@ -70,7 +70,7 @@ class CifarResNet(ResNet):
             norm_layer: Normalization layer.
             drop_rate: Dropout probability before the classifier, [0, 1).
             drop_path_rate: Stochastic depth rate of the last block, [0, 1).
-            zero_init_last: Whether the last norm of every block starts at zero.
+            zero_init_last: Whether the last norm of every block starts at zero, which nets this narrow learn slower with.
             device: Device of the parameters.
             dtype: Type of the parameters.
 

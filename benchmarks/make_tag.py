@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Make the best EKD weights of an experiment a pretrained tag that comes with the library.
+
+    python benchmarks/make_tag.py FOLDER cifar10_resnet20    # -> timm_ddnn/weights/ddnn_resnet20.ekd_cifar10
+
+The best are those of the seed with the highest top-1, mean over depths. The accuracy of every depth is measured anew in
+float32, as `timm-ddnn evaluate` measures it, and stands in config.json. What it measures besides goes to
+results/weights/TAG/evaluation.json, from which `results.py` writes MODEL_CARD.md.
+"""
+import json
+from pathlib import Path
+from statistics import mean
+
+from experiments import RESULTS, WORK, all_runs, data_folder
+from timm.data import resolve_data_config
+
+from timm_ddnn.cli import ArgumentParser, fail, load_model, one_line_errors, staged_folder
+from timm_ddnn.commands.evaluate import evaluate_model
+from timm_ddnn.ddnn_resnet import WEIGHTS
+from timm_ddnn.report import save_model, write_json
+
+ROW = 'depth', 'blocks', 'parameters', 'macs', 'top1', 'top5'
+
+
+def best_run(experiment):
+    """Find the EKD run of an experiment with the highest top-1, mean over depths."""
+    results = [json.loads(path.read_text()) for path in (RESULTS / experiment).glob('ekd-*.json')]
+    if not results:
+        fail(f'experiment must be one with results of EKD in {RESULTS}, got {experiment!r}')
+    return max(results, key=lambda result: mean(row['top1'] for row in result['depths']))['run']
+
+
+def main():
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument('folder', type=Path, help='folder of the data sets')
+    parser.add_argument('experiment', help='name of a folder in results/')
+    args = parser.parse_args()
+    run = all_runs()[best_run(args.experiment)]
+    tag = f'{run.options["--model"]}.ekd_{run.data}'
+    with one_line_errors(OSError, ValueError), staged_folder(WEIGHTS / tag) as folder:
+        data = str(data_folder(run.data, args.folder.resolve()))
+        result = evaluate_model(str(WORK / run.name), data, per_class=True)
+        model = load_model(str(WORK / run.name))
+        rows = [{key: row[key] for key in ROW} for row in result['depths']]
+        names = model.pretrained_cfg['label_names']
+        save_model(model, folder, data_config=resolve_data_config(model=model), class_names=names, rows=rows)
+    measured = RESULTS / 'weights' / tag
+    measured.mkdir(parents=True, exist_ok=True)
+    write_json(measured / 'evaluation.json', {**result, 'run': run.name, 'model': tag, 'data': run.data})
+    tops = ', '.join(f'{row["top1"]:.2f} ({row["depth"]})' for row in rows)
+    print(f'{tag}: {run.name}, top-1 of {result["images"]:,} images {tops}')
+
+
+if __name__ == '__main__':
+    main()
