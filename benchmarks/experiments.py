@@ -97,11 +97,12 @@ def compare(experiment, model, data, recipe, methods, seeds):
 
 # The loss of each method; how they were chosen is in results/README.md.
 KD = {'--alpha': '1', '--temperature': '4'}
+EKD = {'--alpha': '0.3', '--beta': '0.1', '--attention': 'energy', '--stages': '-1'}
 METHODS = {
     'joint': CE_ONLY,
-    'kl': {'--beta': '0'},
-    'attention': {'--alpha': '0'},
-    'ekd': {},
+    'kl': EKD | {'--beta': '0'},
+    'attention': EKD | {'--alpha': '0'},
+    'ekd': EKD,
     'truncation': {},
     'kl_only': {'--subnet-ce': '0', '--alpha': '1', '--temperature': '1', '--beta': '0'},
 }
@@ -110,37 +111,34 @@ ALL = ('alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation'
 
 def ablations():
     """Make the runs by which the options were chosen, on images of the training split only."""
-    kl = {'--alpha': '0.3', '--beta': '0'}
-    attention = {'--alpha': '0', '--beta': '0.1', '--stages': '2', '--attention': 'standardized'}
-    ekd = attention | {'--alpha': '0.3'}
     variants = {
         'joint': CE_ONLY,
-        'kl': kl,
-        'ekd': ekd,
+        'kl': EKD | {'--beta': '0'},
+        'ekd': EKD,
         'alone_20': CE_ONLY | {'--subnets': ''},
         'alone_20_lr_0.2': CE_ONLY | {'--subnets': '', '--lr': '0.2'},
         'joint_lr_0.2': CE_ONLY | {'--lr': '0.2'},
-        'ekd_energy': ekd | {'--attention': 'energy'},
-        'ekd_beta_0.3': ekd | {'--beta': '0.3'},
-        'ekd_beta_0.03': ekd | {'--beta': '0.03'},
-        'kl_1': kl | {'--alpha': '1'},
-        'ekd_alpha_1': ekd | {'--alpha': '1'},
-        'ekd_all_stages': ekd | {'--stages': '0 1 2'},
-        'ekd_energy_all_stages': ekd | {'--attention': 'energy', '--stages': '0 1 2'},
-        'attention': attention,
-        'kl_t_2': kl | {'--temperature': '2'},
-        'kl_t_4': kl | {'--alpha': '0.1', '--temperature': '4'},
-        'ekd_ramp': ekd | {'--ramp-updates': '460'},
-        'ekd_private': ekd | {'--model-kwargs': 'shared_affine=False'},
-        'ekd_half_weights': ekd | {'--weights': '14=0.5 8=0.5'},
-        'ekd_lr_0.2': ekd | {'--lr': '0.2'},
-        'ekd_sampled': ekd | {'--sample': None},
-        'ekd_one_subnet': ekd | {'--subnets': '1,1,1'},
-        'ekd_three_subnets': ekd | {'--subnets': '3,3,2 2,2,2 1,1,1'},
-        'ekd_cut_late': ekd | {'--subnets': '3,2,1 2,1,1'},
+        'ekd_standardized': EKD | {'--attention': 'standardized'},
+        'ekd_beta_0.3': EKD | {'--beta': '0.3'},
+        'ekd_beta_0.03': EKD | {'--beta': '0.03'},
+        'kl_1': EKD | {'--beta': '0', '--alpha': '1'},
+        'ekd_alpha_1': EKD | {'--alpha': '1'},
+        'ekd_all_stages': EKD | {'--stages': '0 1 2'},
+        'ekd_standardized_all_stages': EKD | {'--attention': 'standardized', '--stages': '0 1 2'},
+        'attention': EKD | {'--alpha': '0'},
+        'kl_t_2': EKD | {'--beta': '0', '--temperature': '2'},
+        'kl_t_4': EKD | {'--beta': '0', '--alpha': '0.1', '--temperature': '4'},
+        'ekd_ramp': EKD | {'--ramp-updates': '460'},
+        'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
+        'ekd_half_weights': EKD | {'--weights': '14=0.5 8=0.5'},
+        'ekd_lr_0.2': EKD | {'--lr': '0.2'},
+        'ekd_sampled': EKD | {'--sample': None},
+        'ekd_one_subnet': EKD | {'--subnets': '1,1,1'},
+        'ekd_three_subnets': EKD | {'--subnets': '3,3,2 2,2,2 1,1,1'},
+        'ekd_cut_late': EKD | {'--subnets': '3,2,1 2,1,1'},
         'joint_zero_init': CE_ONLY | {'--model-kwargs': 'zero_init_last=True'},
         'alone_20_zero_init': CE_ONLY | {'--subnets': '', '--model-kwargs': 'zero_init_last=True'},
-        'ekd_beta_1': ekd | {'--beta': '1'},
+        'ekd_beta_1': EKD | {'--beta': '1'},
     }
     recipe = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
     return [

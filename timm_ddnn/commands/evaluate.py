@@ -305,7 +305,7 @@ def _print_cascade(console: Console, cascade: Mapping[str, Any]) -> None:
         _print_line(
             console, f'depth {cascade["beaten_by"]} alone is as accurate on these images and takes no more MACs')
     if speed:
-        threads = f', {speed["threads"]} threads' if speed['device'] == 'cpu' else ''
+        threads = f', {speed["threads"]} thread{"s" * (speed["threads"] > 1)}' if speed['device'] == 'cpu' else ''
         _print_line(console, f'speed of {speed["images"]} images, {speed["batch_size"]} at once, on {speed["device"]}'
                             f'{threads}: medians of {speed["rounds"]} rounds')
 
