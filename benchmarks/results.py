@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tables and pictures of results/README.md and MODEL_CARD.md from the JSON files in results/.
+"""Write results/README.md, MODEL_CARD.md and the table of results in README.md from the JSON files in results/.
 
     python benchmarks/results.py
 
@@ -146,7 +146,8 @@ def recipe(runs):
         f'{run["training_images"]:,} training and {run["validation_images"]:,} validation images of '
         f'{arguments["dataset"]}, {arguments["epochs"]} epochs, {arguments["opt"]} at learning rate {arguments["lr"]} '
         f'with a {arguments["sched"]} schedule, batches of {arguments["batch_size"]}, weight decay '
-        f'{arguments["weight_decay"]}, {run["mixed_precision"]}. {machine}; {len(runs)} runs of {hours:.1f} h in all; '
+        f'{arguments["weight_decay"]}, {run["mixed_precision"]}. {machine}; {len(runs)} run{"s" * (len(runs) > 1)}, '
+        f'{hours:.1f} h in all; '
         f'{versions}.'
     )
 
@@ -288,6 +289,26 @@ def card_section(tag):
     )
 
 
+def summary_table(experiment):
+    """Table by depth of EKD against training alone."""
+    tops, runs = load_runs(experiment)
+    macs = {row['depth']: row['macs'] for run in runs.values() for row in run['depths']}
+    rows = []
+    for depth in sorted(macs, reverse=True):
+        cells = [with_error(list(tops[method][depth].values())) for method in ('alone', 'joint', 'ekd')]
+        gain = with_error(difference(tops, 'ekd', 'alone', depth), sign=True)
+        rows.append([str(depth), f'{macs[depth] / 1e6:.1f} M', *cells, gain])
+    head = ['depth', 'MACs', 'trained alone', 'shared, cross-entropy only', 'EKD', 'EKD against alone']
+    return markdown_table(head, rows)
+
+
+def write_readme():
+    path, experiment = ROOT / 'README.md', 'cifar10_resnet20'
+    start, end = f'<!-- {experiment} -->\n', f'<!-- end of {experiment} -->'
+    before, _, rest = path.read_text().partition(start)
+    write_text(path, before + start + summary_table(experiment) + end + rest.partition(end)[2])
+
+
 def write_card():
     tags = [path.parent for path in sorted(WEIGHTS.glob('*/config.json'))]
     parts = [
@@ -305,6 +326,7 @@ def main():
     ArgumentParser(__doc__.splitlines()[0]).parse_args()
     write_results()
     write_card()
+    write_readme()
 
 
 if __name__ == '__main__':

@@ -169,7 +169,7 @@ WRONG = [
     ('--model ddnn_resnet21', 'dynamic-depth model such as .*ddnn_resnet20.*, got .ddnn_resnet21'),
     ('--model resnet50', 'dynamic-depth model such as ddnn_resnet50.*, got .resnet50'),
     ('--model local-dir:nowhere', "'local-dir:nowhere' cannot be created: nowhere is no folder of a model"),
-    ('--pretrained', 'No pretrained weights exist for ddnn_resnet20'),
+    ('--pretrained --model ddnn_resnet110', 'No pretrained weights exist for ddnn_resnet110'),
     ('--model-kwargs foo=1', "unexpected keyword argument 'foo'"),
     ('--model-kwargs foo', "KEY=VALUE .*, got 'foo'"),
     ('--model-kwargs in_chans=5', 'in_chans must be 1 or 3, got 5'),
