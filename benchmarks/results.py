@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results'
 DATA = {
     'cifar10': 'CIFAR-10, recoded as JPEG of quality 75 (slightly lossy, so that accuracies are near those of the '
-    'original files, not the same)',
+    'original files, not the same); the validation images are half of its test set',
     'tiny_imagenet': 'Tiny ImageNet (200 classes, 64 px)',
 }
 HIDDEN = '--seed', '--model', '--epochs'
@@ -77,15 +77,17 @@ def comparison(experiment):
     for method in METHODS:
         if method not in tops:
             continue
-        cells, gains = [], []
+        cells, gains = [], {'alone': [], 'joint': []}
         for depth in depths:
             values = list(tops[method].get(depth, {}).values())
             cells.append(with_error(values) if values else '')
-            gain = difference(tops, method, 'alone', depth) if method != 'alone' else []
-            gains.append(with_error(gain, sign=True) if gain else '')
+            for other in ('alone', 'joint'):
+                gain = difference(tops, method, other, depth) if method != other else []
+                gains[other].append(with_error(gain, sign=True) if gain else '')
         seeds = max(len(values) for values in tops[method].values())
-        rows.append([method, *cells, *gains, str(seeds)])
-    head = ['method', *map(str, depths), *(f'{depth} against alone' for depth in depths), 'seeds']
+        rows.append([method, *cells, *gains['alone'], *gains['joint'], str(seeds)])
+    versus = [f'{depth} against {other}' for other in ('alone', 'joint') for depth in depths]
+    head = ['method', *map(str, depths), *versus, 'seeds']
     return markdown_table(head, rows), tops, runs
 
 
@@ -136,19 +138,22 @@ def draw(experiment, tops, runs):
     save_figure(figure, RESULTS / f'{experiment}.png')
 
 
+def name_machine(run):
+    hardware = run['hardware']
+    return ', '.join(hardware['gpus']) or f'a machine with {hardware["cpu_cores"]} cores of {hardware["cpu"]}'
+
+
 def recipe(runs):
     run = next(iter(runs.values()))
-    arguments, hardware = run['arguments'], run['hardware']
-    machine = ', '.join(hardware['gpus']) or f'{hardware["cpu_cores"]} cores of {hardware["cpu"]}'
+    arguments = run['arguments']
     hours = sum(record['seconds'] for each in runs.values() for record in each['history']) / 3600
     versions = ', '.join(f'{name} {run["versions"][name]}' for name in ('torch', 'timm', 'accelerate', 'datasets'))
     return (
         f'{run["training_images"]:,} training and {run["validation_images"]:,} validation images of '
         f'{arguments["dataset"]}, {arguments["epochs"]} epochs, {arguments["opt"]} at learning rate {arguments["lr"]} '
         f'with a {arguments["sched"]} schedule, batches of {arguments["batch_size"]}, weight decay '
-        f'{arguments["weight_decay"]}, {run["mixed_precision"]}. {machine}; {len(runs)} run{"s" * (len(runs) > 1)}, '
-        f'{hours:.1f} h in all; '
-        f'{versions}.'
+        f'{arguments["weight_decay"]}, {run["mixed_precision"]}. {name_machine(run)}; '
+        f'{len(runs)} run{"s" * (len(runs) > 1)}, {hours:.1f} h of training in all; {versions}.'
     )
 
 
@@ -172,8 +177,8 @@ def write_results():
         tops, runs = load_runs('ablations')
         parts += [
             '## Choice of options\n',
-            'On images of the training split only, the validation images being others of it. Of one seed, differences '
-            f'below about half a point mean nothing. Unless the options say otherwise: {recipe(runs)}\n',
+            'On images of the training split only, the validation images being others of it. With one seed, '
+            f'differences of a point may be chance. Unless the options say otherwise: {recipe(runs)}\n',
             ablation_table(tops, runs),
         ]
     write_text(RESULTS / 'README.md', '\n'.join(parts))
@@ -195,7 +200,7 @@ classes {classes}. It was trained by embedded knowledge distillation ([arXiv 210
 {results}
 Top-1, top-5 and expected calibration error of {images:,} validation images in float32, in percent. Parameters and
 multiply-accumulates (MACs) are those of the plain net of a depth. Latency: median of batches of {batch} on {threads}
-of a {latency_cpu}, {runtime}, torch {torch}, all depths in turn.
+of {latency_cpu}, {runtime}, torch {torch}, all depths in turn.
 
 ![Accuracy of every depth over its multiply-accumulates](results/{experiment}.png)
 
@@ -211,10 +216,10 @@ seed. The road to these options, and on which images they were chosen, is in [re
 - **Data:** {data}; {training_images:,} images to train and {images:,} to validate. No other data, no pretrained
   weights.
 - **Recipe:** `train_scripts/train_ekd.py {options}`
-- **Choice:** of several seeds, the one with the highest mean top-1 on the images of the table above, which flatters
-  it a little. What a run of your own may be expected to reach are the means in the table of methods.
-- **Hardware and cost:** {hours:.1f} hours for {epochs} epochs on one core of a {training_cpu}, which other work shared,
-  no GPU. Longer schedules reach more: these weights show what depth costs, they are not the best nets of their size.
+- **Choice:** of {seeds} EKD run(s), the one with the highest mean top-1 on the images of the table above. What a run of
+  your own may be expected to reach are the means in the table of methods.
+- **Hardware and cost:** {hours:.1f} hours of training for {epochs} epochs on {training_machine}. They show what depth
+  costs after a short schedule, and are not the best nets of their size.
 
 ### Limits and biases
 
@@ -282,7 +287,8 @@ def card_section(tag):
         training_images=run['training_images'],
         options=join(run['options']),
         hours=sum(record['seconds'] for record in run['history']) / 3600,
-        training_cpu=run['hardware']['cpu'],
+        training_machine=name_machine(run),
+        seeds=len(list((RESULTS / experiment).glob('ekd-*.json'))),
         epochs=run['arguments']['epochs'],
         extremes=f'Accuracy is not the same for all classes: {", and ".join(extremes)}.',
         bias=BIAS[evaluation['data']],

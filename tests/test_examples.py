@@ -55,6 +55,14 @@ def test_photograph(folder, monkeypatch, capsys):
         assert image.format == 'PNG' and image.width > 500 and len(image.convert('RGB').getcolors(10 ** 7)) > 1000
 
 
+def test_photograph_needs_nothing_but_the_library(folder, monkeypatch, capsys):
+    """Catches a default model without weights, or weights that need a network."""
+    run(monkeypatch, 'photograph.py', '--output', folder / 'default.png', '--repeats', 1)
+    printed = capsys.readouterr().out
+    assert 'has depths (20, 14, 8), trained are (20, 14, 8); 10 classes' in printed
+    assert re.search(r'depth 20 says (airplane|automobile|bird|cat|deer|dog|frog|horse|ship|truck)', printed)
+
+
 @pytest.mark.parametrize(('args', 'message'), [
     (['none.jpg'], 'none.jpg'),
     (['--output', 'none/picture.png'], 'none/picture.png'),

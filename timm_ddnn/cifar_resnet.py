@@ -70,7 +70,7 @@ class CifarResNet(ResNet):
             norm_layer: Normalization layer.
             drop_rate: Dropout probability before the classifier, [0, 1).
             drop_path_rate: Stochastic depth rate of the last block, [0, 1).
-            zero_init_last: Whether the last norm of every block starts at zero, which nets this narrow learn slower with.
+            zero_init_last: Whether the last norm of every block starts at zero; nets this narrow learn slower then.
             device: Device of the parameters.
             dtype: Type of the parameters.
 
