@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / 'train_scripts' / 'train_ekd.py'
 # Blocks that begin as identities: rounding grows little in a few steps, so runs that ought to be equal stay close
 MODEL = [
-    '--img-size', '16', '--model-kwargs', 'channels=8,16,32', 'layers=2,2,2', 'zero_init_last=True', '--subnets', '1,1,1',
+    '--img-size', '16', '--model-kwargs', 'channels=8,16,32', 'layers=2,2,2', 'zero_init_last=True',
+    '--subnets', '1,1,1',
 ]
 FAST = [*MODEL, '-b', '32', '--opt', 'adamw', '--lr', '0.02', '--weight-decay', '0', '--warmup-epochs', '0', '-j', '0']
 
