@@ -55,10 +55,13 @@ def read_weights_cfgs(folder: Path) -> dict[str, dict[str, Any]]:
 # full-net, whose sub-nets are to be trained.
 _IMAGENET_MODELS = (
     'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet50d', 'seresnet50', 'resnext50_32x4d')
+_OWN_WEIGHTS = read_weights_cfgs(WEIGHTS)
+_CIFAR_MODELS = [f'ddnn_resnet{depth}' for depth in (20, 32, 44, 56, 110)]
 default_cfgs = generate_default_cfgs({
-    **read_weights_cfgs(WEIGHTS),
+    **_OWN_WEIGHTS,
     **{f'ddnn_{cfg.architecture}.{cfg.tag}': cfg for cfg in map(get_pretrained_cfg, _IMAGENET_MODELS)},
-    **{f'ddnn_resnet{depth}': cifar_cfg() for depth in (20, 32, 44, 56, 110)},
+    # A second entry without a tag would be listed as one more set of weights
+    **{name: cifar_cfg() for name in _CIFAR_MODELS if not any(tag.startswith(f'{name}.') for tag in _OWN_WEIGHTS)},
 })
 
 
