@@ -353,7 +353,7 @@ def test_images_are_of_the_data_set(saved, digits):
 
 def test_grey_photographs(tmp_path):
     """Catches a model of grey images that cannot be exported without data."""
-    model = create('ddnn_resnet32', channels=(4, 8, 16), in_chans=1)
+    model = create('ddnn_resnet20', channels=(4, 8, 16), in_chans=1)
     images = exporting.load_images(model)
     assert images.shape == (4, 1, 32, 32)
     assert 'grey' in exporting.describe_net(model, 8)['input']

@@ -70,6 +70,7 @@ def test_weights_of_this_library_are_the_default_and_complete(path):
     assert model.trained_depths == model.depths == tuple(row['depth'] for row in config['depths'])
     assert all(row['top1'] > 50 for row in config['depths'])
     assert len(model.pretrained_cfg['label_names']) == model.num_classes
+    assert 'label_names' not in timm.create_model(architecture).pretrained_cfg  # what is trained next has its own
 
 
 def test_a_model_without_weights_raises():

@@ -80,6 +80,8 @@ def build_model(
             model.pretrained_cfg.pop(key, None)
             if key in source:
                 model.pretrained_cfg[key] = source[key]
+    if not (pretrained or foreign):
+        model.pretrained_cfg.pop('label_names', None)  # of the classes that the default weights know, not this model
     return model
 
 
