@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_ddnn
 from timm_ddnn.cli import ArgumentParser, number
-from timm_ddnn.report import describe_machine, write_json, write_text
+from timm_ddnn.report import describe_machine, write_json, write_section
 
 HERE = Path(__file__).resolve().parent
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -421,7 +421,6 @@ def main():
     args = parser.parse_args()
     path, readme = HERE / 'results' / f'{DEVICE.type}.json', HERE / 'README.md'
     path.parent.mkdir(exist_ok=True)
-    start, end = f'<!-- {DEVICE.type} -->\n', f'<!-- end of {DEVICE.type} -->'
     for name in args.only or SECTIONS:
         section = {'machine': name_machine(), 'figures': []}
         free_memory()
@@ -432,8 +431,7 @@ def main():
         result = {**(json.loads(path.read_text()) if path.exists() else {}), name: section}
         result = {name: result[name] for name in SECTIONS if name in result}
         write_json(path, result)
-        before, _, rest = readme.read_text().partition(start)
-        write_text(readme, before + start + table(result) + end + rest.partition(end)[2])
+        write_section(readme, DEVICE.type, table(result))
 
 
 if __name__ == '__main__':

@@ -111,23 +111,24 @@ ALL = ('alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation'
 
 def ablations():
     """Make the runs by which the options were chosen, on images of the training split only."""
+    kl, alone = METHODS['kl'], CE_ONLY | {'--subnets': ''}
     variants = {
         'joint': CE_ONLY,
-        'kl': EKD | {'--beta': '0'},
+        'kl': kl,
         'ekd': EKD,
-        'alone_20': CE_ONLY | {'--subnets': ''},
-        'alone_20_lr_0.2': CE_ONLY | {'--subnets': '', '--lr': '0.2'},
+        'alone_20': alone,
+        'alone_20_lr_0.2': alone | {'--lr': '0.2'},
         'joint_lr_0.2': CE_ONLY | {'--lr': '0.2'},
         'ekd_standardized': EKD | {'--attention': 'standardized'},
         'ekd_beta_0.3': EKD | {'--beta': '0.3'},
         'ekd_beta_0.03': EKD | {'--beta': '0.03'},
-        'kl_1': EKD | {'--beta': '0', '--alpha': '1'},
+        'kl_1': kl | {'--alpha': '1'},
         'ekd_alpha_1': EKD | {'--alpha': '1'},
         'ekd_all_stages': EKD | {'--stages': '0 1 2'},
         'ekd_standardized_all_stages': EKD | {'--attention': 'standardized', '--stages': '0 1 2'},
-        'attention': EKD | {'--alpha': '0'},
-        'kl_t_2': EKD | {'--beta': '0', '--temperature': '2'},
-        'kl_t_4': EKD | {'--beta': '0', '--alpha': '0.1', '--temperature': '4'},
+        'attention': METHODS['attention'],
+        'kl_t_2': kl | {'--temperature': '2'},
+        'kl_t_4': kl | {'--alpha': '0.1', '--temperature': '4'},
         'ekd_ramp': EKD | {'--ramp-updates': '460'},
         'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
         'ekd_half_weights': EKD | {'--weights': '14=0.5 8=0.5'},
@@ -137,7 +138,7 @@ def ablations():
         'ekd_three_subnets': EKD | {'--subnets': '3,3,2 2,2,2 1,1,1'},
         'ekd_cut_late': EKD | {'--subnets': '3,2,1 2,1,1'},
         'joint_zero_init': CE_ONLY | {'--model-kwargs': 'zero_init_last=True'},
-        'alone_20_zero_init': CE_ONLY | {'--subnets': '', '--model-kwargs': 'zero_init_last=True'},
+        'alone_20_zero_init': alone | {'--model-kwargs': 'zero_init_last=True'},
         'ekd_beta_1': EKD | {'--beta': '1'},
     }
     recipe = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}

@@ -5,7 +5,9 @@
 
 The best are those of the seed with the highest top-1, mean over depths. The accuracy of every depth is measured anew in
 float32, as `timm-ddnn evaluate` measures it, and stands in config.json. What it measures besides goes to
-results/weights/TAG/evaluation.json, from which `results.py` writes MODEL_CARD.md.
+results/weights/TAG/evaluation.json, from which `results.py` writes MODEL_CARD.md, together with the profile.json of
+
+    timm-ddnn profile TAG --batch-sizes 1 --threads 1 --output results/weights/TAG
 """
 import json
 from pathlib import Path

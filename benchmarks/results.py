@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from timm_ddnn.cli import ArgumentParser
 from timm_ddnn.ddnn_resnet import WEIGHTS
-from timm_ddnn.model_card import CITATION, PAPER, markdown_table
-from timm_ddnn.report import save_figure, show_macs, write_text
+from timm_ddnn.model_card import CITATION, PAPER, cost_cells, markdown_table
+from timm_ddnn.report import save_figure, show_macs, write_section, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results'
@@ -153,7 +153,7 @@ def recipe(runs):
         f'{arguments["dataset"]}, {arguments["epochs"]} epochs, {arguments["opt"]} at learning rate {arguments["lr"]} '
         f'with a {arguments["sched"]} schedule, batches of {arguments["batch_size"]}, weight decay '
         f'{arguments["weight_decay"]}, {run["mixed_precision"]}. {name_machine(run)}; '
-        f'{len(runs)} run{"s" * (len(runs) > 1)}, {hours:.1f} h of training in all; {versions}.'
+        f'{len(runs)} run{"s"[:len(runs) != 1]}, {hours:.1f} h of training in all; {versions}.'
     )
 
 
@@ -267,8 +267,7 @@ def card_section(tag):
             ['depth', 'blocks', 'parameters (M)', 'MACs (M)', 'top-1', 'top-5', 'calibration error', 'latency (ms)'],
             [
                 [
-                    str(row['depth']), '-'.join(map(str, row['blocks'])), f'{row["parameters"] / 1e6:.3f}',
-                    f'{row["macs"] / 1e6:.1f}', f'{row["top1"]:.2f}', f'{row["top5"]:.2f}', f'{row["ece"]:.2f}',
+                    *cost_cells(row), *(f'{row[name]:.2f}' for name in ('top1', 'top5', 'ece')),
                     f'{measured[row["depth"]]["median_ms"]:.2f}',
                 ]
                 for row in evaluation['depths']
@@ -309,10 +308,8 @@ def summary_table(experiment):
 
 
 def write_readme():
-    path, experiment = ROOT / 'README.md', 'cifar10_resnet20'
-    start, end = f'<!-- {experiment} -->\n', f'<!-- end of {experiment} -->'
-    before, _, rest = path.read_text().partition(start)
-    write_text(path, before + start + summary_table(experiment) + end + rest.partition(end)[2])
+    experiment = 'cifar10_resnet20'
+    write_section(ROOT / 'README.md', experiment, summary_table(experiment))
 
 
 def write_card():

@@ -26,9 +26,10 @@ def module(monkeypatch, tmp_path):
 
 
 def make_runs(experiments):
-    options = {'--model': 'ddnn_resnet20', '--epochs': '1', **experiments.CE_ONLY}
-    for flag, *values in (('--img-size', '16'), ('--model-kwargs', 'channels=8,16,32', 'layers=2,2,2'), ('-b', '32')):
-        options[flag] = ' '.join(values)
+    options = {
+        '--model': 'ddnn_resnet20', '--epochs': '1', '--img-size': '16', '-b': '32',
+        '--model-kwargs': 'channels=8,16,32 layers=2,2,2', **experiments.CE_ONLY,
+    }
     alone = options | {'--subnets': ''}
     shallow = alone | {'--model-kwargs': 'channels=8,16,32 layers=1,1,1'}
     return {run.name: run for run in (

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import CardData
 
-__all__ = ['create_model_card', 'markdown_table']
+__all__ = ['cost_cells', 'create_model_card', 'markdown_table']
 
 PAPER = 'https://arxiv.org/abs/2103.00793'
 RECIPE = 'epochs', 'batch_size', 'opt', 'lr', 'sched', 'weight_decay', 'temperature', 'alpha', 'beta', 'seed'
@@ -140,14 +140,23 @@ def _results(rows: list[Mapping[str, Any]], data: str | None, summary: Mapping[s
     where = f'Accuracy in percent on {split} of {data or "its data"}. '
     head = ['depth', 'blocks', 'parameters (M)', 'MACs (M)', *(('top-1', 'top-5') if measured else ())]
     cells = [
-        [
-            str(row['depth']), '-'.join(map(str, row['blocks'])), f'{row["parameters"] / 1e6:.3f}',
-            f'{row["macs"] / 1e6:.1f}', *((f'{row["top1"]:.2f}', f'{row["top5"]:.2f}') if measured else ()),
-        ]
+        [*cost_cells(row), *((f'{row["top1"]:.2f}', f'{row["top5"]:.2f}') if measured else ())]
         for row in rows
     ]
     note = 'Parameters and multiply-accumulates (MACs) are those of the plain net of a depth.'
     return f'## Results\n\n{where if measured else ""}{note}\n\n' + markdown_table(head, cells)
+
+
+def cost_cells(row: Mapping[str, Any]) -> list[str]:
+    """Format what a depth costs: depth, blocks, and millions of parameters and of multiply-accumulates.
+
+    Args:
+        row: Row with depth, blocks, parameters and macs, as `report.count_costs` gives it.
+    """
+    return [
+        str(row['depth']), '-'.join(map(str, row['blocks'])), f'{row["parameters"] / 1e6:.3f}',
+        f'{row["macs"] / 1e6:.1f}',
+    ]
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

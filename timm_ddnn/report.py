@@ -43,11 +43,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .hub import file_sum
+from .model_card import cost_cells
 from .version import __version__
 
 __all__ = [
     'add_accuracies', 'count_costs', 'describe_machine', 'describe_run', 'plot_accuracy', 'plot_curves', 'result_table',
-    'save_figure', 'save_model', 'show_macs', 'write_json', 'write_text',
+    'save_figure', 'save_model', 'show_macs', 'write_json', 'write_section', 'write_text',
 ]
 
 
@@ -104,10 +105,7 @@ def result_table(rows: Sequence[Mapping[str, Any]], title: str, num_parameters: 
     for column in ('depth', 'blocks', 'parameters (M)', 'MACs (M)', 'top-1 (%)', 'top-5 (%)'):
         table.add_column(column, justify='right')
     for row in rows:
-        table.add_row(
-            str(row['depth']), '-'.join(map(str, row['blocks'])), f'{row["parameters"] / 1e6:.3f}',
-            f'{row["macs"] / 1e6:.1f}', f'{row["top1"]:.2f}', f'{row["top5"]:.2f}',
-        )
+        table.add_row(*cost_cells(row), f'{row["top1"]:.2f}', f'{row["top5"]:.2f}')
     return table
 
 
@@ -172,6 +170,21 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f'.{path.name}.tmp')
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- end of NAME -->` in a file.
+
+    Raises:
+        ValueError: If the file has not each of these lines once, in this order.
+    """
+    start, end = f'<!-- {name} -->\n', f'<!-- end of {name} -->'
+    old = path.read_text()
+    before, _, rest = old.partition(start)
+    _, _, after = rest.partition(end)
+    if not (old.count(start) == old.count(end) == rest.count(end) == 1):
+        raise ValueError(f'{path} must have the lines {start.strip()} and {end} once each, in this order')
+    write_text(path, before + start + text + end + after)
 
 
 def save_model(

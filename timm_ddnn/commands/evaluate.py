@@ -26,6 +26,7 @@ from ..cascade import Cascade, UnreachableError, measure_speed
 from ..cli import integers, load_model, number, staged_folder
 from ..data import load_image_data, quiet_datasets
 from ..images import Images, create_loader
+from ..model_card import cost_cells
 from ..report import count_costs, describe_machine, write_json
 
 HELP = 'Evaluate every depth on the same images: accuracy, calibration, agreement; and cascades of depths.'
@@ -253,10 +254,7 @@ def _print_depths(console: Console, result: Mapping[str, Any]) -> None:
     for column in ('depth', 'blocks', 'params (M)', 'MACs (M)', 'top-1', 'top-5', 'ECE', 'agree'):
         table.add_column(column, justify='right')
     for row in result['depths']:
-        table.add_row(
-            str(row['depth']), '-'.join(map(str, row['blocks'])), f'{row["parameters"] / 1e6:.3f}',
-            f'{row["macs"] / 1e6:.1f}', *(f'{row[name]:.2f}' for name in ('top1', 'top5', 'ece', 'agreement')),
-        )
+        table.add_row(*cost_cells(row), *(f'{row[name]:.2f}' for name in ('top1', 'top5', 'ece', 'agreement')))
     console.print(table)
 
 
@@ -305,7 +303,7 @@ def _print_cascade(console: Console, cascade: Mapping[str, Any]) -> None:
         _print_line(
             console, f'depth {cascade["beaten_by"]} alone is as accurate on these images and takes no more MACs')
     if speed:
-        threads = f', {speed["threads"]} thread{"s" * (speed["threads"] > 1)}' if speed['device'] == 'cpu' else ''
+        threads = f', {speed["threads"]} thread{"s"[:speed["threads"] != 1]}' if speed['device'] == 'cpu' else ''
         _print_line(console, f'speed of {speed["images"]} images, {speed["batch_size"]} at once, on {speed["device"]}'
                             f'{threads}: medians of {speed["rounds"]} rounds')
 
