@@ -8,6 +8,7 @@ import pytest
 from image_files import CLASS_NAMES, write_parquet
 from training import ROOT
 
+from timm_ddnn import report
 from timm_ddnn.model_card import CITATION
 
 
@@ -111,7 +112,8 @@ def test_texts_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
     results = importlib.import_module('results')
     written = {}
-    monkeypatch.setattr(results, 'write_text', lambda path, text: written.update({path: text}))
+    for module in (results, report):
+        monkeypatch.setattr(module, 'write_text', lambda path, text: written.update({path: text}))
     monkeypatch.setattr(results, 'save_figure', lambda *_: None)
     monkeypatch.setattr('sys.argv', ['results.py'])
     results.main()
