@@ -33,11 +33,11 @@ from timm.data import resolve_data_config
 
 import timm_ddnn
 from timm_ddnn.checkpoint import EXIT_STOPPED
-from timm_ddnn.cli import ArgumentParser, fail, number
+from timm_ddnn.cli import ArgumentParser, fail, number, one_line_errors
 from timm_ddnn.data import load_image_data
 from timm_ddnn.evaluation import evaluate
 from timm_ddnn.images import MemoryImages, create_loader
-from timm_ddnn.report import add_accuracies, count_costs, describe_run, write_json
+from timm_ddnn.report import add_accuracies, count_costs, describe_machine, describe_run, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / 'benchmarks' / 'train_method.py'
@@ -57,6 +57,29 @@ class Run(NamedTuple):
     options: dict[str, str]
     teacher: str | None = None
     truncate: bool = False
+
+    def identity(self):
+        """What must be the same in all that is kept of a run."""
+        return {'run': self.name, 'teacher': self.teacher, 'options': {'--seed': str(self.seed), **self.options}}
+
+    def check(self, path):
+        """Make sure that a file is of this run, not of one of the same name whose options were others.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        kept = json.loads(path.read_text())
+        if any(kept.get(name) != value for name, value in self.identity().items()):
+            was, now = kept['options'].items(), self.identity()['options'].items()
+            raise ValueError(
+                f'{path} is of another run of this name, it must have {dict(now - was)}, got {dict(was - now)}: '
+                f'to run it anew, remove it and {WORK / self.name}')
+
+    def is_done(self):
+        result = RESULTS / f'{self.name}.json'
+        if result.exists():
+            self.check(result)
+        return result.exists()
 
 
 def compare(experiment, model, data, recipe, methods, seeds):
@@ -100,7 +123,7 @@ KD = {'--alpha': '1', '--temperature': '4'}
 EKD = {'--alpha': '0.3', '--beta': '0.1', '--attention': 'energy', '--stages': '-1'}
 METHODS = {
     'joint': CE_ONLY,
-    'kl': EKD | {'--beta': '0'},
+    'kl': {'--alpha': EKD['--alpha'], '--beta': '0'},
     'attention': EKD | {'--alpha': '0'},
     'ekd': EKD,
     'truncation': {},
@@ -109,42 +132,51 @@ METHODS = {
 ALL = ('alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation')
 
 
-def ablations():
+# What the options of the library were chosen by: (question, variant that is changed, {name: what is changed})
+SINGLE = CE_ONLY | {'--subnets': ''}
+ABLATIONS = [
+    ('Which terms', None, {
+        'alone_20': SINGLE, 'joint': CE_ONLY, 'kl': METHODS['kl'], 'attention': METHODS['attention'], 'ekd': EKD,
+    }),
+    ('Last norm of a block starts at zero', 'alone_20', {'zero_init': {'--model-kwargs': 'zero_init_last=True'}}),
+    ('Last norm of a block starts at zero', 'joint', {'zero_init': {'--model-kwargs': 'zero_init_last=True'}}),
+    ('Learning rate', 'alone_20', {'lr_0.2': {'--lr': '0.2'}}),
+    ('Learning rate', 'joint', {'lr_0.2': {'--lr': '0.2'}}),
+    ('Learning rate', 'ekd', {'lr_0.2': {'--lr': '0.2'}}),
+    ('Scale and shift', 'joint', {'private': {'--model-kwargs': 'shared_affine=False'}}),
+    ('Scale and shift', 'ekd', {'private': {'--model-kwargs': 'shared_affine=False'}}),
+    ('Weight of the sub-nets', 'ekd', {'half_weights': {'--weights': '14=0.5 8=0.5'}, 'sampled': {'--sample': None}}),
+    ('Weight and temperature of the KL divergence', 'kl', {
+        '1': {'--alpha': '1'}, 't_2': {'--temperature': '2'}, 't_4': {'--alpha': '0.1', '--temperature': '4'},
+    }),
+    ('Weight of the KL divergence', 'ekd', {'alpha_1': {'--alpha': '1'}}),
+    ('Weight of the attention', 'ekd', {
+        'beta_0.03': {'--beta': '0.03'}, 'beta_0.3': {'--beta': '0.3'}, 'beta_1': {'--beta': '1'},
+    }),
+    ('Form and stages of the attention', 'ekd', {
+        'standardized': {'--attention': 'standardized'},
+        'all_stages': {'--stages': '0 1 2'},
+        'standardized_all_stages': {'--attention': 'standardized', '--stages': '0 1 2'},
+    }),
+    ('Linear growth of the terms in the first half', 'ekd', {'ramp': {'--ramp-updates': '460'}}),
+    ('Number of sub-nets and where they are cut', 'ekd', {
+        'one_subnet': {'--subnets': '1,1,1'},
+        'three_subnets': {'--subnets': '3,3,2 2,2,2 1,1,1'},
+        'cut_late': {'--subnets': '3,2,1 2,1,1'},
+    }),
+]
+
+
+def ablations(seeds):
     """Make the runs by which the options were chosen, on images of the training split only."""
-    kl, alone = METHODS['kl'], CE_ONLY | {'--subnets': ''}
-    variants = {
-        'joint': CE_ONLY,
-        'kl': kl,
-        'ekd': EKD,
-        'alone_20': alone,
-        'alone_20_lr_0.2': alone | {'--lr': '0.2'},
-        'joint_lr_0.2': CE_ONLY | {'--lr': '0.2'},
-        'ekd_standardized': EKD | {'--attention': 'standardized'},
-        'ekd_beta_0.3': EKD | {'--beta': '0.3'},
-        'ekd_beta_0.03': EKD | {'--beta': '0.03'},
-        'kl_1': kl | {'--alpha': '1'},
-        'ekd_alpha_1': EKD | {'--alpha': '1'},
-        'ekd_all_stages': EKD | {'--stages': '0 1 2'},
-        'ekd_standardized_all_stages': EKD | {'--attention': 'standardized', '--stages': '0 1 2'},
-        'attention': METHODS['attention'],
-        'kl_t_2': kl | {'--temperature': '2'},
-        'kl_t_4': kl | {'--alpha': '0.1', '--temperature': '4'},
-        'ekd_ramp': EKD | {'--ramp-updates': '460'},
-        'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
-        'ekd_half_weights': EKD | {'--weights': '14=0.5 8=0.5'},
-        'ekd_lr_0.2': EKD | {'--lr': '0.2'},
-        'ekd_sampled': EKD | {'--sample': None},
-        'ekd_one_subnet': EKD | {'--subnets': '1,1,1'},
-        'ekd_three_subnets': EKD | {'--subnets': '3,3,2 2,2,2 1,1,1'},
-        'ekd_cut_late': EKD | {'--subnets': '3,2,1 2,1,1'},
-        'joint_zero_init': CE_ONLY | {'--model-kwargs': 'zero_init_last=True'},
-        'alone_20_zero_init': alone | {'--model-kwargs': 'zero_init_last=True'},
-        'ekd_beta_1': EKD | {'--beta': '1'},
-    }
     recipe = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
+    variants = {}
+    for _, base, changes in ABLATIONS:
+        for name, options in changes.items():
+            variants[f'{base}_{name}' if base else name] = variants.get(base, recipe) | options
     return [
-        Run(f'ablations/{name}-{seed}', 'cifar10_part', seed, {**recipe, **options})
-        for seed in range(2) for name, options in variants.items()
+        Run(f'ablations/{name}-{seed}', 'cifar10_part', seed, options)
+        for seed in range(seeds) for name, options in variants.items()
     ]
 
 
@@ -159,7 +191,7 @@ def all_runs():
         *compare('cifar10_resnet56', 'ddnn_resnet56', 'cifar10', whole, ALL, {}),
         *compare('tiny_imagenet_resnet34', 'ddnn_resnet34', 'tiny_imagenet', tiny, main, {}),
         *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny, main, {}),
-        *ablations(),
+        *ablations(seeds=3),
     ]
     return {run.name: run for run in runs}
 
@@ -190,15 +222,15 @@ def flatten(options):
 
 @contextmanager
 def locked(folder):
-    """Hold a run for this process; yields False if another one does."""
+    """Hold a run for this process and those that inherit the descriptor; yields None if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / '.lock', 'w') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
         else:
-            yield True
+            yield file.fileno()
 
 
 class Runner:
@@ -217,47 +249,53 @@ class Runner:
 
     def do(self, run):
         """Do a run, or go on with it, unless it is done, held by another process, or the run it needs is not done."""
-        result = RESULTS / f'{run.name}.json'
         folder = WORK / run.name
         teacher = WORK / run.teacher if run.teacher else None
-        if self.stopped.is_set() or result.exists():
+        if self.stopped.is_set() or run.is_done():
             return
         if teacher and not (teacher / 'summary.json').exists():
-            print(f'{run.name} waits for {run.teacher}', flush=True)
+            print(f'{run.name} waits for {run.teacher}, whose weights are not in {teacher}', flush=True)
             return
-        with locked(folder) as mine:
-            if not mine:
+        with locked(folder) as lock:
+            if lock is None or run.is_done():
                 return
+            begun = folder / 'run.json'
+            if begun.exists():
+                run.check(begun)
+            else:
+                write_json(begun, {**run.identity(), 'git': describe_machine()['git']})
             print(f'{run.name} begins or goes on', flush=True)
             start = time.perf_counter()
             if run.truncate:
                 summary, history = truncate(run, teacher, data_folder(run.data, self.root))
-            elif self.train(run, folder, teacher):
+            elif self.train(run, folder, teacher, lock):
                 summary = json.loads((folder / 'summary.json').read_text())
                 history = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+                summary['weights_sha256'] = json.loads((folder / 'config.json').read_text())['weights_sha256']
             else:
                 return
             summary['arguments'] = {  # places on this machine are left out
                 name: value for name, value in summary['arguments'].items() if name not in ('output', 'resume')
             } | {'dataset': run.data}
+            result = RESULTS / f'{run.name}.json'
             result.parent.mkdir(parents=True, exist_ok=True)
-            options = {'--seed': str(run.seed), **run.options}
-            summary = {'run': run.name, 'options': options, 'teacher': run.teacher, **summary, 'history': history}
-            write_json(result, summary)
+            write_json(result, summary | json.loads(begun.read_text()) | {'history': history})
             tops = ', '.join(f'{row["top1"]:.2f} ({row["depth"]})' for row in summary['depths'])
             print(f'{run.name}: {tops}, {time.perf_counter() - start:.0f} s', flush=True)
 
-    def train(self, run, folder, teacher):
+    def train(self, run, folder, teacher, lock):
         command = [
             sys.executable, '-W', 'ignore', SCRIPT, *(('--teacher', teacher) if teacher else ()),
-            '--dataset', data_folder(run.data, self.root), '--in-memory', '-j', '0', '--checkpoint-hist', '1',
-            '--seed', run.seed, '--output', folder, '--resume', 'auto', '--log-interval', '1000000',
-            *flatten(run.options),
+            '--dataset', os.path.relpath(data_folder(run.data, self.root)), '--in-memory', '-j', '0',
+            '--checkpoint-hist', '1', '--seed', run.seed, '--output', folder, '--resume', 'auto',
+            '--log-interval', '1000000', *flatten(run.options),
         ]
         environment = os.environ | {'OMP_NUM_THREADS': str(self.threads)}
         with open(folder / 'log.txt', 'a') as log:
             process = subprocess.Popen(
-                list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+                list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                pass_fds=[lock],  # if this process is killed, the training goes on and holds the run
+            )
             self.processes.add(process)
             if self.stopped.is_set():
                 process.terminate()
@@ -301,10 +339,11 @@ def main():
     chosen = [run for name, run in runs.items() if any(fnmatch.fnmatch(name, pattern) for pattern in args.only)]
     if not chosen:
         fail(f'--only must match runs such as {", ".join(list(runs)[:3])}, got {" ".join(args.only)}')
+    with one_line_errors(ValueError):
+        done = {run.name: run.is_done() for run in chosen}
     if args.list:
         for run in chosen:
-            done = 'done' if (RESULTS / f'{run.name}.json').exists() else '    '
-            print(done, run.name, *flatten(run.options))
+            print('done' if done[run.name] else '    ', run.name, *flatten(run.options))
         return
     if not args.folder.is_dir():
         fail(f'FOLDER must be the folder of the data sets, got {args.folder}')
@@ -319,11 +358,11 @@ def main():
         timer.start()
     for name in {run.data for run in chosen}:
         data_folder(name, runner.root)
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with one_line_errors(ValueError), ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(runner.do, chosen))
     if runner.stopped.is_set():
         sys.exit(EXIT_STOPPED)
-    missing = [run.name for run in chosen if not (RESULTS / f'{run.name}.json').exists()]
+    missing = [run.name for run in chosen if not run.is_done()]
     if missing:
         sys.exit(f'not done: {", ".join(missing)}')
 

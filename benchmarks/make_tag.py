@@ -19,17 +19,28 @@ from timm.data import resolve_data_config
 from timm_ddnn.cli import ArgumentParser, fail, load_model, one_line_errors, staged_folder
 from timm_ddnn.commands.evaluate import evaluate_model
 from timm_ddnn.ddnn_resnet import WEIGHTS
+from timm_ddnn.hub import file_sum
 from timm_ddnn.report import save_model, write_json
 
 ROW = 'depth', 'blocks', 'parameters', 'macs', 'top1', 'top5'
 
 
 def best_run(experiment):
-    """Find the EKD run of an experiment with the highest top-1, mean over depths."""
+    """Find the EKD run of an experiment with the highest top-1, mean over depths, and that its weights are there.
+
+    Raises:
+        ValueError: If the weights in the run's folder are not those whose result was kept.
+    """
     results = [json.loads(path.read_text()) for path in (RESULTS / experiment).glob('ekd-*.json')]
     if not results:
         fail(f'experiment must be one with results of EKD in {RESULTS}, got {experiment!r}')
-    return max(results, key=lambda result: mean(row['top1'] for row in result['depths']))['run']
+    best = max(results, key=lambda result: mean(row['top1'] for row in result['depths']))
+    run = all_runs()[best['run']]
+    run.check(RESULTS / f'{run.name}.json')
+    weights = WORK / run.name / 'model.safetensors'
+    if file_sum(weights) != best['weights_sha256']:
+        raise ValueError(f'{weights} must have the SHA-256 {best["weights_sha256"]}, got {file_sum(weights)}')
+    return run
 
 
 def main():
@@ -37,7 +48,8 @@ def main():
     parser.add_argument('folder', type=Path, help='folder of the data sets')
     parser.add_argument('experiment', help='name of a folder in results/')
     args = parser.parse_args()
-    run = all_runs()[best_run(args.experiment)]
+    with one_line_errors(OSError, ValueError):
+        run = best_run(args.experiment)
     tag = f'{run.options["--model"]}.ekd_{run.data}'
     with one_line_errors(OSError, ValueError), staged_folder(WEIGHTS / tag) as folder:
         data = str(data_folder(run.data, args.folder.resolve()))

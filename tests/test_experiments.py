@@ -72,12 +72,37 @@ def test_runs_are_done_once_and_make_a_tag(module, monkeypatch, tmp_path, capfd)
     make_tag = module('make_tag')
     monkeypatch.setattr(make_tag, 'all_runs', lambda: runs)
     monkeypatch.setattr('sys.argv', ['make_tag.py', str(tmp_path / 'data'), 'some'])
+    weights = tmp_path / 'work/some/ekd-0/model.safetensors'
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(SystemExit, match='2'):
+        make_tag.main()
+    assert 'model.safetensors must have the SHA-256 ' in capfd.readouterr().err
+    assert not (tmp_path / 'weights').exists()
+    weights.write_bytes(content)
     make_tag.main()
     config = json.loads((tmp_path / 'weights/ddnn_resnet20.ekd_digits/config.json').read_text())
     measured = json.loads((tmp_path / 'results/weights/ddnn_resnet20.ekd_digits/evaluation.json').read_text())
     assert config['label_names'] == CLASS_NAMES
     assert [row['top1'] for row in config['depths']] == [row['top1'] for row in measured['depths']]
     assert measured['run'] == 'some/ekd-0' and measured['images'] == 32
+
+    # Options that change make another run of the same name
+    runs['some/ekd-0'].options['--lr'] = '0.01'
+    monkeypatch.setattr('sys.argv', [*command, 'some/*'])
+    for kept in ('results/some/ekd-0.json', 'work/some/ekd-0/run.json'):
+        with pytest.raises(SystemExit, match='2'):
+            experiments.main()
+        assert f"{kept} is of another run of this name, it must have {{'--lr': '0.01'}}" in capfd.readouterr().err
+        (tmp_path / kept).unlink()
+
+
+def test_results_are_of_the_runs_that_the_runner_has(module):
+    """Catches an option that was changed without the runs that it changes."""
+    experiments = module('experiments')
+    runs = experiments.all_runs()
+    for path in (ROOT / 'results').glob('*/*-*.json'):
+        runs[f'{path.parent.name}/{path.stem}'].check(path)
 
 
 def write_results(folder, tops):
