@@ -11,12 +11,15 @@ from PIL import Image
 from torch import nn
 
 from timm_ddnn import profiling
+from timm_ddnn.ddnn_resnet import WEIGHTS
 from timm_ddnn.dynamic_depth import DynamicDepthMixin
 from timm_ddnn.main import main
 from timm_ddnn.memory import measure_memory
 from timm_ddnn.profiling import plot_profile, profile_model
 from timm_ddnn.report import save_model
 from timm_ddnn.selection import read_profile, select_depth
+
+TAG = 'ddnn_resnet20.ekd_cifar10'
 
 
 @pytest.fixture
@@ -221,7 +224,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(kwargs, message, tiny,
 def test_command_writes_what_choose_reads(known_memory, tmp_path, monkeypatch, capsys):
     """Catches files that other programs cannot read, a default path that the next command misses, and mixed output."""
     monkeypatch.chdir(tmp_path)
-    main(['profile', 'ddnn_resnet20', '--rounds', '2', '--batch-sizes', '1', '2', '--threads', '1'])
+    main(['profile', 'ddnn_resnet32', '--rounds', '2', '--batch-sizes', '1', '2', '--threads', '1'])
     out = capsys.readouterr().out
     assert 'not trained' in out and 'output/profile: profile.json profile.png' in out
     assert sorted(path.name for path in tmp_path.glob('output/profile/*')) == ['profile.json', 'profile.png']
@@ -229,17 +232,27 @@ def test_command_writes_what_choose_reads(known_memory, tmp_path, monkeypatch, c
         picture.load()
         assert picture.format == 'PNG' and len(picture.convert('RGB').getcolors(2 ** 24)) > 10
     written = json.loads((tmp_path / 'output/profile/profile.json').read_text())
-    assert written['model'] == 'ddnn_resnet20'
+    assert written['model'] == 'ddnn_resnet32'
     assert written == read_profile('output/profile/profile.json')
-    assert select_depth(written, latency_ms=1e9).depth == 20
+    assert select_depth(written, latency_ms=1e9).depth == 32
     for m in written['measurements']:
         assert f'{m["median_ms"]:.2f}' in out
     main(['choose', '--latency-ms', '1e9', '--json'])
-    assert json.loads(capsys.readouterr().out)['depth'] == 20
-    main(['profile', 'ddnn_resnet20', '--rounds', '1', '--depths', '8', '--threads', '1', '--json'])
+    assert json.loads(capsys.readouterr().out)['depth'] == 32
+    main(['profile', 'ddnn_resnet32', '--rounds', '1', '--depths', '8', '--threads', '1', '--json'])
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / 'output/profile/profile.json').read_text())
     assert [row['depth'] for row in printed['depths']] == [8]
+
+
+def test_weights_that_come_with_the_library_are_profiled_with_their_accuracy(known_memory, capsys, tmp_path):
+    """Catches a tag whose accuracies are known and do not reach the profile."""
+    rows = {row['depth']: row['top1'] for row in json.loads((WEIGHTS / f'{TAG}/config.json').read_text())['depths']}
+    for name in ('ddnn_resnet20', TAG):
+        main(['profile', name, '--rounds', '1', '--threads', '1', '--output', str(tmp_path), '--json'])
+        profile = json.loads(capsys.readouterr().out)
+        assert {row['depth']: row['top1'] for row in profile['depths']} == rows
+        assert profile['trained_depths'] == [20, 14, 8]
 
 
 @pytest.mark.parametrize('prefix', ['', 'local-dir:'])

@@ -3,6 +3,7 @@ import argparse
 from typing import Any
 
 import timm
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -50,10 +51,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not models:
         fail(f'PATTERN must match some of {", ".join(timm.list_models("ddnn_*"))}, got {args.pattern!r}')
     if not args.json:
-        table = Table()
-        for column in ('model', 'pixels', 'depth', 'blocks', 'parameters (M)', 'MACs (M)', 'weights'):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits a terminal of 80 columns
+        for column in ('model', 'px', 'depth', 'blocks', 'parameters (M)', 'MACs (M)', 'weights'):
             text = column in ('model', 'weights')
-            table.add_column(column, justify='left' if text else 'right', no_wrap=column == 'model')
+            table.add_column(column, justify='left' if text else 'right', overflow='fold', no_wrap=text)
         for model in models:
             for i, row in enumerate(model['depths']):
                 last = i + 1 == len(model['depths'])

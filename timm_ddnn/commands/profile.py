@@ -23,8 +23,8 @@ EXAMPLES = """  timm-ddnn profile ddnn_resnet50 --batch-sizes 1 8 --threads 1 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     arg, count = parser.add_argument, number(int, 1)
-    arg('model', help="folder of a training run, timm's name (created untrained, costs do not depend on weights), "
-                      'local-dir:FOLDER or hf-hub:ID')
+    arg('model', help="folder of a training run, timm's name (of weights that do not come with this library it is "
+                      'created untrained: costs do not depend on them), local-dir:FOLDER or hf-hub:ID')
     arg('--depths', nargs='+', type=int, metavar='DEPTH', help='some of its depths, all if not given')
     arg('--batch-sizes', nargs='+', type=count, default=[1], metavar='N', help='images per batch')
     arg('--threads', nargs='+', type=count, metavar='N', help="threads, PyTorch's choice if not given")
@@ -47,8 +47,8 @@ def profile_saved(
     """Load a model, profile it, and write profile.json and profile.png.
 
     Args:
-        name: Name in timm's registry, created untrained; or 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a
-            training run.
+        name: Name in timm's registry, created untrained unless its weights come with this library; or
+            'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
         output: Folder to write to, none if None.
         evaluation: JSON file with accuracies, as for `read_accuracies`; those saved with the model if None.
         **kwargs: Further arguments of `profile_model`.
@@ -62,8 +62,11 @@ def profile_saved(
     """
     registered = ':' not in name and timm.is_model(name.split('.')[0])
     model = create_ddnn(name) if registered else load_model(name)
+    trained = not registered or 'file' in model.pretrained_cfg
+    if registered and trained:  # other weights would be downloaded, and costs do not depend on them
+        model = load_model(name)
     if evaluation is None:
-        rows = [] if registered else saved_results(model)
+        rows = saved_results(model) if trained else []
         accuracies = {row['depth']: row['top1'] for row in rows if row.get('top1') is not None}
     else:
         accuracies = read_accuracies(Path(evaluation), model.pretrained_cfg['architecture'])
