@@ -145,7 +145,12 @@ ABLATIONS = [
     ('Learning rate', 'ekd', {'lr_0.2': {'--lr': '0.2'}}),
     ('Scale and shift', 'joint', {'private': {'--model-kwargs': 'shared_affine=False'}}),
     ('Scale and shift', 'ekd', {'private': {'--model-kwargs': 'shared_affine=False'}}),
-    ('Weight of the sub-nets', 'ekd', {'half_weights': {'--weights': '14=0.5 8=0.5'}, 'sampled': {'--sample': None}}),
+    ('Weight of the sub-nets', 'ekd', {
+        'half_weights': {'--weights': '14=0.5 8=0.5'},
+        'half_weights_alpha_1': {'--weights': '14=0.5 8=0.5', '--alpha': '1'},
+        'uneven_weights': {'--weights': '14=0.25 8=0.75'},
+        'sampled': {'--sample': None},
+    }),
     ('Weight and temperature of the KL divergence', 'kl', {
         '1': {'--alpha': '1'}, 't_2': {'--temperature': '2'}, 't_4': {'--alpha': '0.1', '--temperature': '4'},
     }),
