@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from experiments import RESULTS, WORK, all_runs, data_folder
+from experiments import RESULTS, ROW, WORK, all_runs, data_folder
 from timm.data import resolve_data_config
 
 from timm_ddnn.cli import ArgumentParser, fail, load_model, one_line_errors, staged_folder
@@ -21,8 +21,6 @@ from timm_ddnn.commands.evaluate import evaluate_model
 from timm_ddnn.ddnn_resnet import WEIGHTS
 from timm_ddnn.hub import file_sum
 from timm_ddnn.report import save_model, write_json
-
-ROW = 'depth', 'blocks', 'parameters', 'macs', 'top1', 'top5'
 
 
 def best_run(experiment):
