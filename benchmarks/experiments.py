@@ -136,6 +136,7 @@ ALL = ('alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation'
 
 # What the options of the library were chosen by: (question, variant that is changed, {name: what is changed})
 SINGLE = CE_ONLY | {'--subnets': ''}
+UNEVEN = {'--weights': '14=0.25 8=0.75'}
 ABLATIONS = [
     ('Which terms', None, {
         'alone_20': SINGLE, 'joint': CE_ONLY, 'kl': METHODS['kl'], 'attention': METHODS['attention'], 'ekd': EKD,
@@ -150,9 +151,11 @@ ABLATIONS = [
     ('Weight of the sub-nets', 'ekd', {
         'half_weights': {'--weights': '14=0.5 8=0.5'},
         'half_weights_alpha_1': {'--weights': '14=0.5 8=0.5', '--alpha': '1'},
-        'uneven_weights': {'--weights': '14=0.25 8=0.75'},
+        'uneven_weights': UNEVEN,
+        'uneven_weights_alpha_1': UNEVEN | {'--alpha': '1'},
         'sampled': {'--sample': None},
     }),
+    ('Weight of the sub-nets', 'joint', {'uneven_weights': UNEVEN}),
     ('Weight and temperature of the KL divergence', 'kl', {
         '1': {'--alpha': '1'}, 't_2': {'--temperature': '2'}, 't_4': {'--alpha': '0.1', '--temperature': '4'},
     }),
