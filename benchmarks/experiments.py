@@ -107,7 +107,7 @@ def compare(experiment, model, data, recipe, methods, seeds):
         elif method == 'kd':
             named = {f'kd-{depth}': single[depth] | KD for depth in net.depths[1:]}
         else:
-            named = {method: METHODS[method]}
+            named = {method: METHODS[method] | (weigh(net.depths) if method in WEIGHTED else {})}
         for seed, (name, options) in product(range(seeds.get(method, 1)), named.items()):
             runs.append(Run(
                 f'{experiment}/{name}-{seed}',
@@ -120,6 +120,12 @@ def compare(experiment, model, data, recipe, methods, seeds):
     return runs
 
 
+def weigh(depths):
+    """Make the option that weighs the sub-nets: the shallowest has least in common with the others, so most weight."""
+    *middle, shallow = depths[1:]
+    return {'--weights': ' '.join([*(f'{depth}=0.25' for depth in middle), f'{shallow}=0.75'])}
+
+
 # The loss of each method; how they were chosen is in results/README.md.
 KD = {'--alpha': '1', '--temperature': '4'}
 EKD = {'--alpha': '0.3', '--beta': '0.1', '--attention': 'energy', '--stages': '-1'}
@@ -128,15 +134,18 @@ METHODS = {
     'kl': {'--alpha': EKD['--alpha'], '--beta': '0'},
     'attention': EKD | {'--alpha': '0'},
     'ekd': EKD,
+    'ekd_equal': EKD,
+    'joint_weighted': CE_ONLY,
     'truncation': {},
     'kl_only': {'--subnet-ce': '0', '--alpha': '1', '--temperature': '1', '--beta': '0'},
 }
-ALL = ('alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation')
+WEIGHTED = 'ekd', 'kl', 'attention', 'joint_weighted'  # the sub-nets have the weights that `weigh` gives them
+ALL = 'alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation', 'ekd_equal', 'joint_weighted'
 
 
 # What the options of the library were chosen by: (question, variant that is changed, {name: what is changed})
 SINGLE = CE_ONLY | {'--subnets': ''}
-UNEVEN = {'--weights': '14=0.25 8=0.75'}
+UNEVEN = weigh((20, 14, 8))
 ABLATIONS = [
     ('Which terms', None, {
         'alone_20': SINGLE, 'joint': CE_ONLY, 'kl': METHODS['kl'], 'attention': METHODS['attention'], 'ekd': EKD,

@@ -38,9 +38,11 @@ METHODS = {
     'alone': 'each depth trained alone, as a stock net',
     'kd': 'each depth trained alone, the full-net that was trained alone teaching it',
     'joint': 'all depths in shared weights, cross-entropy only',
-    'kl': 'joint, and KL divergence from the full-net',
-    'attention': 'joint, and attention of the full-net',
-    'ekd': 'joint, and both: embedded knowledge distillation',
+    'joint_weighted': 'joint, the sub-nets weighed as in `ekd`',
+    'kl': 'KL divergence from the full-net besides, the sub-nets weighed as in `ekd`',
+    'attention': 'attention of the full-net besides, the sub-nets weighed as in `ekd`',
+    'ekd': 'both besides: embedded knowledge distillation, the shallowest sub-net with weight 0.75, others with 0.25',
+    'ekd_equal': 'as `ekd`, but all sub-nets with weight 1',
     'kl_only': 'shared weights, sub-nets learn by KL divergence only, temperature 1',
     'truncation': 'the full-net trained alone, cut to a depth, statistics estimated again',
 }
@@ -378,7 +380,7 @@ def summary_table(experiment):
         cells = [with_error(each, sign=i == 3) if each else '' for i, each in enumerate(values)]
         rows.append([str(depth), f'{macs[depth] / 1e6:.1f} M', *cells])
     head = ['depth', 'MACs', 'trained alone', 'shared, cross-entropy only', 'EKD', 'EKD against alone']
-    return f'{markdown_table(head, rows)}\n{verdict(tops)}'
+    return '\n'.join([markdown_table(head, rows), *([verdict(tops)] if {'alone', 'ekd'} <= tops.keys() else ())])
 
 
 def write_readme():
