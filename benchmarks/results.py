@@ -109,10 +109,11 @@ def verdict(tops):
     gains = {depth: values for depth, values in gains.items() if values}
     fails = [
         depth for depth, values in gains.items() if mean(values) < (-TOLERANCE if depth == max(tops['ekd']) else 0)]
-    seeds = {len(values) for values in gains.values()}
+    least, most = (bound(len(values) for values in gains.values()) for bound in (min, max))
+    seeds = f'{most} seed{"s"[:most != 1]}' if least == most else f'{least} to {most} seeds'
     return (
         f'EKD promises that every sub-net is better than the same net trained alone, and the full-net at most '
-        f'{TOLERANCE} points worse. By these means, of {min(seeds)} seed{"s"[:min(seeds) != 1]}, that '
+        f'{TOLERANCE} points worse. By these means, of {seeds}, that '
         + (f'does not hold at depth {" and ".join(map(str, fails))}' if fails else 'holds at every depth')
         + ': ' + ', '.join(f'{with_error(values, sign=True)} ({depth})' for depth, values in gains.items()) + '.\n'
     )

@@ -228,13 +228,13 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.find(repo_id, write=True)
         return {'transfer': 'basic', 'objects': [describe(**wanted) for wanted in json.loads(self.body)['objects']]}
 
-    @route('GET PUT', f'/storage{REPO}/(?P<oid>[0-9a-f]{{64}})(?:/.*)?')
+    @route('GET HEAD PUT', f'/storage{REPO}/(?P<oid>[0-9a-f]{{64}})(?:/.*)?')
     def storage(self, repo_id, oid):
         """Where large files lie: the link that the Hub gave is enough, and a token must never come here."""
         if 'Authorization' in self.headers:
             raise Refusal(400, 'Only one auth mechanism allowed')
         objects = self.hub.repos[repo_id].objects
-        if self.command == 'GET':
+        if self.command != 'PUT':
             return self.send_file(objects[oid], {'ETag': f'"{oid}"'})
         if (hashlib.sha256(self.body).hexdigest(), str(len(self.body))) != (oid, self.query['size'][0]):
             raise Refusal(400, f'The {len(self.body)} bytes that came are not those of {oid}.')
