@@ -135,13 +135,17 @@ METHODS = {
     'attention': EKD | {'--alpha': '0'},
     'ekd': EKD,
     'ekd_equal': EKD,
+    'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
     'joint_weighted': CE_ONLY,
     'truncation': {},
     'kl_only': {'--subnet-ce': '0', '--alpha': '1', '--temperature': '1', '--beta': '0'},
 }
-WEIGHTED = 'ekd', 'kl', 'attention', 'joint_weighted'  # the sub-nets have the weights that `weigh` gives them
-ALL = 'alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation', 'ekd_equal', 'joint_weighted'
-
+# The sub-nets have the weights that `weigh` gives them
+WEIGHTED = 'ekd', 'kl', 'attention', 'ekd_private', 'joint_weighted'
+ALL = (
+    'alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation',
+    'ekd_equal', 'ekd_private', 'joint_weighted',
+)
 
 # What the options of the library were chosen by: (question, variant that is changed, {name: what is changed})
 SINGLE = CE_ONLY | {'--subnets': ''}
