@@ -90,6 +90,8 @@ def read_profile(path: Path) -> dict[str, Any]:
         OSError: If the file cannot be read.
         ValueError: If it is not a profile.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f'a profile must be a file that `timm-ddnn profile` wrote, there is no {str(path)!r}')
     profile = _read_json(path)
     try:
         profile_rows(profile)
