@@ -21,14 +21,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import timm
 import torch
 from accelerate import Accelerator
+from matrix import all_runs
 from timm.data import resolve_data_config
 
 import timm_ddnn
@@ -46,177 +45,27 @@ RESULTS = ROOT / 'results'
 WORK = ROOT / 'output' / 'experiments'
 
 ROW = 'depth', 'blocks', 'parameters', 'macs', 'top1', 'top5'
-RECIPE = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.4', '--weight-decay': '5e-4', '--warmup-epochs': '2'}
-CE_ONLY = {'--alpha': '0', '--beta': '0'}
 
 
-class Run(NamedTuple):
-    """A training run. `options` maps flags to their values; `teacher` is a run of the same experiment."""
+def check(run, path):
+    """Make sure that a file is of this run, not of one of the same name whose options were others.
 
-    name: str
-    data: str
-    seed: int
-    options: dict[str, str]
-    teacher: str | None = None
-    truncate: bool = False
-
-    def identity(self):
-        """What must be the same in all that is kept of a run."""
-        return {'run': self.name, 'teacher': self.teacher, 'options': {'--seed': str(self.seed), **self.options}}
-
-    def check(self, path):
-        """Make sure that a file is of this run, not of one of the same name whose options were others.
-
-        Raises:
-            ValueError: If it is not.
-        """
-        kept = json.loads(path.read_text())
-        if any(kept.get(name) != value for name, value in self.identity().items()):
-            was, now = kept['options'].items(), self.identity()['options'].items()
-            raise ValueError(
-                f'{path} is of another run of this name, it must have {dict(now - was)}, got {dict(was - now)}: '
-                f'to run it anew, remove it and {WORK / self.name}')
-
-    def is_done(self):
-        result = RESULTS / f'{self.name}.json'
-        if result.exists():
-            self.check(result)
-        return result.exists()
-
-
-def compare(experiment, model, data, recipe, methods, seeds):
-    """Make the runs of the methods that are compared.
-
-    Args:
-        experiment: Name of the experiment.
-        model: Name of the dynamic-depth model.
-        data: Name of the data set.
-        recipe: Options that all methods have in common.
-        methods: Methods, see below.
-        seeds: Number of seeds by method.
+    Raises:
+        ValueError: If it is not.
     """
-    net = timm.create_model(model)
-    single = {
-        depth: {'--subnets': '', '--model-kwargs': f'layers={",".join(map(str, net.blocks(depth)))}'}
-        for depth in net.depths
-    }
-    runs = []
-    for method in methods:
-        if method == 'alone':
-            named = {f'alone-{depth}': single[depth] | CE_ONLY for depth in net.depths}
-        elif method == 'kd':
-            named = {f'kd-{depth}': single[depth] | KD for depth in net.depths[1:]}
-        else:
-            named = {method: METHODS[method] | (weigh(net.depths) if method in WEIGHTED else {})}
-        for seed, (name, options) in product(range(seeds.get(method, 1)), named.items()):
-            runs.append(Run(
-                f'{experiment}/{name}-{seed}',
-                data,
-                seed,
-                {'--model': model, **recipe, **options},
-                teacher=f'{experiment}/alone-{net.depths[0]}-{seed}' if method in ('kd', 'truncation') else None,
-                truncate=method == 'truncation',
-            ))
-    return runs
+    kept = json.loads(path.read_text())
+    if any(kept.get(name) != value for name, value in run.identity().items()):
+        was, now = kept['options'].items(), run.identity()['options'].items()
+        raise ValueError(
+            f'{path} is of another run of this name, it must have {dict(now - was)}, got {dict(was - now)}: '
+            f'to run it anew, remove it and {WORK / run.name}')
 
 
-def weigh(depths):
-    """Make the option that weighs the sub-nets: the shallowest has least in common with the others, so most weight."""
-    *middle, shallow = depths[1:]
-    return {'--weights': ' '.join([*(f'{depth}=0.25' for depth in middle), f'{shallow}=0.75'])}
-
-
-# The loss of each method; how they were chosen is in results/README.md.
-KD = {'--alpha': '1', '--temperature': '4'}
-EKD = {'--alpha': '0.3', '--beta': '0.1', '--attention': 'energy', '--stages': '-1'}
-METHODS = {
-    'joint': CE_ONLY,
-    'kl': {'--alpha': EKD['--alpha'], '--beta': '0'},
-    'attention': EKD | {'--alpha': '0'},
-    'ekd': EKD,
-    'ekd_equal': EKD,
-    'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
-    'joint_weighted': CE_ONLY,
-    'truncation': {},
-    'kl_only': {'--subnet-ce': '0', '--alpha': '1', '--temperature': '1', '--beta': '0'},
-}
-# The sub-nets have the weights that `weigh` gives them
-WEIGHTED = 'ekd', 'kl', 'attention', 'ekd_private', 'joint_weighted'
-ALL = (
-    'alone', 'joint', 'ekd', 'kd', 'kl', 'attention', 'kl_only', 'truncation',
-    'ekd_equal', 'ekd_private', 'joint_weighted',
-)
-
-# What the options of the library were chosen by: (question, variant that is changed, {name: what is changed})
-SINGLE = CE_ONLY | {'--subnets': ''}
-UNEVEN = weigh((20, 14, 8))
-ABLATIONS = [
-    ('Which terms', None, {
-        'alone_20': SINGLE, 'joint': CE_ONLY, 'kl': METHODS['kl'], 'attention': METHODS['attention'], 'ekd': EKD,
-    }),
-    ('Last norm of a block starts at zero', 'alone_20', {'zero_init': {'--model-kwargs': 'zero_init_last=True'}}),
-    ('Last norm of a block starts at zero', 'joint', {'zero_init': {'--model-kwargs': 'zero_init_last=True'}}),
-    ('Learning rate', 'alone_20', {'lr_0.2': {'--lr': '0.2'}}),
-    ('Learning rate', 'joint', {'lr_0.2': {'--lr': '0.2'}}),
-    ('Learning rate', 'ekd', {'lr_0.2': {'--lr': '0.2'}}),
-    ('Scale and shift', 'joint', {'private': {'--model-kwargs': 'shared_affine=False'}}),
-    ('Scale and shift', 'ekd', {'private': {'--model-kwargs': 'shared_affine=False'}}),
-    ('Weight of the sub-nets', 'ekd', {
-        'half_weights': {'--weights': '14=0.5 8=0.5'},
-        'half_weights_alpha_1': {'--weights': '14=0.5 8=0.5', '--alpha': '1'},
-        'uneven_weights': UNEVEN,
-        'uneven_weights_alpha_1': UNEVEN | {'--alpha': '1'},
-        'sampled': {'--sample': None},
-    }),
-    ('Weight of the sub-nets', 'joint', {'uneven_weights': UNEVEN}),
-    ('Weight and temperature of the KL divergence', 'kl', {
-        '1': {'--alpha': '1'}, 't_2': {'--temperature': '2'}, 't_4': {'--alpha': '0.1', '--temperature': '4'},
-    }),
-    ('Weight of the KL divergence', 'ekd', {'alpha_1': {'--alpha': '1'}}),
-    ('Weight of the attention', 'ekd', {
-        'beta_0.03': {'--beta': '0.03'}, 'beta_0.3': {'--beta': '0.3'}, 'beta_1': {'--beta': '1'},
-    }),
-    ('Form and stages of the attention', 'ekd', {
-        'standardized': {'--attention': 'standardized'},
-        'all_stages': {'--stages': '0 1 2'},
-        'standardized_all_stages': {'--attention': 'standardized', '--stages': '0 1 2'},
-    }),
-    ('Linear growth of the terms in the first half', 'ekd', {'ramp': {'--ramp-updates': '460'}}),
-    ('Number of sub-nets and where they are cut', 'ekd', {
-        'one_subnet': {'--subnets': '1,1,1'},
-        'three_subnets': {'--subnets': '3,3,2 2,2,2 1,1,1'},
-        'cut_late': {'--subnets': '3,2,1 2,1,1'},
-    }),
-]
-
-
-def ablations(seeds):
-    """Make the runs by which the options were chosen, on images of the training split only."""
-    recipe = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
-    variants = {}
-    for _, base, changes in ABLATIONS:
-        for name, options in changes.items():
-            variants[f'{base}_{name}' if base else name] = variants.get(base, recipe) | options
-    return [
-        Run(f'ablations/{name}-{seed}', 'cifar10_part', seed, options)
-        for seed in range(seeds) for name, options in variants.items()
-    ]
-
-
-def all_runs():
-    seeds = {'alone': 3, 'joint': 3, 'ekd': 3}
-    small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
-    whole = {**RECIPE, '--epochs': '200', '--warmup-epochs': '5'}
-    tiny = {**RECIPE, '--epochs': '60', '--warmup-epochs': '3', '--img-size': '128', '-b': '256'}
-    main = ('alone', 'joint', 'ekd', 'kd')
-    runs = [
-        *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, ALL, seeds),
-        *compare('cifar10_resnet56', 'ddnn_resnet56', 'cifar10', whole, ALL, {}),
-        *compare('tiny_imagenet_resnet34', 'ddnn_resnet34', 'tiny_imagenet', tiny, main, {}),
-        *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny, main, {}),
-        *ablations(seeds=3),
-    ]
-    return {run.name: run for run in runs}
+def is_done(run):
+    result = RESULTS / f'{run.name}.json'
+    if result.exists():
+        check(run, result)
+    return result.exists()
 
 
 def data_folder(name, root):
@@ -279,17 +128,17 @@ class Runner:
         """Do a run, or go on with it, unless it is done, held by another process, or the run it needs is not done."""
         folder = WORK / run.name
         teacher = WORK / run.teacher if run.teacher else None
-        if self.stopped.is_set() or run.is_done():
+        if self.stopped.is_set() or is_done(run):
             return
         if teacher and not (teacher / 'summary.json').exists():
             print(f'{run.name} waits for {run.teacher}, whose weights are not in {teacher}', flush=True)
             return
         with locked(folder) as lock:
-            if lock is None or run.is_done():
+            if lock is None or is_done(run):
                 return
             begun = folder / 'run.json'
             if begun.exists():
-                run.check(begun)
+                check(run, begun)
             else:
                 write_json(begun, {**run.identity(), 'git': describe_machine()['git']})
             print(f'{run.name} begins or goes on', flush=True)
@@ -378,7 +227,7 @@ def main():
     if not chosen:
         fail(f'--only must match runs such as {", ".join(list(runs)[:3])}, got {" ".join(args.only)}')
     with one_line_errors(ValueError):
-        done = {run.name: run.is_done() for run in chosen}
+        done = {run.name: is_done(run) for run in chosen}
     if args.list:
         for run in chosen:
             print('done' if done[run.name] else '    ', run.name, *flatten(run.options))
@@ -400,7 +249,7 @@ def main():
         list(pool.map(runner.do, chosen))
     if runner.stopped.is_set():
         sys.exit(EXIT_STOPPED)
-    missing = [run.name for run in chosen if not run.is_done()]
+    missing = [run.name for run in chosen if not is_done(run)]
     if missing:
         sys.exit(f'not done: {", ".join(missing)}')
 

@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 from statistics import mean
 
-from experiments import RESULTS, ROW, WORK, all_runs, data_folder
+from experiments import RESULTS, ROW, WORK, check, data_folder
+from matrix import all_runs
 from timm.data import resolve_data_config
 
 from timm_ddnn.cli import ArgumentParser, fail, load_model, one_line_errors, staged_folder
@@ -34,7 +35,7 @@ def best_run(experiment):
         fail(f'experiment must be one with results of EKD in {RESULTS}, got {experiment!r}')
     best = max(results, key=lambda result: mean(row['top1'] for row in result['depths']))
     run = all_runs()[best['run']]
-    run.check(RESULTS / f'{run.name}.json')
+    check(run, RESULTS / f'{run.name}.json')
     weights = WORK / run.name / 'model.safetensors'
     if file_sum(weights) != best['weights_sha256']:
         raise ValueError(f'{weights} must have the SHA-256 {best["weights_sha256"]}, got {file_sum(weights)}')

@@ -12,8 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from experiments import ABLATIONS, RECIPE
 from matplotlib.figure import Figure
+from matrix import ABLATIONS, RECIPE
 
 from timm_ddnn.cli import ArgumentParser
 from timm_ddnn.ddnn_resnet import WEIGHTS
@@ -79,8 +79,8 @@ def difference(tops, method, other, depth):
 
 
 def count_seeds(by_depth):
-    counts = sorted({len(values) for values in by_depth.values()})
-    return '-'.join(map(str, {counts[0]: 0, counts[-1]: 0}))
+    least, most = (bound(map(len, by_depth.values())) for bound in (min, max))
+    return str(most) if least == most else f'{least} to {most}'
 
 
 def comparison(experiment):
@@ -110,11 +110,10 @@ def verdict(tops):
     gains = {depth: values for depth, values in gains.items() if values}
     fails = [
         depth for depth, values in gains.items() if mean(values) < (-TOLERANCE if depth == max(tops['ekd']) else 0)]
-    least, most = (bound(len(values) for values in gains.values()) for bound in (min, max))
-    seeds = f'{most} seed{"s"[:most != 1]}' if least == most else f'{least} to {most} seeds'
+    seeds = count_seeds(gains)
     return (
         f'EKD promises that every sub-net is better than the same net trained alone, and the full-net at most '
-        f'{TOLERANCE} points worse. By these means, of {seeds}, that '
+        f'{TOLERANCE} points worse. By these means, of {seeds} seed{"s"[:seeds != "1"]}, that '
         + (f'does not hold at depth {" and ".join(map(str, fails))}' if fails else 'holds at every depth')
         + ': ' + ', '.join(f'{with_error(values, sign=True)} ({depth})' for depth, values in gains.items()) + '.\n'
     )

@@ -228,7 +228,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.find(repo_id, write=True)
         return {'transfer': 'basic', 'objects': [describe(**wanted) for wanted in json.loads(self.body)['objects']]}
 
-    @route('GET HEAD PUT', f'/storage{REPO}/(?P<oid>[0-9a-f]{{64}})(?:/.*)?')
+    @route('GET PUT', f'/storage{REPO}/(?P<oid>[0-9a-f]{{64}})(?:/.*)?')
     def storage(self, repo_id, oid):
         """Where large files lie: the link that the Hub gave is enough, and a token must never come here."""
         if 'Authorization' in self.headers:

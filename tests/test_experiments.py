@@ -26,17 +26,17 @@ def module(monkeypatch, tmp_path):
     return load
 
 
-def make_runs(experiments):
+def make_runs(matrix):
     options = {
         '--model': 'ddnn_resnet20', '--epochs': '1', '--img-size': '16', '-b': '32',
-        '--model-kwargs': 'channels=8,16,32 layers=2,2,2', **experiments.CE_ONLY,
+        '--model-kwargs': 'channels=8,16,32 layers=2,2,2', **matrix.CE_ONLY,
     }
     alone = options | {'--subnets': ''}
     shallow = alone | {'--model-kwargs': 'channels=8,16,32 layers=1,1,1'}
     return {run.name: run for run in (
-        experiments.Run('some/alone-14-0', 'digits', 0, alone),
-        experiments.Run('some/kd-8-0', 'digits', 0, shallow | {'--alpha': '1'}, teacher='some/alone-14-0'),
-        experiments.Run('some/ekd-0', 'digits', 0, options | {'--subnets': '1,1,1'}),
+        matrix.Run('some/alone-14-0', 'digits', 0, alone),
+        matrix.Run('some/kd-8-0', 'digits', 0, shallow | {'--alpha': '1'}, teacher='some/alone-14-0'),
+        matrix.Run('some/ekd-0', 'digits', 0, options | {'--subnets': '1,1,1'}),
     )}
 
 
@@ -45,7 +45,7 @@ def test_runs_are_done_once_and_make_a_tag(module, monkeypatch, tmp_path, capfd)
     experiments = module('experiments')
     write_parquet(tmp_path / 'data/digits/train.parquet', list(range(96)))
     write_parquet(tmp_path / 'data/digits/validation.parquet', list(range(96, 128)))
-    runs = make_runs(experiments)
+    runs = make_runs(module('matrix'))
     monkeypatch.setattr(experiments, 'all_runs', lambda: runs)
     command = ['experiments.py', str(tmp_path / 'data'), '--only']
 
@@ -100,9 +100,9 @@ def test_runs_are_done_once_and_make_a_tag(module, monkeypatch, tmp_path, capfd)
 def test_results_are_of_the_runs_that_the_runner_has(module):
     """Catches an option that was changed without the runs that it changes."""
     experiments = module('experiments')
-    runs = experiments.all_runs()
+    runs = module('matrix').all_runs()
     for path in (ROOT / 'results').glob('*/*-*.json'):
-        runs[f'{path.parent.name}/{path.stem}'].check(path)
+        experiments.check(runs[f'{path.parent.name}/{path.stem}'], path)
 
 
 def write_results(folder, tops):

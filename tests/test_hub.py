@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import textwrap
-from importlib.metadata import version
 from pathlib import Path
 
 import hub_server
@@ -163,7 +162,6 @@ def test_transformers_run_what_is_published(hub, folder, tmp_path):
     Image.new('RGB', (40, 40), (200, 30, 90)).save(tmp_path / 'photo.png')
     result = run(hub, f"""
         from PIL import Image
-from small_models import logits, make_model, save
         from transformers import AutoModelForImageClassification, pipeline
         timm_ddnn.push_to_hub({str(folder)!r}, {NET!r})
         photo = Image.open({str(tmp_path / 'photo.png')!r})
@@ -254,10 +252,9 @@ def test_offline(published, tmp_path):
 def test_errors_of_the_network_and_of_access(published, folder):
     """Catches a load that gives up on what passes, and messages that do not name what is wrong, or name the token."""
     size = (folder / 'model.safetensors').stat().st_size
-    if tuple(map(int, version('huggingface_hub').split('.')[:2])) >= (2, 3):  # older clients give up on some of these
-        published.cut(WEIGHTS, after=size // 2)
-        published.fail('(GET|HEAD) .*model.safetensors', 429, retry_after=1)
-        published.fail('(GET|HEAD) .*model.safetensors', 503)
+    published.cut(WEIGHTS, after=size // 2)
+    published.fail('(GET|HEAD) .*model.safetensors', 429, retry_after=1)
+    published.fail('(GET|HEAD) .*model.safetensors', 503)
     published.publish('tests/private', {'config.json': b'{}'}, private=True)
     result = run(published, f"""
         model = load('hf-hub:{NET}')

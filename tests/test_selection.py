@@ -211,7 +211,7 @@ def test_status_3_where_no_depth_fulfils(choose):
     ([], None, 'give a limit'),
     (['--latency-ms', 'x'], None, "must be a number of at least 0, got 'x'"),
     (['--latency-ms', '1', '--batch-size', '3'], None, 'batch_size must be one that was measured, 1, 8, got 3'),
-    (['--latency-ms', '1', '--evaluation', '/nowhere'], None, '/nowhere'),
+    (['--latency-ms', '1', '--evaluation', '/nowhere'], None, "or a training run wrote, there is no '/nowhere'"),
     (['--latency-ms', '1', '--profile', '/nowhere'], None, "that `timm-ddnn profile` wrote, there is no '/nowhere'"),
     (['--latency-ms', '1'], 'PNG', 'profile.json is not a JSON file'),
     (['--latency-ms', '1'], '[1]', "profile.json: key 'depths' must hold rows"),

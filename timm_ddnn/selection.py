@@ -90,9 +90,7 @@ def read_profile(path: Path) -> dict[str, Any]:
         OSError: If the file cannot be read.
         ValueError: If it is not a profile.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f'a profile must be a file that `timm-ddnn profile` wrote, there is no {str(path)!r}')
-    profile = _read_json(path)
+    profile = _read_json(path, 'a profile', '`timm-ddnn profile`')
     try:
         profile_rows(profile)
     except ValueError as e:
@@ -112,7 +110,7 @@ def read_accuracies(path: Path, architecture: str) -> dict[int, float]:
         OSError: If the file cannot be read.
         ValueError: If it has no such rows.
     """
-    content = _read_json(path)
+    content = _read_json(path, 'accuracies', '`timm-ddnn evaluate` or a training run')
     try:
         _check_rows(content, 'depths', ('depth', 'top1'))
     except ValueError as e:
@@ -122,9 +120,12 @@ def read_accuracies(path: Path, architecture: str) -> dict[int, float]:
     return {row['depth']: row['top1'] for row in content['depths']}
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, content: str, writer: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        message = f'{content} must be in a file that {writer} wrote, there is no {str(path)!r}'
+        raise FileNotFoundError(message) from None
     except ValueError as e:
         raise ValueError(f'{path} is not a JSON file: {e}') from None
 

@@ -1,0 +1,160 @@
+"""The runs whose results are compared: methods, and variants by which the options of EKD were chosen."""
+from itertools import product
+from typing import NamedTuple
+
+import timm
+
+import timm_ddnn  # noqa: F401  (registers the models)
+
+RECIPE = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.4', '--weight-decay': '5e-4', '--warmup-epochs': '2'}
+CE_ONLY = {'--alpha': '0', '--beta': '0'}
+
+
+class Run(NamedTuple):
+    """A training run. `options` maps flags to their values; `teacher` is a run of the same experiment."""
+
+    name: str
+    data: str
+    seed: int
+    options: dict[str, str]
+    teacher: str | None = None
+    truncate: bool = False
+
+    def identity(self):
+        """What must be the same in all that is kept of a run."""
+        return {'run': self.name, 'teacher': self.teacher, 'options': {'--seed': str(self.seed), **self.options}}
+
+
+def compare(experiment, model, data, recipe, methods, seeds):
+    """Make the runs of the methods that are compared.
+
+    Args:
+        experiment: Name of the experiment.
+        model: Name of the dynamic-depth model.
+        data: Name of the data set.
+        recipe: Options that all methods have in common.
+        methods: Methods, see below.
+        seeds: Number of seeds by method.
+    """
+    net = timm.create_model(model)
+    single = {
+        depth: {'--subnets': '', '--model-kwargs': f'layers={",".join(map(str, net.blocks(depth)))}'}
+        for depth in net.depths
+    }
+    runs = []
+    for method in methods:
+        if method == 'alone':
+            named = {f'alone-{depth}': single[depth] | CE_ONLY for depth in net.depths}
+        elif method == 'kd':
+            named = {f'kd-{depth}': single[depth] | KD for depth in net.depths[1:]}
+        else:
+            named = {method: METHODS[method] | (weigh(net.depths) if method in WEIGHTED else {})}
+        for seed, (name, options) in product(range(seeds.get(method, 1)), named.items()):
+            runs.append(Run(
+                f'{experiment}/{name}-{seed}',
+                data,
+                seed,
+                {'--model': model, **recipe, **options},
+                teacher=f'{experiment}/alone-{net.depths[0]}-{seed}' if method in ('kd', 'truncation') else None,
+                truncate=method == 'truncation',
+            ))
+    return runs
+
+
+def weigh(depths):
+    """Make the option that weighs the sub-nets: the shallowest has least in common with the others, so most weight."""
+    *middle, shallow = depths[1:]
+    return {'--weights': ' '.join([*(f'{depth}=0.25' for depth in middle), f'{shallow}=0.75'])}
+
+
+# The loss of each method; how they were chosen is in results/README.md.
+KD = {'--alpha': '1', '--temperature': '4'}
+EKD = {'--alpha': '0.3', '--beta': '0.1', '--attention': 'energy', '--stages': '-1'}
+METHODS = {
+    'joint': CE_ONLY,
+    'ekd': EKD,
+    'kl': {'--alpha': EKD['--alpha'], '--beta': '0'},
+    'attention': EKD | {'--alpha': '0'},
+    'kl_only': {'--subnet-ce': '0', '--alpha': '1', '--temperature': '1', '--beta': '0'},
+    'truncation': {},
+    'ekd_equal': EKD,
+    'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
+    'joint_weighted': CE_ONLY,
+}
+WEIGHTED = 'ekd', 'kl', 'attention', 'ekd_private', 'joint_weighted'  # their sub-nets have the weights of `weigh`
+
+# What the options of the library were chosen by: (question, variant that is changed, {name: what is changed})
+SINGLE = CE_ONLY | {'--subnets': ''}
+UNEVEN = weigh((20, 14, 8))
+START = {
+    'zero_init': {'--model-kwargs': 'zero_init_last=True'},
+    'warmup_4': {'--warmup-epochs': '4'},
+    'clip_1': {'--clip-grad': '1'},
+}
+ABLATIONS = [
+    ('Which terms', None, {
+        'alone_20': SINGLE, 'joint': CE_ONLY, 'kl': METHODS['kl'], 'attention': METHODS['attention'], 'ekd': EKD,
+    }),
+    ('Learning rate', 'alone_20', {'lr_0.2': {'--lr': '0.2'}}),
+    ('Learning rate', 'joint', {'lr_0.2': {'--lr': '0.2'}}),
+    ('Learning rate', 'ekd', {'lr_0.2': {'--lr': '0.2'}}),
+    ('Start of training', 'alone_20', START),
+    ('Start of training', 'joint', START),
+    ('Scale and shift', 'joint', {'private': {'--model-kwargs': 'shared_affine=False'}}),
+    ('Scale and shift', 'ekd', {'private': {'--model-kwargs': 'shared_affine=False'}}),
+    ('Weight of the sub-nets', 'ekd', {
+        'half_weights': {'--weights': '14=0.5 8=0.5'},
+        'half_weights_alpha_1': {'--weights': '14=0.5 8=0.5', '--alpha': '1'},
+        'uneven_weights': UNEVEN,
+        'uneven_weights_alpha_1': UNEVEN | {'--alpha': '1'},
+        'sampled': {'--sample': None},
+    }),
+    ('Weight of the sub-nets', 'joint', {'uneven_weights': UNEVEN}),
+    ('Weight and temperature of the KL divergence', 'kl', {
+        '1': {'--alpha': '1'}, 't_2': {'--temperature': '2'}, 't_4': {'--alpha': '0.1', '--temperature': '4'},
+    }),
+    ('Weight of the KL divergence', 'ekd', {'alpha_1': {'--alpha': '1'}}),
+    ('Weight of the attention', 'ekd', {
+        'beta_0.03': {'--beta': '0.03'}, 'beta_0.3': {'--beta': '0.3'}, 'beta_1': {'--beta': '1'},
+    }),
+    ('Form and stages of the attention', 'ekd', {
+        'standardized': {'--attention': 'standardized'},
+        'all_stages': {'--stages': '0 1 2'},
+        'standardized_all_stages': {'--attention': 'standardized', '--stages': '0 1 2'},
+    }),
+    ('Linear growth of the terms in the first half', 'ekd', {'ramp': {'--ramp-updates': '460'}}),
+    ('Number of sub-nets and where they are cut', 'ekd', {
+        'one_subnet': {'--subnets': '1,1,1'},
+        'three_subnets': {'--subnets': '3,3,2 2,2,2 1,1,1'},
+        'cut_late': {'--subnets': '3,2,1 2,1,1'},
+    }),
+]
+
+
+def ablations(seeds):
+    """Make the runs by which the options were chosen, on images of the training split only."""
+    recipe = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
+    variants = {}
+    for _, base, changes in ABLATIONS:
+        for name, options in changes.items():
+            variants[f'{base}_{name}' if base else name] = variants.get(base, recipe) | options
+    return [
+        Run(f'ablations/{name}-{seed}', 'cifar10_part', seed, options)
+        for seed in range(seeds) for name, options in variants.items()
+    ]
+
+
+def all_runs():
+    seeds = {'alone': 3, 'joint': 3, 'ekd': 3}
+    small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
+    whole = {**RECIPE, '--epochs': '200', '--warmup-epochs': '5'}
+    tiny = {**RECIPE, '--epochs': '60', '--warmup-epochs': '3', '--img-size': '128', '-b': '256'}
+    everything, main = ('alone', 'kd', *METHODS), ('alone', 'kd', 'joint', 'ekd')
+    runs = [
+        *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, everything, seeds),
+        *compare('cifar10_resnet56', 'ddnn_resnet56', 'cifar10', whole, everything, {}),
+        *compare('tiny_imagenet_resnet34', 'ddnn_resnet34', 'tiny_imagenet', tiny, main, {}),
+        *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny, main, {}),
+        *ablations(seeds=3),
+    ]
+    return {run.name: run for run in runs}
