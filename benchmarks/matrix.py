@@ -86,14 +86,12 @@ WEIGHTED = 'ekd', 'kl', 'attention', 'ekd_private', 'joint_weighted'  # their su
 # What the options of the library were chosen by: (question, variant that is changed, {name: what is changed})
 SINGLE = CE_ONLY | {'--subnets': ''}
 UNEVEN = weigh((20, 14, 8))
-START = {
-    'zero_init': {'--model-kwargs': 'zero_init_last=True'},
-    'warmup_4': {'--warmup-epochs': '4'},
-    'clip_1': {'--clip-grad': '1'},
-}
+START = {'warmup_4': {'--warmup-epochs': '4'}, 'clip_1': {'--clip-grad': '1'}}
+FEW = {'--train-split': 'few', '--epochs': '60', '--warmup-epochs': '6'}
 ABLATIONS = [
     ('Which terms', None, {
         'alone_20': SINGLE, 'joint': CE_ONLY, 'kl': METHODS['kl'], 'attention': METHODS['attention'], 'ekd': EKD,
+        'kl_only': METHODS['kl_only'],
     }),
     ('Learning rate', 'alone_20', {'lr_0.2': {'--lr': '0.2'}}),
     ('Learning rate', 'joint', {'lr_0.2': {'--lr': '0.2'}}),
@@ -123,6 +121,7 @@ ABLATIONS = [
         'standardized_all_stages': {'--attention': 'standardized', '--stages': '0 1 2'},
     }),
     ('Linear growth of the terms in the first half', 'ekd', {'ramp': {'--ramp-updates': '460'}}),
+    ('5,000 images, 60 epochs', None, {'few_alone_20': SINGLE | FEW, 'few_joint': CE_ONLY | FEW, 'few_ekd': EKD | FEW}),
     ('Number of sub-nets and where they are cut', 'ekd', {
         'one_subnet': {'--subnets': '1,1,1'},
         'three_subnets': {'--subnets': '3,3,2 2,2,2 1,1,1'},

@@ -49,16 +49,20 @@ METHODS = {
 }
 
 
+def split_name(stem):
+    """'alone-20-1' -> 'alone', 1; a run that is alone at its depth has the depth in its name."""
+    name, _, seed = stem.rpartition('-')
+    return re.sub(r'^(alone|kd)-\d+$', r'\1', name), int(seed)
+
+
 def load_runs(experiment):
     """-> {method or variant: {depth: {seed: top-1}}}, and the runs themselves by name."""
     tops, runs = defaultdict(lambda: defaultdict(dict)), {}
     for path in sorted((RESULTS / experiment).glob('*.json')):
-        run = json.loads(path.read_text())
-        name, _, seed = path.stem.rpartition('-')
-        runs[path.stem] = run
-        name = re.sub(r'^(alone|kd)-\d+$', r'\1', name)
+        run = runs[path.stem] = json.loads(path.read_text())
+        name, seed = split_name(path.stem)
         for row in run['depths']:
-            tops[name][row['depth']][int(seed)] = row['top1']
+            tops[name][row['depth']][seed] = row['top1']
     return {name: dict(by_depth) for name, by_depth in tops.items()}, runs
 
 
@@ -119,6 +123,34 @@ def verdict(tops):
     )
 
 
+def final_loss(runs, method, depth):
+    """Cross-entropy of a depth on its training images as they were augmented, mean over the last epoch and the runs."""
+    name = f'train_ce_{depth}'
+    return mean(
+        run['history'][-1][name] for stem, run in runs.items()
+        if split_name(stem)[0] == method and name in run['history'][-1]
+    )
+
+
+def explanation(tops, runs):
+    """Say what the full-net's accuracy goes with, if there are runs on few images to compare with."""
+    few_tops, few_runs = load_runs('ablations')
+    if not {'few_alone_20', 'few_ekd'} <= few_tops.keys():
+        return ''
+    full = max(tops['ekd'])
+    losses = [final_loss(runs, method, full) for method in ('ekd', 'alone')]
+    few_losses = [final_loss(few_runs, method, full) for method in ('few_ekd', 'few_alone_20')]
+    few = [with_error(list(few_tops[method][full].values())) for method in ('few_ekd', 'few_alone_20')]
+    seeds = count_seeds(few_tops['few_ekd'])
+    return (
+        f'The full-net differs on its training images already: in the last epoch its cross-entropy on them is '
+        f'{losses[0]:.3f} by EKD and {losses[1]:.3f} alone. That points to capacity: after this schedule a net so '
+        f'small has none to spare for its sub-nets. With 5,000 images and 60 epochs, where it fits them as well in shared '
+        f'weights ({few_losses[0]:.3f} by EKD, {few_losses[1]:.3f} alone), its top-1 is {few[0]} by EKD and {few[1]} '
+        f'alone ({seeds} seed{"s"[:seeds != "1"]}, see the choice of options).\n'
+    )
+
+
 def method_table():
     return markdown_table(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items()])
 
@@ -142,7 +174,7 @@ def ablation_tables(tops, runs):
         rows = []
         for name, base in variants:
             by_depth = dict(sorted(tops[name].items(), reverse=True))
-            options = next(run['options'] for key, run in runs.items() if key.rpartition('-')[0] == name)
+            options = next(run['options'] for stem, run in runs.items() if split_name(stem)[0] == name)
             options = {k: v for k, v in options.items() if RECIPE.get(k) != v and k not in HIDDEN}
             others = {d: values for d, values in by_depth.items() if d not in depths}
             gains = [difference(tops, name, base, depth) for depth in depths]
@@ -244,14 +276,17 @@ def write_results():
         ]
         if {'alone', 'ekd'} <= tops.keys():
             draw(experiment, tops, runs)
-            parts += [verdict(tops), f'![Accuracy of every depth over its multiply-accumulates]({experiment}.png)\n']
+            parts += [
+                verdict(tops), explanation(tops, runs),
+                f'![Accuracy of every depth over its multiply-accumulates]({experiment}.png)\n',
+            ]
     if (RESULTS / 'ablations').is_dir():
         tops, runs = load_runs('ablations')
         parts += [
             '## Choice of options\n',
-            'On images of the training split only, the validation images being others of it. With one seed, '
-            'differences of a point may be chance: a standard error of '
-            f'{sampling_error(runs)} points comes from the validation images alone. '
+            'On images of the training split only, the validation images being others of it. `ekd` has all sub-nets '
+            'with weight 1 here, as `ekd_equal` above. With one seed, differences of a point may be chance: a standard '
+            f'error of {sampling_error(runs)} points comes from the validation images alone. '
             f'Unless the options say otherwise: {recipe(runs)}\n',
             *ablation_tables(tops, runs),
         ]
