@@ -145,9 +145,9 @@ def explanation(tops, runs):
     return (
         f'The full-net differs on its training images already: in the last epoch its cross-entropy on them is '
         f'{losses[0]:.3f} by EKD and {losses[1]:.3f} alone. That points to capacity: after this schedule a net so '
-        f'small has none to spare for its sub-nets. With 5,000 images and 60 epochs, where it fits them as well in shared '
-        f'weights ({few_losses[0]:.3f} by EKD, {few_losses[1]:.3f} alone), its top-1 is {few[0]} by EKD and {few[1]} '
-        f'alone ({seeds} seed{"s"[:seeds != "1"]}, see the choice of options).\n'
+        f'small has none to spare for its sub-nets. With 5,000 images and 60 epochs, where it fits them as well in '
+        f'shared weights ({few_losses[0]:.3f} by EKD, {few_losses[1]:.3f} alone), its top-1 is {few[0]} by EKD and '
+        f'{few[1]} alone ({seeds} seed{"s"[:seeds != "1"]}, see the choice of options).\n'
     )
 
 
