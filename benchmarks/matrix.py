@@ -121,7 +121,13 @@ ABLATIONS = [
         'standardized_all_stages': {'--attention': 'standardized', '--stages': '0 1 2'},
     }),
     ('Linear growth of the terms in the first half', 'ekd', {'ramp': {'--ramp-updates': '460'}}),
-    ('5,000 images, 60 epochs', None, {'few_alone_20': SINGLE | FEW, 'few_joint': CE_ONLY | FEW, 'few_ekd': EKD | FEW}),
+    ('5,000 images, 60 epochs', None, {
+        'few_alone_20': SINGLE | FEW,
+        'few_alone_14': SINGLE | FEW | {'--model-kwargs': 'layers=2,2,2'},
+        'few_alone_8': SINGLE | FEW | {'--model-kwargs': 'layers=1,1,1'},
+        'few_joint': CE_ONLY | FEW,
+        'few_ekd': EKD | FEW,
+    }),
     ('Number of sub-nets and where they are cut', 'ekd', {
         'one_subnet': {'--subnets': '1,1,1'},
         'three_subnets': {'--subnets': '3,3,2 2,2,2 1,1,1'},
