@@ -48,7 +48,8 @@ def compare(experiment, model, data, recipe, methods, seeds):
         elif method == 'kd':
             named = {f'kd-{depth}': single[depth] | KD for depth in net.depths[1:]}
         else:
-            named = {method: METHODS[method] | (weigh(net.depths) if method in WEIGHTED else {})}
+            weights = weigh(net.depths, *SUBNET_WEIGHTS[method]) if method in SUBNET_WEIGHTS else {}
+            named = {method: METHODS[method] | weights}
         for seed, (name, options) in product(range(seeds.get(method, 1)), named.items()):
             runs.append(Run(
                 f'{experiment}/{name}-{seed}',
@@ -61,10 +62,10 @@ def compare(experiment, model, data, recipe, methods, seeds):
     return runs
 
 
-def weigh(depths):
+def weigh(depths, middle, shallow):
     """Make the option that weighs the sub-nets: the shallowest has least in common with the others, so most weight."""
-    *middle, shallow = depths[1:]
-    return {'--weights': ' '.join([*(f'{depth}=0.25' for depth in middle), f'{shallow}=0.75'])}
+    *others, last = depths[1:]
+    return {'--weights': ' '.join([*(f'{depth}={middle}' for depth in others), f'{last}={shallow}'])}
 
 
 # The loss of each method; how they were chosen is in results/README.md.
@@ -79,13 +80,16 @@ METHODS = {
     'truncation': {},
     'ekd_equal': EKD,
     'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
+    'ekd_light': EKD,
     'joint_weighted': CE_ONLY,
 }
-WEIGHTED = 'ekd', 'kl', 'attention', 'ekd_private', 'joint_weighted'  # their sub-nets have the weights of `weigh`
+# Weights of their sub-nets, see `weigh`; of the other methods all are 1.
+SUBNET_WEIGHTS = dict.fromkeys(('ekd', 'kl', 'attention', 'ekd_private', 'joint_weighted'), ('0.25', '0.75'))
+SUBNET_WEIGHTS['ekd_light'] = '0.05', '0.15'
 
 # What the options of the library were chosen by: (question, variant that is changed, {name: what is changed})
 SINGLE = CE_ONLY | {'--subnets': ''}
-UNEVEN = weigh((20, 14, 8))
+UNEVEN = weigh((20, 14, 8), *SUBNET_WEIGHTS['ekd'])
 START = {'warmup_4': {'--warmup-epochs': '4'}, 'clip_1': {'--clip-grad': '1'}}
 FEW = {'--train-split': 'few', '--epochs': '60', '--warmup-epochs': '6'}
 ABLATIONS = [

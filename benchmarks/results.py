@@ -44,6 +44,7 @@ METHODS = {
     'ekd': 'both besides: embedded knowledge distillation, the shallowest sub-net with weight 0.75, others with 0.25',
     'ekd_equal': 'as `ekd`, but all sub-nets with weight 1',
     'ekd_private': 'as `ekd`, but with scale and shift of its own for every path',
+    'ekd_light': 'as `ekd`, but with weights 0.15 and 0.05',
     'kl_only': 'shared weights, sub-nets learn by KL divergence only, temperature 1',
     'truncation': 'the full-net trained alone, cut to a depth, statistics estimated again',
 }
