@@ -109,6 +109,7 @@ ABLATIONS = [
         'half_weights_alpha_1': {'--weights': '14=0.5 8=0.5', '--alpha': '1'},
         'uneven_weights': UNEVEN,
         'uneven_weights_alpha_1': UNEVEN | {'--alpha': '1'},
+        'light_weights_soft': weigh((20, 14, 8), '0.1', '0.3') | {'--alpha': '1', '--temperature': '4'},
         'sampled': {'--sample': None},
     }),
     ('Weight of the sub-nets', 'joint', {'uneven_weights': UNEVEN}),
