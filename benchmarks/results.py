@@ -158,9 +158,9 @@ def explanation(tops, runs):
         f'The full-net differs on its training images already: in the last epoch its cross-entropy on them is '
         f'{losses[0]:.3f} by EKD and {losses[1]:.3f} alone. With sub-nets so light that they hardly train the weights '
         f'(`ekd_light`), it is {losses[2]:.3f}, and their accuracy falls ({", ".join(light)}). So after this schedule '
-        f'a net so small has no capacity to spare for its sub-nets. With 5,000 images and 60 epochs, which the full-net '
-        f'fits in both ways ({few_losses[0]:.3f} by EKD, {few_losses[1]:.3f} alone), EKD against training alone has '
-        f'{list_gains(few)} (see the choice of options).\n'
+        f'a net so small has no capacity to spare for its sub-nets. With 5,000 images and 60 epochs, which the '
+        f'full-net fits in both ways ({few_losses[0]:.3f} by EKD, {few_losses[1]:.3f} alone), EKD against training '
+        f'alone has {list_gains(few)} (see the choice of options).\n'
     )
 
 
