@@ -135,7 +135,7 @@ class Runner:
         teacher = WORK / run.teacher if run.teacher else None
         if self.stopped.is_set() or is_done(run):
             return
-        if teacher and not (teacher / 'summary.json').exists():
+        if teacher and not (is_done(all_runs()[run.teacher]) and (teacher / 'summary.json').exists()):
             print(f'{run.name} waits for {run.teacher}, whose weights are not in {teacher}', flush=True)
             return
         with locked(folder) as lock:

@@ -68,7 +68,7 @@ def weigh(depths, middle, shallow):
     return {'--weights': ' '.join([*(f'{depth}={middle}' for depth in others), f'{last}={shallow}'])}
 
 
-# The loss of each method; how they were chosen is in results/README.md.
+# The loss of each method; what is known of their choice is in results/README.md.
 KD = {'--alpha': '1', '--temperature': '4'}
 EKD = {'--alpha': '0.3', '--beta': '0.1', '--attention': 'energy', '--stages': '-1'}
 METHODS = {
@@ -87,7 +87,7 @@ METHODS = {
 SUBNET_WEIGHTS = dict.fromkeys(('ekd', 'kl', 'attention', 'ekd_private', 'joint_weighted'), ('0.25', '0.75'))
 SUBNET_WEIGHTS['ekd_light'] = '0.05', '0.15'
 
-# What the options of the library were chosen by: (question, variant that is changed, {name: what is changed})
+# What options are to be chosen by: (question, variant that is changed, {name: what is changed})
 SINGLE = CE_ONLY | {'--subnets': ''}
 UNEVEN = weigh((20, 14, 8), *SUBNET_WEIGHTS['ekd'])
 START = {'warmup_4': {'--warmup-epochs': '4'}, 'clip_1': {'--clip-grad': '1'}}

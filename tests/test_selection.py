@@ -118,6 +118,9 @@ def test_reason_names_limits_and_what_others_failed_by(profile):
                  'depth 50 by latency 30 ms, memory 100 MB', 'depth 26 by memory 52 MB', '1 thread', 'eager'):
         assert text in choice.reason
     assert 'latency 18' not in choice.reason  # that of depth 26 fulfils
+    for row in profile['measurements']:
+        del row['runtime']  # need not be there
+    assert 'runtime unknown' in select_depth(profile, latency_ms=25).reason
 
 
 def test_nearest_depth_is_named(profile):

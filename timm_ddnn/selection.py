@@ -256,7 +256,7 @@ def select_depth(
     reason = (
         f'Of the depths with {asked}, {best["depth"]} has {why}: {", ".join(c.value(best) for c in shown)} (90th '
         f'percentile of the latency; batch of {best["batch_size"]}, {best["threads"]} '
-        f'thread{"s"[:best["threads"] != 1]}, {best["runtime"]}).'
+        f'thread{"s"[:best["threads"] != 1]}, {best.get("runtime", "runtime unknown")}).'
     )
     others = [f'depth {d} by {", ".join(c.value(row) for c in failed[d])}' for row in rows if failed[d := row['depth']]]
     return Choice(best['depth'], f'{reason} Failed: {"; ".join(others)}.' if others else reason, best)
