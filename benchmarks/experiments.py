@@ -118,7 +118,8 @@ def locked(folder):
 class Runner:
     """Runs processes, and stops all of them at once."""
 
-    def __init__(self, root, threads):
+    def __init__(self, runs, root, threads):
+        self.runs = runs
         self.root = root
         self.threads = threads
         self.processes = set()
@@ -135,8 +136,8 @@ class Runner:
         teacher = WORK / run.teacher if run.teacher else None
         if self.stopped.is_set() or is_done(run):
             return
-        if teacher and not (is_done(all_runs()[run.teacher]) and (teacher / 'summary.json').exists()):
-            print(f'{run.name} waits for {run.teacher}, whose weights are not in {teacher}', flush=True)
+        if teacher and not (is_done(self.runs[run.teacher]) and (teacher / 'summary.json').exists()):
+            print(f'{run.name} waits for {run.teacher}, which is not done or not in {teacher}', flush=True)
             return
         with locked(folder) as lock:
             if lock is None or is_done(run):
@@ -241,7 +242,7 @@ def main():
         fail(f'FOLDER must be the folder of the data sets, got {args.folder}')
 
     threads = int(os.environ.get('OMP_NUM_THREADS', max(1, (os.cpu_count() or 1) // args.jobs)))
-    runner = Runner(args.folder.resolve(), threads)
+    runner = Runner(runs, args.folder.resolve(), threads)
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, runner.stop)
     if args.time_limit:

@@ -84,8 +84,10 @@ METHODS = {
     'joint_weighted': CE_ONLY,
 }
 # Weights of their sub-nets, see `weigh`; of the other methods all are 1.
-SUBNET_WEIGHTS = dict.fromkeys(('ekd', 'kl', 'attention', 'ekd_private', 'joint_weighted'), ('0.25', '0.75'))
-SUBNET_WEIGHTS['ekd_light'] = '0.05', '0.15'
+SUBNET_WEIGHTS = {
+    **dict.fromkeys(('ekd', 'kl', 'attention', 'ekd_private', 'joint_weighted'), ('0.25', '0.75')),
+    'ekd_light': ('0.05', '0.15'),
+}
 
 # What options are to be chosen by: (question, variant that is changed, {name: what is changed})
 SINGLE = CE_ONLY | {'--subnets': ''}

@@ -87,7 +87,18 @@ def test_runs_are_done_once_and_make_a_tag(module, monkeypatch, tmp_path, capfd)
     assert [row['top1'] for row in config['depths']] == [row['top1'] for row in measured['depths']]
     assert measured['run'] == 'some/ekd-0' and measured['images'] == 32
 
-    # Options that change make another run of the same name
+    # Options that change make another run of the same name, which may not teach either
+    runs['some/alone-14-0'].options['--lr'] = '0.02'
+    kept = tmp_path / 'results/some/kd-8-0.json'
+    content = kept.read_bytes()
+    kept.unlink()
+    monkeypatch.setattr('sys.argv', [*command, 'some/kd-8-0'])
+    with pytest.raises(SystemExit, match='2'):
+        experiments.main()
+    assert "alone-14-0.json is of another run of this name, it must have {'--lr': '0.02'}" in capfd.readouterr().err
+    kept.write_bytes(content)
+    del runs['some/alone-14-0'].options['--lr']
+
     runs['some/ekd-0'].options['--lr'] = '0.01'
     monkeypatch.setattr('sys.argv', [*command, 'some/*'])
     for kept in ('results/some/ekd-0.json', 'work/some/ekd-0/run.json'):
@@ -117,6 +128,7 @@ def write_results(folder, tops):
 def test_differences_are_of_the_same_seed_and_have_their_standard_error(module, tmp_path):
     """Catches differences of other seeds, and the deviation of runs in the place of the error of their mean."""
     results = module('results')
+    module('comparison')  # which reads the runs
     alone, ekd = [80.0, 81.0, 83.0], [81.0, 81.5, 85.0]
     write_results(tmp_path / 'results/some', {
         **{('alone-8', seed): {8: top1} for seed, top1 in enumerate(alone)},
