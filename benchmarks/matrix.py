@@ -94,6 +94,7 @@ SINGLE = CE_ONLY | {'--subnets': ''}
 UNEVEN = weigh((20, 14, 8), *SUBNET_WEIGHTS['ekd'])
 START = {'warmup_4': {'--warmup-epochs': '4'}, 'clip_1': {'--clip-grad': '1'}}
 FEW = {'--train-split': 'few', '--epochs': '60', '--warmup-epochs': '6'}
+DEEPER = {'--model': 'ddnn_resnet44'}
 ABLATIONS = [
     ('Which terms', None, {
         'alone_20': SINGLE, 'joint': CE_ONLY, 'kl': METHODS['kl'], 'attention': METHODS['attention'], 'ekd': EKD,
@@ -134,6 +135,10 @@ ABLATIONS = [
         'few_alone_8': SINGLE | FEW | {'--model-kwargs': 'layers=1,1,1'},
         'few_joint': CE_ONLY | FEW,
         'few_ekd': EKD | FEW,
+        'few_44_alone_44': SINGLE | FEW | DEEPER,
+        'few_44_alone_32': SINGLE | FEW | DEEPER | {'--model-kwargs': 'layers=5,5,5'},
+        'few_44_joint': CE_ONLY | FEW | DEEPER,
+        'few_44_ekd': EKD | FEW | DEEPER,
     }),
     ('Number of sub-nets and where they are cut', 'ekd', {
         'one_subnet': {'--subnets': '1,1,1'},
