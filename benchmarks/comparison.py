@@ -43,6 +43,13 @@ def load_runs(experiment):
     return {name: dict(by_depth) for name, by_depth in tops.items()}, runs
 
 
+def rank_runs(experiment):
+    """-> [(name, result)] of the EKD runs of an experiment, that with the highest top-1, mean over depths, first."""
+    found = {
+        f'{experiment}/{path.stem}': json.loads(path.read_text()) for path in (RESULTS / experiment).glob('ekd-*.json')}
+    return sorted(found.items(), key=lambda run: (-mean(row['top1'] for row in run[1]['depths']), run[0]))
+
+
 def standard_error(values):
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
@@ -95,17 +102,23 @@ def list_gains(gains):
 
 
 def verdict(tops):
-    """Say whether the promise holds, depth by depth: sub-nets better than alone, the full-net as good as alone."""
+    """Say depth by depth whether the promise holds: sub-nets better than alone, the full-net as good as alone."""
     gains = gains_by_depth(tops)
-    fails = [
-        depth for depth, values in gains.items() if mean(values) < (-TOLERANCE if depth == max(tops['ekd']) else 0)]
+    outcomes = {'holds': [], 'fails': [], 'is undecided': []}
+    for depth, values in gains.items():
+        least = -TOLERANCE if depth == max(tops['ekd']) else 0
+        margin, error = mean(values) - least, standard_error(values)
+        decided = error is not None and abs(margin) > 2 * error
+        outcomes[('holds' if margin > 0 else 'fails') if decided else 'is undecided'].append(depth)
     seeds = count_seeds(gains)
+    found = [
+        f'{outcome} at depth{"s"[:len(depths) > 1]} {" and ".join(map(str, depths))}'
+        for outcome, depths in outcomes.items() if depths
+    ]
     return (
         f'The promise of EKD is that every sub-net is better than the same net trained alone and that the full-net '
-        f'loses nothing, for which {TOLERANCE} points are allowed here. By these means, of {seeds} '
-        f'seed{"s"[:seeds != "1"]}, that '
-        + (f'does not hold at depth {" and ".join(map(str, fails))}' if fails else 'holds at every depth')
-        + f': {list_gains(gains)}.\n'
+        f'loses nothing, for which {TOLERANCE} points are allowed here. With {seeds} seed{"s"[:seeds != "1"]}, and two '
+        f'standard errors over seeds as the limit, it {", ".join(found)}: {list_gains(gains)}.\n'
     )
 
 

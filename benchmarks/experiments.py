@@ -27,7 +27,7 @@ import datasets
 import timm
 import torch
 from accelerate import Accelerator
-from matrix import all_runs
+from matrix import LOADER, all_runs
 from timm.data import resolve_data_config
 
 import timm_ddnn
@@ -54,8 +54,11 @@ def check(run, path):
         ValueError: If it is not.
     """
     kept = json.loads(path.read_text())
-    if any(kept.get(name) != value for name, value in run.identity().items()):
-        was, now = kept['options'].items(), run.identity()['options'].items()
+    was, now = (
+        {'run': identity['run'], 'teacher': identity['teacher'], **identity['options']}.items()
+        for identity in (kept, run.identity())
+    )
+    if was != now:
         raise ValueError(
             f'{path} is of another run of this name, it must have {dict(now - was)}, got {dict(was - now)}: '
             f'to run it anew, remove it and {WORK / run.name}')
@@ -170,7 +173,7 @@ class Runner:
     def train(self, run, folder, teacher, lock):
         command = [
             sys.executable, '-W', 'ignore', SCRIPT, *(('--teacher', teacher) if teacher else ()),
-            '--dataset', os.path.relpath(data_folder(run.data, self.root)), '--in-memory', '-j', '0',
+            '--dataset', os.path.relpath(data_folder(run.data, self.root), ROOT), *LOADER,
             '--checkpoint-hist', '1', '--seed', run.seed, '--output', folder, '--resume', 'auto',
             '--log-interval', '1000000', *flatten(run.options),
         ]
@@ -178,6 +181,7 @@ class Runner:
         with open(folder / 'log.txt', 'a') as log:
             process = subprocess.Popen(
                 list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                cwd=ROOT,  # from wherever this is started, the data's path is the same: a run goes on by its arguments
                 pass_fds=[lock],  # if this process is killed, the training goes on and holds the run
             )
             self.processes.add(process)
@@ -185,7 +189,7 @@ class Runner:
                 process.terminate()
             status = process.wait()
             self.processes.discard(process)
-        if status not in (0, EXIT_STOPPED):
+        if status not in (0, EXIT_STOPPED) and not self.stopped.is_set():  # stopped before it could catch the signal
             print(f'{run.name} failed with status {status}, see {folder / "log.txt"}', flush=True)
         return status == 0
 
@@ -252,7 +256,8 @@ def main():
     for name in {run.data for run in chosen}:
         data_folder(name, runner.root)
     with one_line_errors(ValueError), ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(runner.do, chosen))
+        for taught in (False, True):  # teachers first
+            list(pool.map(runner.do, [run for run in chosen if bool(run.teacher) is taught]))
     if runner.stopped.is_set():
         sys.exit(EXIT_STOPPED)
     missing = [run.name for run in chosen if not is_done(run)]

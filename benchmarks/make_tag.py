@@ -9,10 +9,9 @@ results/weights/TAG/evaluation.json, from which `results.py` writes MODEL_CARD.m
 
     timm-ddnn profile TAG --batch-sizes 1 --threads 1 --output results/weights/TAG
 """
-import json
 from pathlib import Path
-from statistics import mean
 
+from comparison import rank_runs
 from experiments import RESULTS, ROW, WORK, check, data_folder
 from matrix import all_runs
 from timm.data import resolve_data_config
@@ -30,11 +29,11 @@ def best_run(experiment):
     Raises:
         ValueError: If the weights in the run's folder are not those whose result was kept.
     """
-    results = [json.loads(path.read_text()) for path in (RESULTS / experiment).glob('ekd-*.json')]
-    if not results:
+    ranked = rank_runs(experiment)
+    if not ranked:
         fail(f'experiment must be one with results of EKD in {RESULTS}, got {experiment!r}')
-    best = max(results, key=lambda result: mean(row['top1'] for row in result['depths']))
-    run = all_runs()[best['run']]
+    name, best = ranked[0]
+    run = all_runs()[name]
     check(run, RESULTS / f'{run.name}.json')
     weights = WORK / run.name / 'model.safetensors'
     if file_sum(weights) != best['weights_sha256']:

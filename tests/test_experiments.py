@@ -2,28 +2,34 @@
 import importlib
 import json
 import statistics
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from image_files import CLASS_NAMES, write_parquet
+import torch
+from conftest import create
+from image_files import CLASS_NAMES, png, write_parquet
+from timm.data import resolve_data_config
 from training import ROOT
 
 from timm_ddnn import report
+from timm_ddnn.checkpoint import EXIT_STOPPED
+from timm_ddnn.evaluation import evaluate
 from timm_ddnn.model_card import CITATION
 
 
 @pytest.fixture
-def module(monkeypatch, tmp_path):
-    """Import a module of benchmarks/ whose files go to a temporary folder."""
+def modules(monkeypatch, tmp_path):
+    """Import modules of benchmarks/ whose files go to a temporary folder."""
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-
-    def load(name):
-        module = importlib.import_module(name)
+    names = 'comparison', 'experiments', 'make_tag', 'matrix', 'results'
+    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for module in vars(modules).values():
         for place in {'RESULTS', 'WORK', 'WEIGHTS'} & vars(module).keys():
             monkeypatch.setattr(module, place, tmp_path / place.lower())
-        return module
-
-    return load
+    return modules
 
 
 def make_runs(matrix):
@@ -40,12 +46,12 @@ def make_runs(matrix):
     )}
 
 
-def test_runs_are_done_once_and_make_a_tag(module, monkeypatch, tmp_path, capfd):
+def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd):
     """Catches a run that is repeated or lost, a teacher that does not teach, a tag without its accuracy."""
-    experiments = module('experiments')
+    experiments = modules.experiments
     write_parquet(tmp_path / 'data/digits/train.parquet', list(range(96)))
     write_parquet(tmp_path / 'data/digits/validation.parquet', list(range(96, 128)))
-    runs = make_runs(module('matrix'))
+    runs = make_runs(modules.matrix)
     monkeypatch.setattr(experiments, 'all_runs', lambda: runs)
     command = ['experiments.py', str(tmp_path / 'data'), '--only']
 
@@ -54,7 +60,14 @@ def test_runs_are_done_once_and_make_a_tag(module, monkeypatch, tmp_path, capfd)
         experiments.main()
     assert 'some/kd-8-0 waits for some/alone-14-0' in capfd.readouterr().out
 
-    monkeypatch.setattr('sys.argv', [*command, 'some/*'])
+    monkeypatch.setattr('sys.argv', [*command, 'some/alone-14-0', '--time-limit', '1'])
+    with pytest.raises(SystemExit, match=str(EXIT_STOPPED)):
+        experiments.main()
+    assert 'failed' not in capfd.readouterr().out
+    assert not (tmp_path / 'results').exists()
+
+    monkeypatch.setattr('sys.argv', [*command, 'some/*', '--jobs', '2'])
+    monkeypatch.chdir(tmp_path)  # runs go on from another directory than the one they began in
     experiments.main()
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / 'results/some').glob('*.json')}
     assert sorted(results) == ['alone-14-0', 'ekd-0', 'kd-8-0']
@@ -63,13 +76,19 @@ def test_runs_are_done_once_and_make_a_tag(module, monkeypatch, tmp_path, capfd)
     assert results['kd-8-0']['history'][0]['train_kl_8'] > 0  # the teacher's, since there is no sub-net
     assert results['kd-8-0']['teacher'] == 'some/alone-14-0'
     assert str(tmp_path) not in json.dumps(results)
+    assert experiments.evaluate_test(tmp_path / 'work/some/ekd-0', tmp_path / 'data/digits') == {}
+    write_parquet(tmp_path / 'tested/train.parquet', list(range(8)))
+    write_parquet(tmp_path / 'tested/test.parquet', list(range(96, 128)))
+    tested = experiments.evaluate_test(tmp_path / 'work/some/ekd-0', tmp_path / 'tested')
+    assert tested == {key: results['ekd-0'][key] for key in ('validation_images', 'depths')}  # the same images
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*') if path.is_file()}
+    capfd.readouterr()
     experiments.main()
-    assert 'begins' not in capfd.readouterr().out.split('some/ekd-0: ')[-1]
+    assert capfd.readouterr().out == ''
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
-    make_tag = module('make_tag')
+    make_tag = modules.make_tag
     monkeypatch.setattr(make_tag, 'all_runs', lambda: runs)
     monkeypatch.setattr('sys.argv', ['make_tag.py', str(tmp_path / 'data'), 'some'])
     weights = tmp_path / 'work/some/ekd-0/model.safetensors'
@@ -108,27 +127,102 @@ def test_runs_are_done_once_and_make_a_tag(module, monkeypatch, tmp_path, capfd)
         (tmp_path / kept).unlink()
 
 
-def test_results_are_of_the_runs_that_the_runner_has(module):
+def test_results_are_of_the_runs_that_the_runner_has(modules):
     """Catches an option that was changed without the runs that it changes."""
-    experiments = module('experiments')
-    runs = module('matrix').all_runs()
+    experiments = modules.experiments
+    runs = modules.matrix.all_runs()
     for path in (ROOT / 'results').glob('*/*-*.json'):
         experiments.check(runs[f'{path.parent.name}/{path.stem}'], path)
 
 
 def write_results(folder, tops):
     """Write results of made-up runs: {(method, seed): {depth: top-1}}."""
-    template = json.loads(next((ROOT / 'results').glob('*/*.json')).read_text())
+    template = json.loads((ROOT / 'results/cifar10_resnet20/ekd-0.json').read_text())
     folder.mkdir(parents=True)
     for (name, seed), by_depth in tops.items():
         rows = [dict(depth=d, macs=d * 1_000_000, top1=top1, top5=100.0) for d, top1 in by_depth.items()]
         (folder / f'{name}-{seed}.json').write_text(json.dumps(template | {'depths': rows}))
 
 
-def test_differences_are_of_the_same_seed_and_have_their_standard_error(module, tmp_path):
+def test_a_net_is_cut_with_statistics_of_its_own(modules, monkeypatch, tmp_path):
+    """Catches a cut net that keeps the statistics of the whole one, or whose calibration changes the full-net."""
+    experiments = modules.experiments
+    write_parquet(tmp_path / 'data/train.parquet', list(range(128)))
+    write_parquet(tmp_path / 'data/validation.parquet', list(range(64)))
+    teacher = create('ddnn_resnet20', subnets=(), num_classes=10)
+    (tmp_path / 'teacher').mkdir()
+    report.save_model(
+        teacher, tmp_path / 'teacher', data_config=resolve_data_config(model=teacher), class_names=CLASS_NAMES,
+        rows=report.count_costs(teacher, (3, 32, 32)))
+    models = []
+
+    def keep_model(accelerator, model, loader):
+        models.append(model)
+        return evaluate(accelerator, model, loader)
+
+    monkeypatch.setattr(experiments, 'evaluate', keep_model)
+    run = modules.matrix.Run('some/truncation-0', 'digits', 0, {'--model': 'ddnn_resnet20'}, 'some/alone-20-0', True)
+    summary, history = experiments.truncate(run, tmp_path / 'teacher', tmp_path / 'data')
+    assert [row['depth'] for row in summary['depths']] == [20, 14, 8] and history == []
+    assert summary['validation_images'] == 64
+    cut, = models
+    whole, nets = teacher.state_dict(), {depth: cut.extract(depth).state_dict() for depth in cut.depths}
+    differ = {
+        depth: {name for name, tensor in net.items() if not torch.equal(tensor, whole[name])}
+        for depth, net in nets.items()
+    }
+    assert not differ[20]
+    for depth in (14, 8):
+        assert {name.rsplit('.', 1)[1] for name in differ[depth]} == {
+            'running_mean', 'running_var', 'num_batches_tracked'}
+        assert 'bn1.running_mean' not in differ[depth]  # before the nets part
+
+
+def test_the_images_that_options_are_chosen_on_are_apart(modules, tmp_path):
+    """Catches an image that is trained on and tested on as well."""
+    experiments = modules.experiments
+    write_parquet(
+        tmp_path / 'cifar10/train.parquet', [], labels=list(range(50_000)), files=[png(0)] * 50_000,
+        target=datasets.Value('int64'))
+    folder = experiments.data_folder('cifar10_part', tmp_path)
+    rows = {path.stem: pq.read_table(path)['label'].to_pylist() for path in folder.glob('*.parquet')}
+    assert {name: len(set(labels)) for name, labels in rows.items()} == {
+        'train': 15_000, 'few': 5_000, 'validation': 5_000, 'test': 30_000}
+    assert set(rows['few']) < set(rows['train'])
+    assert len({*rows['train'], *rows['validation'], *rows['test']}) == 50_000
+    assert experiments.data_folder('tiny_imagenet', tmp_path) == tmp_path / 'tiny_imagenet'
+
+
+@pytest.mark.parametrize(('full', 'shallow', 'expected'), [
+    ((0.0, 0.1, -0.1), (1.0, 1.1, 1.2), 'it holds at depths 20 and 8: +0.00 ± 0.06 (20), +1.10 ± 0.06 (8).'),
+    ((-0.9, -1.0, -1.1), (1.0, 1.1, 1.2),
+     'it holds at depth 8, fails at depth 20: -1.00 ± 0.06 (20), +1.10 ± 0.06 (8).'),
+    ((-0.3, -0.2, -0.1), (-1.0, 0.0, 1.3), 'it is undecided at depths 20 and 8: -0.20 ± 0.06 (20), +0.10 ± 0.67 (8).'),
+    ((1.0,), (-1.0,), 'it is undecided at depths 20 and 8: +1.00 (20), -1.00 (8).'),
+])
+def test_the_promise_is_decided_by_the_error_of_the_mean(modules, full, shallow, expected):
+    """Catches a verdict on chance, one that forgets what the full-net may lose, or another sign."""
+    gains = {20: dict(enumerate(full)), 8: dict(enumerate(shallow))}
+    alone = {depth: {seed: 80.0 + seed for seed in by_seed} for depth, by_seed in gains.items()}
+    ekd = {depth: {seed: 80.0 + seed + gain for seed, gain in by_seed.items()} for depth, by_seed in gains.items()}
+    assert modules.comparison.verdict({'alone': alone, 'ekd': ekd}).strip().endswith(expected)
+
+
+def test_weights_become_a_tag_by_their_mean_over_depths(modules, tmp_path, capsys):
+    """Catches the weights of the best full-net, or of a method that is no EKD."""
+    write_results(tmp_path / 'results/some', {
+        ('ekd', 0): {20: 85.0, 8: 80.0}, ('ekd', 1): {20: 84.0, 8: 82.0}, ('ekd_light', 0): {20: 90.0, 8: 90.0},
+    })
+    assert [name for name, _ in modules.comparison.rank_runs('some')] == ['some/ekd-1', 'some/ekd-0']
+    make_tag = modules.make_tag
+    with pytest.raises(SystemExit, match='2'):
+        make_tag.best_run('other')
+    assert 'experiment must be one with results of EKD in' in capsys.readouterr().err
+
+
+def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules, tmp_path):
     """Catches differences of other seeds, and the deviation of runs in the place of the error of their mean."""
-    results = module('results')
-    module('comparison')  # which reads the runs
+    results = modules.results
     alone, ekd = [80.0, 81.0, 83.0], [81.0, 81.5, 85.0]
     write_results(tmp_path / 'results/some', {
         **{('alone-8', seed): {8: top1} for seed, top1 in enumerate(alone)},
