@@ -2,6 +2,7 @@
 import importlib
 import json
 import statistics
+import subprocess
 from types import SimpleNamespace
 
 import datasets
@@ -125,6 +126,21 @@ def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd
             experiments.main()
         assert f"{kept} is of another run of this name, it must have {{'--lr': '0.01'}}" in capfd.readouterr().err
         (tmp_path / kept).unlink()
+
+
+def test_training_holds_its_run_when_the_runner_is_killed(modules, tmp_path):
+    """Catches a second runner that trains into the folder of a run that still goes on."""
+    locked = modules.experiments.locked
+    with locked(tmp_path) as lock:
+        training = subprocess.Popen(['sleep', '60'], pass_fds=[lock])
+    try:
+        with locked(tmp_path) as other:
+            assert other is None
+    finally:
+        training.kill()
+        training.wait()
+    with locked(tmp_path) as other:
+        assert other is not None
 
 
 def test_results_are_of_the_runs_that_the_runner_has(modules):
