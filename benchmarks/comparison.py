@@ -6,30 +6,45 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from matrix import EKD, KD, SUBNET_WEIGHTS
+from matrix import METHODS as RIVALS
+from scipy.stats import ttest_1samp
+
 from timm_ddnn.model_card import markdown_table
 
 RESULTS = Path(__file__).resolve().parent.parent / 'results'
 TOLERANCE = 0.2  # points that the full-net may lose
+LEVEL = 0.05  # probability of a verdict that is wrong
+MIDDLE, SHALLOW = SUBNET_WEIGHTS['ekd']
 METHODS = {
     'alone': 'each depth trained alone, as a stock net',
-    'kd': 'each depth trained alone, the full-net that was trained alone teaching it',
-    'joint': 'all depths in shared weights, cross-entropy only',
-    'joint_weighted': 'joint, the sub-nets weighed as in `ekd`',
-    'kl': 'KL divergence from the full-net besides, the sub-nets weighed as in `ekd`',
-    'attention': 'attention of the full-net besides, the sub-nets weighed as in `ekd`',
-    'ekd': 'both besides: embedded knowledge distillation, the shallowest sub-net with weight 0.75, others with 0.25',
-    'ekd_equal': 'as `ekd`, but all sub-nets with weight 1',
+    'kd': 'each depth trained alone, taught by the full-net that was trained alone: KL divergence of weight '
+    f'{KD["--alpha"]}, temperature {KD["--temperature"]}',
+    'joint': 'all depths in shared weights, the cross-entropy of each with weight 1',
+    'joint_weighted': 'as `ekd`, without KL divergence and attention',
+    'kl': 'as `ekd`, without attention',
+    'attention': 'as `ekd`, without KL divergence',
+    'ekd': 'embedded knowledge distillation: all depths in shared weights, cross-entropy of each, KL divergence (alpha '
+    f'{EKD["--alpha"]}) and attention (beta {EKD["--beta"]}) from the full-net; the shallowest sub-net has weight '
+    f'{SHALLOW}, others {MIDDLE}',
+    'ekd_equal': 'as `ekd`, but all sub-nets with weight 1, so that against `joint` it shows what distillation adds',
     'ekd_private': 'as `ekd`, but with scale and shift of its own for every path',
-    'ekd_light': 'as `ekd`, but with weights 0.15 and 0.05',
-    'kl_only': 'shared weights, sub-nets learn by KL divergence only, temperature 1',
+    'ekd_light': 'as `ekd`, but with weights {1} and {0}'.format(*SUBNET_WEIGHTS['ekd_light']),
+    'kl_only': 'shared weights, sub-nets of weight 1 that learn by KL divergence alone, alpha '
+    f'{RIVALS["kl_only"]["--alpha"]}, temperature {RIVALS["kl_only"]["--temperature"]}',
     'truncation': 'the full-net trained alone, cut to a depth, statistics estimated again',
 }
 
 
+def join_depths(name):
+    """'few_alone_14' -> 'few_alone': nets that are trained alone are one method, at several depths."""
+    return re.sub(r'(alone|alone_late|kd)[-_]\d+$', r'\1', name)
+
+
 def split_name(stem):
-    """'alone-20-1' -> 'alone', 1; a run that is alone at its depth has the depth in its name."""
+    """'alone-20-1' -> 'alone', 1."""
     name, _, seed = stem.rpartition('-')
-    return re.sub(r'^(alone|kd)-\d+$', r'\1', name), int(seed)
+    return join_depths(name), int(seed)
 
 
 def load_runs(experiment):
@@ -51,7 +66,8 @@ def rank_runs(experiment):
 
 
 def standard_error(values):
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    """Standard error of the mean; None of fewer than three values, whose spread says next to nothing of it."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 2 else None
 
 
 def with_error(values, sign=False):
@@ -61,14 +77,17 @@ def with_error(values, sign=False):
 
 
 def difference(tops, method, other, depth):
-    """Differences of two methods at a depth, by seed, for the seeds that both have."""
+    """Differences of two methods at a depth, in the order of the seeds that both have."""
     mine, theirs = (tops.get(name, {}).get(depth, {}) for name in (method, other))
     return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
 
 
-def count_seeds(by_depth):
-    least, most = (bound(map(len, by_depth.values())) for bound in (min, max))
-    return str(most) if least == most else f'{least} to {most}'
+def name_seeds(by_depth):
+    """{20: {0: 72.6, 1: 72.5}, 8: {0: 69.1}} -> '20: 0, 1; 8: 0', and '0, 1' if those of all depths are the same."""
+    seeds = {depth: ', '.join(map(str, sorted(by_seed))) for depth, by_seed in by_depth.items()}
+    if len({*seeds.values()}) == 1:
+        return next(iter(seeds.values()))
+    return '; '.join(f'{depth}: {text}' for depth, text in sorted(seeds.items(), reverse=True))
 
 
 def comparison(experiment):
@@ -86,14 +105,14 @@ def comparison(experiment):
             for other in gains:
                 gain = difference(tops, method, other, depth) if method != other else []
                 gains[other].append(with_error(gain, sign=True) if gain else '')
-        rows.append([method, *cells, *gains['alone'], *gains['joint'], count_seeds(tops[method])])
+        rows.append([method, *cells, *gains['alone'], *gains['joint'], name_seeds(tops[method])])
     versus = [f'{depth} against {other}' for other in ('alone', 'joint') for depth in depths]
     head = ['method', *map(str, depths), *versus, 'seeds']
     return markdown_table(head, rows), tops, runs
 
 
-def gains_by_depth(tops):
-    gains = {depth: difference(tops, 'ekd', 'alone', depth) for depth in sorted(tops['ekd'], reverse=True)}
+def gains_by_depth(tops, method='ekd', other='alone'):
+    gains = {depth: difference(tops, method, other, depth) for depth in sorted(tops.get(method, ()), reverse=True)}
     return {depth: values for depth, values in gains.items() if values}
 
 
@@ -104,56 +123,64 @@ def list_gains(gains):
 def verdict(tops):
     """Say depth by depth whether the promise holds: sub-nets better than alone, the full-net as good as alone."""
     gains = gains_by_depth(tops)
+    if not gains:
+        return ''
     outcomes = {'holds': [], 'fails': [], 'is undecided': []}
-    for depth, values in gains.items():
+    for depth in sorted(tops['ekd'], reverse=True):
         least = -TOLERANCE if depth == max(tops['ekd']) else 0
-        margin, error = mean(values) - least, standard_error(values)
-        decided = error is not None and abs(margin) > 2 * error
-        outcomes[('holds' if margin > 0 else 'fails') if decided else 'is undecided'].append(depth)
-    seeds = count_seeds(gains)
+        values = gains.get(depth, ())
+        if len(values) > 2 and ttest_1samp(values, least, alternative='greater').pvalue < LEVEL:
+            outcomes['holds'].append(depth)
+        elif len(values) > 2 and ttest_1samp(values, least, alternative='less').pvalue < LEVEL:
+            outcomes['fails'].append(depth)
+        else:
+            outcomes['is undecided'].append(depth)
     found = [
         f'{outcome} at depth{"s"[:len(depths) > 1]} {" and ".join(map(str, depths))}'
         for outcome, depths in outcomes.items() if depths
     ]
     return (
         f'The promise of EKD is that every sub-net is better than the same net trained alone and that the full-net '
-        f'loses nothing, for which {TOLERANCE} points are allowed here. With {seeds} seed{"s"[:seeds != "1"]}, and two '
-        f'standard errors over seeds as the limit, it {", ".join(found)}: {list_gains(gains)}.\n'
+        f'loses nothing, for which {TOLERANCE} points are allowed here. By one-sided t-tests over seeds, at least '
+        f'three, with an error of {100 * LEVEL:g} %, it {", ".join(found)}: {list_gains(gains)}.\n'
     )
 
 
-def final_loss(runs, method, depth):
-    """Cross-entropy of a depth on its training images as they were augmented, mean over the last epoch and the runs."""
-    name = f'train_ce_{depth}'
-    return mean(
-        run['history'][-1][name] for stem, run in runs.items()
-        if split_name(stem)[0] == method and name in run['history'][-1]
-    )
+def final_losses(runs, methods, depth):
+    """Cross-entropy of a depth on its training images as they were augmented, in the last epoch.
+
+    Returns:
+        Mean by method over the seeds that all methods have, and these seeds.
+    """
+    losses = {method: {} for method in methods}
+    for stem, run in runs.items():
+        method, seed = split_name(stem)
+        if method in losses and run['history'] and f'train_ce_{depth}' in run['history'][-1]:
+            losses[method][seed] = run['history'][-1][f'train_ce_{depth}']
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in losses.values())))
+    return {method: mean(by_seed[seed] for seed in seeds) for method, by_seed in losses.items() if seeds}, seeds
 
 
-def explanation(tops, runs, few_tops, few_runs):
-    """Say what the full-net's accuracy goes with, where there are lighter sub-nets and runs on few images.
+def explanation(tops, runs):
+    """Say what the full-net has learned of its training images, and how that changes with the weight of the sub-nets.
 
     Args:
         tops: What `load_runs` gives for an experiment, as `runs`.
         runs: See `tops`.
-        few_tops: What `load_runs` gives for the ablations, with runs on few images among them, as `few_runs`.
-        few_runs: See `few_tops`.
     """
-    full, *subnets = sorted(tops['ekd'], reverse=True)
-    if 'ekd_light' not in tops or not {f'few_alone_{full}', 'few_ekd'} <= few_tops.keys():
+    full = max(tops['ekd'])
+    losses, seeds = final_losses(runs, ('ekd', 'ekd_light', 'alone'), full)
+    if not seeds:
         return ''
-    losses = [final_loss(runs, method, full) for method in ('ekd', 'alone', 'ekd_light')]
-    light, *light_subnets = (with_error(list(tops['ekd_light'][depth].values())) for depth in (full, *subnets))
-    few_losses = [final_loss(few_runs, method, full) for method in ('few_ekd', f'few_alone_{full}')]
-    few_alone = {depth: few_tops.get(f'few_alone_{depth}', {}).get(depth, {}) for depth in few_tops['few_ekd']}
-    few_gains = gains_by_depth({'ekd': few_tops['few_ekd'], 'alone': few_alone})
-    return (
-        f'The full-net differs on its training images already: in the last epoch its cross-entropy on them is '
-        f'{losses[0]:.3f} by EKD and {losses[1]:.3f} alone. With sub-nets so light that they hardly train the weights '
-        f'(`ekd_light`, seeds: {count_seeds(tops["ekd_light"])}) it is {losses[2]:.3f}, the full-net has {light} '
-        f'and the sub-nets {", ".join(light_subnets)}. A lack of capacity after this schedule would look so; it is not '
-        f'proved. With 5,000 images and 60 epochs the cross-entropy is {few_losses[0]:.3f} by EKD (sub-nets of weight '
-        f'1) and {few_losses[1]:.3f} alone, and EKD against training alone has {list_gains(few_gains)} (seeds: '
-        f'{count_seeds(few_gains)}, see the choice of options).\n'
+    listed = ', '.join(f'{loss:.3f} (`{method}`)' for method, loss in losses.items())
+    text = (
+        f'The cross-entropy of the full-net on its training images, in the last epoch, is {listed}, seed'
+        f'{"s"[:len(seeds) > 1]} {", ".join(map(str, seeds))}; `ekd_light` against training alone has '
+        f'{list_gains(gains_by_depth(tops, "ekd_light"))}.'
     )
+    if losses['ekd'] > losses['ekd_light'] and losses['ekd'] > losses['alone']:
+        text += (
+            ' So by EKD the full-net has learned less of the very images that it was trained on, and less is missing '
+            'with lighter sub-nets, which are worse then: at this schedule the depths compete for the shared weights.'
+        )
+    return text + '\n'

@@ -139,6 +139,8 @@ ABLATIONS = [
         'few_alone_8': SINGLE | FEW | {'--model-kwargs': 'layers=1,1,1'},
         'few_joint': CE_ONLY | FEW,
         'few_ekd': EKD | FEW,
+    }),
+    ('5,000 images, 60 epochs, a deeper net', None, {
         'few_44_alone_44': SINGLE | FEW | DEEPER,
         'few_44_alone_32': SINGLE | FEW | DEEPER | {'--model-kwargs': 'layers=5,5,5'},
         'few_44_joint': CE_ONLY | FEW | DEEPER,
@@ -154,15 +156,23 @@ ABLATIONS = [
         'cut_late': {'--subnets': '3,2,1 2,1,1'},
     }),
 ]
+ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
+# What a variant is compared with at a depth, the first that has it, where that is not the variant which it changes.
+# 'alone' is alone_20 at depth 20, and so on.
+AGAINST = {
+    'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
+    'few_joint': ['few_alone'], 'few_ekd': ['few_alone'],
+    'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
+    'ekd_cut_late': ['alone_late', 'alone'],
+}
 
 
 def ablations(seeds):
     """Make the runs by which the options were chosen, on images of the training split only."""
-    recipe = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
     variants = {}
     for _, base, changes in ABLATIONS:
         for name, options in changes.items():
-            variants[f'{base}_{name}' if base else name] = variants.get(base, recipe) | options
+            variants[f'{base}_{name}' if base else name] = variants.get(base, ABLATION_RECIPE) | options
     return [
         Run(f'ablations/{name}-{seed}', 'cifar10_part', seed, options)
         for seed in range(seeds) for name, options in variants.items()

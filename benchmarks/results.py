@@ -15,10 +15,13 @@ from comparison import (
     METHODS,
     RESULTS,
     comparison,
-    count_seeds,
     difference,
     explanation,
+    gains_by_depth,
+    join_depths,
+    list_gains,
     load_runs,
+    name_seeds,
     rank_runs,
     split_name,
     standard_error,
@@ -26,7 +29,7 @@ from comparison import (
     with_error,
 )
 from matplotlib.figure import Figure
-from matrix import ABLATIONS, LOADER, RECIPE
+from matrix import ABLATION_RECIPE, ABLATIONS, AGAINST, LOADER
 
 from timm_ddnn.cli import ArgumentParser
 from timm_ddnn.ddnn_resnet import WEIGHTS
@@ -45,11 +48,13 @@ SHORT = {
     'cifar10_part': 'the training split of CIFAR-10 (JPEG)',
     'tiny_imagenet': 'Tiny ImageNet',
 }
-HIDDEN = '--seed', '--model', '--epochs'
+# The variant that another one changes
+BASES = {
+    join_depths(f'{base}_{name}'): join_depths(base) for _, base, changes in ABLATIONS if base for name in changes}
 
 
-def method_table():
-    return markdown_table(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items()])
+def method_table(tops):
+    return markdown_table(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items() if name in tops])
 
 
 def join(options):
@@ -58,35 +63,41 @@ def join(options):
 
 def ablation_tables(tops, runs):
     """A table for every question that options were chosen by, with the differences to what was changed."""
-    depths = sorted(tops['joint'], reverse=True)
     questions = defaultdict(list)
     for question, base, changes in ABLATIONS:
-        names = [f'{base}_{name}' if base else name for name in changes]
-        done = [(name, base) for name in names if name in tops]
-        questions[question] += [(base, None), *done] if base in tops and done else done
+        names = [join_depths(f'{base}_{name}' if base else name) for name in changes]
+        if any(name in tops for name in names):
+            questions[question] += [name for name in ([join_depths(base)] if base else []) + names if name in tops]
     parts = []
-    for question, variants in questions.items():
-        if not variants:
-            continue
+    for question, names in questions.items():
+        depths = sorted({depth for name in names for depth in tops[name]}, reverse=True)
         rows = []
-        for name, base in variants:
-            by_depth = dict(sorted(tops[name].items(), reverse=True))
-            options = next(run['options'] for stem, run in runs.items() if split_name(stem)[0] == name)
-            options = {k: v for k, v in options.items() if RECIPE.get(k) != v and k not in HIDDEN}
-            others = {d: values for d, values in by_depth.items() if d not in depths}
-            gains = [difference(tops, name, base, depth) for depth in depths]
+        for name in dict.fromkeys(names):
+            options = [run['options'].items() for stem, run in runs.items() if split_name(stem)[0] == name]
+            options = dict(item for item in options[0] if all(item in other for other in options))
+            options = {k: v for k, v in options.items() if ABLATION_RECIPE.get(k) != v and k != '--seed'}
+            others = AGAINST.get(name) or [other for other in [BASES.get(name)] if other]
+            gains = [
+                next((gain for other in others if (gain := difference(tops, name, other, depth))), [])
+                for depth in depths
+            ]
             rows.append([
                 f'`{name}`',
-                *(with_error(list(by_depth[depth].values())) if depth in by_depth else '' for depth in depths),
-                ', '.join(f'{with_error(list(values.values()))} ({d})' for d, values in others.items()),
-                f'`{base}`' if base else '',
+                *(with_error(list(tops[name][depth].values())) if depth in tops[name] else '' for depth in depths),
+                ', '.join(f'`{other}`' for other in others),
                 *(with_error(gain, sign=True) if gain else '' for gain in gains),
-                count_seeds(by_depth),
-                f'`{join(options)}`',
+                name_seeds(tops[name]),
+                f'`{join(options)}`' if options else '',
             ])
-        head = ['variant', *map(str, depths), 'other depths', 'against', *(f'at {d}' for d in depths)]
+        head = ['variant', *map(str, depths), 'against', *(f'at {d}' for d in depths)]
         parts += [f'### {question}\n', markdown_table([*head, 'seeds', 'options'], rows)]
     return parts
+
+
+def spread(tops):
+    """Largest difference in points of runs of one variant that differ by their seed only."""
+    by_seed = [list(values.values()) for variant in tops.values() for values in variant.values()]
+    return max(max(values) - min(values) for values in by_seed)
 
 
 def draw(experiment, tops, runs):
@@ -155,14 +166,13 @@ def write_results():
     parts = [
         '# Results\n',
         'Written by `python benchmarks/results.py` from the JSON files beside it, one per run of '
-        '`benchmarks/experiments.py`: change those, not this. Top-1 in percent on images that no option was chosen on; '
-        'where there are several seeds, mean ± standard error over seeds, and differences are those of runs with the '
-        'same seed. Each file names the commit that its run began with, and whether the code was that of the commit: '
+        '`benchmarks/experiments.py`: change those, not this. Top-1 in percent. Of several seeds the mean stands, from '
+        'three on with its standard error over seeds, and differences are those of runs with the same seed. Each file '
+        'names the commit that its run began with, and whether the code was that of the commit: '
         f'in {sum(bool(run["git"]) and not run["git"]["dirty"] for run in kept)} of {len(kept)} it was.\n',
-        method_table(),
-        'The weights of the sub-nets were chosen below. The other options of EKD are what a few runs of one seed, not '
-        'all of them kept, spoke least against. Temperature 4 and weight 1 of `kd`, and weight 1 of `kl_only`, are '
-        'usual in the literature.\n',
+        method_table({name for experiment in experiments for name in load_runs(experiment)[0]}),
+        'Options were chosen on other images, see below. Temperature and weight of `kd` and weight of `kl_only` are '
+        'usual in the literature and were not tuned.\n',
     ]
     for experiment in experiments:
         table, tops, runs = comparison(experiment)
@@ -173,12 +183,12 @@ def write_results():
             *([recipe(trained) + '\n'] if trained else ()),
             table,
             f'That the validation images are a sample adds a standard error of {sampling_error(runs)} points to each '
-            'top-1, and less to differences, whose images are the same.\n',
+            'top-1, which is not in the errors over seeds.\n',
         ]
         if {'alone', 'ekd'} <= tops.keys():
             draw(experiment, tops, runs)
             parts += [
-                verdict(tops), explanation(tops, runs, *ablations),
+                verdict(tops), explanation(tops, runs),
                 f'![Accuracy of every depth over its multiply-accumulates]({experiment}.png)\n',
             ]
     tops, runs = ablations
@@ -186,12 +196,12 @@ def write_results():
         parts += [
             '## Choice of options\n',
             'On images of the training split only, the validation images being others of it. `ekd` has all sub-nets '
-            'with weight 1 here, as `ekd_equal` above. With one seed, differences of a point may be chance: a standard '
-            f'error of {sampling_error(runs)} points comes from the validation images alone. '
-            f'Unless the options say otherwise: {recipe(runs)}\n',
+            'with weight 1 here, as `ekd_equal` above. A single seed says little: runs that differ by their seed only '
+            f'lie up to {spread(tops):.1f} points apart, those of one seed less where both share their weights. Unless '
+            f'the options say otherwise, {ABLATION_RECIPE["--model"]}: {recipe(runs)}\n',
             *ablation_tables(tops, runs),
         ]
-    write_text(RESULTS / 'README.md', '\n'.join(parts))
+    write_text(RESULTS / 'README.md', '\n'.join(part for part in parts if part))
 
 
 CARD = """## {tag}
@@ -210,7 +220,7 @@ classes {classes}. It was trained by embedded knowledge distillation ([arXiv 210
 {results}
 Top-1, top-5 and expected calibration error of {images:,} validation images in float32, in percent. Parameters and
 multiply-accumulates (MACs) are those of the plain net of a depth. Latency: median of batches of {batch} on {threads}
-of {latency_cpu}, {runtime}, torch {torch}, all depths in turn.
+of {chip}, {runtime}, torch {torch}, all depths in turn.
 
 ![Accuracy of every depth over its multiply-accumulates](results/{experiment}.png)
 
@@ -289,12 +299,12 @@ def card_section(tag):
         images=evaluation['images'],
         batch=setting['batch_size'],
         threads='one thread' if setting['threads'] == 1 else f'{setting["threads"]} threads',
-        latency_cpu=profile['hardware']['cpu'],
+        chip=profile['hardware']['cpu'] if profile['device'] == 'cpu' else ', '.join(profile['hardware']['gpus']),
         runtime=setting['runtime'],
         torch=profile['versions']['torch'],
         experiment=experiment,
         comparison=comparison(experiment)[0],
-        methods=method_table(),
+        methods=method_table(load_runs(experiment)[0]),
         data=DATA[evaluation['data']],
         training_images=run['training_images'],
         options=' '.join([*LOADER, join(run['options'])]),
@@ -309,21 +319,33 @@ def card_section(tag):
 
 
 def summary_table(experiment):
-    """Table by depth of EKD against training alone, and whether the promise holds."""
+    """Table by depth of EKD against training alone, whether the promise holds, and what users would do otherwise."""
     tops, runs = load_runs(experiment)
-    macs = {row['depth']: row['macs'] for run in runs.values() for row in run['depths']}
+    rows = {row['depth']: row for run in runs.values() for row in run['depths']}
     columns = {
-        'alone': 'trained alone', 'kd': 'alone, with that full-net as teacher', 'joint': 'shared, cross-entropy only',
+        'alone': 'trained alone', 'kd': 'alone, the full-net alone as teacher', 'joint': 'shared, cross-entropy only',
         'ekd': 'EKD',
     }
-    rows = []
-    for depth in sorted(macs, reverse=True):
+    cells = []
+    for depth in sorted(rows, reverse=True):
         values = [list(tops.get(method, {}).get(depth, {}).values()) for method in columns]
         gain = difference(tops, 'ekd', 'alone', depth)
-        cells = [with_error(each) if each else '' for each in values]
-        rows.append([str(depth), f'{macs[depth] / 1e6:.1f} M', *cells, with_error(gain, sign=True) if gain else ''])
-    table = markdown_table(['depth', 'MACs', *columns.values(), 'EKD against alone'], rows)
-    return '\n'.join([table, *([verdict(tops)] if {'alone', 'ekd'} <= tops.keys() else ())])
+        cells.append([
+            str(depth), f'{rows[depth]["macs"] / 1e6:.1f} M', *(with_error(each) if each else '' for each in values),
+            with_error(gain, sign=True) if gain else '',
+        ])
+    seeds = {method: max(map(len, tops[method].values())) for method in columns if method in tops}
+    head = [f'{text} ({seeds[name]} seed{"s"[:seeds[name] > 1]})' for name, text in columns.items() if name in seeds]
+    table = markdown_table(['depth', 'MACs', *head, 'EKD against alone'], cells)
+    parameters = [rows[depth]['parameters'] / 1e6 for depth in rows]
+    parts = [table, verdict(tops)]
+    if against_kd := gains_by_depth(tops, other='kd'):
+        parts.append(
+            f'Against shallow nets that the full-net, once trained alone, taught one by one, EKD has '
+            f'{list_gains(against_kd)} with the same seed. What EKD has over both is one training and one file: '
+            f'{max(parameters):.2f} million parameters in the place of {sum(parameters):.2f}.\n'
+        )
+    return '\n'.join(part for part in parts if part)
 
 
 def write_readme():

@@ -1,8 +1,10 @@
 """The experiment runner does each run once and keeps it, and the texts hold the figures that the runs have."""
 import importlib
 import json
+import os
 import statistics
-import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import datasets
@@ -128,18 +130,29 @@ def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd
         (tmp_path / kept).unlink()
 
 
-def test_training_holds_its_run_when_the_runner_is_killed(modules, tmp_path):
+def test_training_holds_its_run_when_the_runner_is_gone(modules, monkeypatch, tmp_path):
     """Catches a second runner that trains into the folder of a run that still goes on."""
-    locked = modules.experiments.locked
-    with locked(tmp_path) as lock:
-        training = subprocess.Popen(['sleep', '60'], pass_fds=[lock])
-    try:
-        with locked(tmp_path) as other:
-            assert other is None
-    finally:
-        training.kill()
-        training.wait()
-    with locked(tmp_path) as other:
+    experiments = modules.experiments
+    monkeypatch.setattr(experiments, 'SCRIPT', tmp_path / 'sleep.py')
+    experiments.SCRIPT.write_text('import time; time.sleep(60)')
+    runner = experiments.Runner({}, tmp_path, threads=1)
+    run = modules.matrix.Run('some/ekd-0', 'digits', 0, {})
+    folder = tmp_path / 'run'
+    with ThreadPoolExecutor() as pool:
+        with experiments.locked(folder) as lock:
+            mine = os.dup(lock)
+            training = pool.submit(runner.train, run, folder, None, mine)
+            while not runner.processes:
+                assert not training.done(), training.exception()
+                time.sleep(0.01)
+        os.close(mine)  # as when the runner is killed: what it held is closed
+        try:
+            with experiments.locked(folder) as other:
+                assert other is None
+        finally:
+            runner.stop()
+        assert training.result() is False
+    with experiments.locked(folder) as other:
         assert other is not None
 
 
@@ -214,14 +227,33 @@ def test_the_images_that_options_are_chosen_on_are_apart(modules, tmp_path):
     ((-0.9, -1.0, -1.1), (1.0, 1.1, 1.2),
      'it holds at depth 8, fails at depth 20: -1.00 ± 0.06 (20), +1.10 ± 0.06 (8).'),
     ((-0.3, -0.2, -0.1), (-1.0, 0.0, 1.3), 'it is undecided at depths 20 and 8: -0.20 ± 0.06 (20), +0.10 ± 0.67 (8).'),
-    ((1.0,), (-1.0,), 'it is undecided at depths 20 and 8: +1.00 (20), -1.00 (8).'),
+    ((0.0, 0.1), (-1.0, -1.1), 'it is undecided at depths 20 and 8: +0.05 (20), -1.05 (8).'),
+    ((), (1.0, 1.1, 1.2), 'it holds at depth 8, is undecided at depth 20: +1.10 ± 0.06 (8).'),
+    ((), (), ''),
 ])
 def test_the_promise_is_decided_by_the_error_of_the_mean(modules, full, shallow, expected):
     """Catches a verdict on chance, one that forgets what the full-net may lose, or another sign."""
     gains = {20: dict(enumerate(full)), 8: dict(enumerate(shallow))}
     alone = {depth: {seed: 80.0 + seed for seed in by_seed} for depth, by_seed in gains.items()}
     ekd = {depth: {seed: 80.0 + seed + gain for seed, gain in by_seed.items()} for depth, by_seed in gains.items()}
-    assert modules.comparison.verdict({'alone': alone, 'ekd': ekd}).strip().endswith(expected)
+    ekd[20] = ekd[20] or {3: 85.0}
+    text = modules.comparison.verdict({'alone': alone, 'ekd': ekd}).strip()
+    assert text.endswith(expected) and bool(text) == bool(expected)
+
+
+@pytest.mark.parametrize(('losses', 'concludes'), [((0.4, 0.3, 0.2), True), ((0.2, 0.3, 0.2), False)])
+def test_an_explanation_is_given_only_where_the_losses_are_so(modules, losses, concludes):
+    """Catches a conclusion that stands whatever was measured, and losses of other seeds than those compared."""
+    methods = dict(zip(('ekd', 'ekd_light', 'alone-20'), losses, strict=True))
+    runs = {f'{name}-0': {'history': [{'train_ce_20': 9.0}, {'train_ce_20': loss}]} for name, loss in methods.items()}
+    tops = {'ekd': {20: {0: 80.0}}, 'ekd_light': {20: {0: 81.0}}, 'alone': {20: {0: 82.0}}}
+    runs |= {'ekd-1': {'history': [{'train_ce_20': 5.0}]}, 'alone-8-0': {'history': [{'train_ce_8': 5.0}]}}
+    text = modules.comparison.explanation(tops, runs)
+    listed = '{:.3f} (`ekd`), {:.3f} (`ekd_light`), {:.3f} (`alone`), seed 0;'.format(*losses)
+    assert listed in text and '-1.00 (20)' in text
+    assert ('compete' in text) is concludes
+    del runs['ekd_light-0']
+    assert modules.comparison.explanation(tops, runs) == ''
 
 
 def test_weights_become_a_tag_by_their_mean_over_depths(modules, tmp_path, capsys):
@@ -249,9 +281,27 @@ def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules,
     text = (tmp_path / 'results/README.md').read_text()
     gains = np.subtract(ekd, alone)
     error = statistics.stdev(gains) / 3 ** 0.5
-    assert f'| {np.mean(gains):+.2f} ± {error:.2f} | +0.50 | 3 |' in text
-    assert '| joint | 80.50 | +0.50 |  | 1 |' in text
+    assert f'| {np.mean(gains):+.2f} ± {error:.2f} | +0.50 | 0, 1, 2 |' in text
+    assert '| joint | 80.50 | +0.50 |  | 0 |' in text
     assert (tmp_path / 'results/some.png').stat().st_size > 10_000
+
+
+def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
+    """Catches the difference of two means over other seeds, and of two nets that only have the same depth."""
+    write_results(tmp_path / 'results/ablations', {
+        ('ekd', 0): {20: 70.0, 14: 69.0, 8: 68.0}, ('ekd', 1): {20: 60.0, 14: 59.0, 8: 58.0},
+        ('kl', 0): {20: 70.5, 14: 69.5, 8: 68.5}, ('joint', 0): {20: 71.0, 14: 70.0, 8: 69.0},
+        ('alone_20', 0): {20: 72.0}, ('alone_8', 0): {8: 67.0}, ('alone_late_14', 0): {14: 66.0},
+        ('ekd_cut_late', 0): {20: 70.25, 14: 70.75, 10: 68.0},
+    })
+    modules.results.write_results()
+    text = (tmp_path / 'results/README.md').read_text()
+    assert '| `kl` | 70.50 | 69.50 | 68.50 | `joint` | -0.50 | -0.50 | -0.50 | 0 |' in text
+    assert '| `joint` | 71.00 | 70.00 | 69.00 | `alone` | -1.00 |  | +2.00 | 0 |' in text
+    assert '| `ekd` | 65.00 | 64.00 | 63.00 | `joint` | -1.00 | -1.00 | -1.00 | 0, 1 |' in text
+    late = '| `ekd_cut_late` | 70.25 | 70.75 | 68.00 |  | `alone_late`, `alone` | -1.75 | +4.75 |  |  | 0 |'
+    assert late in text
+    assert 'lie up to 10.0 points apart' in text
 
 
 def test_texts_are_those_of_the_results(monkeypatch):
