@@ -1,5 +1,8 @@
 """Finding data sets, and images and batches that are a function of seed, epoch and index."""
 import random
+import subprocess
+import sys
+import textwrap
 
 import datasets
 import numpy as np
@@ -10,7 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import to_tensor
 
-from timm_ddnn.data import load_image_data
+from timm_ddnn.data import align_labels, load_image_data
 from timm_ddnn.images import EpochSampler, ImageReadError, Images, create_loader, create_train_transform, seeded
 
 CONFIG = dict(input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), crop_pct=1.0)
@@ -75,6 +78,29 @@ def test_evaluation_needs_no_training_split(tmp_path):
     data = load_image_data(str(tmp_path / 'set'), training=False)
     assert data.train is None
     assert pairs(data) == expected(range(10))
+
+
+def test_splits_whose_names_begin_alike(tmp_path):
+    """Catches files of another split that are taken for shards of this one, and hide that one is missing."""
+    for i, file in enumerate(['train-00000-of-00001', 'trainval-00000-of-00001', 'test-00000-of-00001']):
+        write_parquet(tmp_path / f'set/{file}.parquet', range(20 * i, 20 * i + 20))
+    data = load_image_data(str(tmp_path / 'set'))
+    assert (pairs(data, 'train'), pairs(data)) == (expected(range(20)), expected(range(40, 60)))
+    for file in ('test-00000-of-00002', 'test_mini-00000-of-00002'):
+        write_parquet(tmp_path / f'half/{file}.parquet', range(20))
+    with pytest.raises(FileNotFoundError, match=r"'test' in .* lacks some of its 2"):
+        load_image_data(str(tmp_path / 'half'), training=False)
+
+
+@pytest.mark.parametrize('class_names', [[*'9876543210'], ['none', *CLASS_NAMES]])
+def test_labels_get_the_indices_of_a_model(class_names):
+    """Catches labels that keep the order of the data where the model has another."""
+    data = load_image_data('digits')
+    aligned = align_labels(data, class_names)
+    assert aligned.class_names == class_names
+    for split in ('train', 'validation'):
+        assert pairs(aligned, split) == pairs(data, split)
+        assert getattr(aligned, split).features['label'].names == class_names
 
 
 def test_columns_without_types_are_found_by_name(tmp_path):
@@ -262,3 +288,23 @@ def test_train_transform_is_timms_above_64_px():
     with seeded(1):
         y = timms(image)
     assert torch.equal(x, y)
+
+
+def test_processes_of_the_host_program_end_as_they_would(tmp_path):
+    """Catches an exit that kills daemons which are no workers of a loader, before they have cleaned up."""
+    (tmp_path / 'host.py').write_text(textwrap.dedent("""
+        import multiprocessing, pathlib, signal, sys, time
+        import timm_ddnn.images
+
+        def work():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path('cleaned').touch()))
+            pathlib.Path('ready').touch()
+            time.sleep(60)
+
+        if __name__ == '__main__':
+            multiprocessing.Process(target=work, daemon=True).start()
+            while not pathlib.Path('ready').exists():
+                time.sleep(0.01)
+    """))
+    subprocess.run([sys.executable, 'host.py'], cwd=tmp_path, check=True, timeout=120)
+    assert (tmp_path / 'cleaned').exists()

@@ -4,10 +4,12 @@ import logging
 import math
 import shutil
 
+import datasets
 import pytest
 import timm
 import torch
 from conftest import create, images
+from image_files import write_images
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 from torchmetrics.classification import MulticlassCalibrationError
@@ -343,16 +345,41 @@ def test_what_no_threshold_fulfils_ends_with_3(folder, tmp_path, capsys):
 
 
 def test_other_classes_are_refused_or_said(folder, tmp_path, capsys, caplog):
-    """Catches accuracies by the index of classes that are other ones, or in another order."""
-    model = create('ddnn_resnet20', num_classes=3)
-    with pytest.raises(ValueError, match='as many classes as the data, got 3 and 10'):
-        command._check_classes(model, [str(i) for i in range(10)])
+    """Catches accuracies by the index of classes that are other ones."""
+    write_images(tmp_path / 'three/test', range(30), [*'aaaabbbccc'])
+    with pytest.raises(ValueError, match='the 10 classes of the model, or some of them by the same names, got 3'):
+        command.evaluate_model(str(folder), str(tmp_path / 'three'))
     other = shutil.copytree(folder, tmp_path / 'other', ignore=shutil.ignore_patterns('checkpoints'))
     config = read(other, 'config.json')
-    config['label_names'] = [*'0123456798']
+    config['label_names'] = [*'01234567', 'eight', '9']
     (other / 'config.json').write_text(json.dumps(config))
     with caplog.at_level(logging.WARNING):
         command.evaluate_model(str(folder), 'digits')
         assert not caplog.records
         command.evaluate_model(str(other), 'digits')
-    assert "2 classes are called otherwise in the data than in the model, the first '8' and '9'" in caplog.text
+    assert "1 classes are called otherwise in the data than in the model, the first '8' and 'eight'" in caplog.text
+
+
+@pytest.mark.parametrize('kind', ['folder', 'integers'])
+def test_a_split_may_lack_classes(kind, folder, digits, logits, tmp_path, monkeypatch):
+    """Catches labels that count the classes of the validation split, where the model has more."""
+    labels = digits[2]
+    chosen = (labels == 3) | (labels == 7) | (labels == 8)
+    rows = load_image_data('digits').validation.select(chosen.nonzero().flatten().tolist())
+    if kind == 'folder':
+        for i, row in enumerate(rows):
+            path = tmp_path / 'set/val' / str(row['label']) / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row['image'].save(path)
+    else:
+        (tmp_path / 'set').mkdir()
+        rows.cast_column('label', datasets.Value('int64')).to_parquet(tmp_path / 'set/val.parquet')
+    expected = 100 * (logits[14].argmax(1) == labels)[chosen].float().mean().item()
+    result = command.evaluate_model(str(folder), str(tmp_path / 'set'), per_class=True)
+    assert result['images'] == len(rows) and result['classes'] == 10
+    assert result['depths'][0]['top1'] == pytest.approx(expected)
+    assert [row['class'] for row in result['per_class'] if row['images']] == ['3', '7', '8']
+    monkeypatch.chdir(tmp_path)
+    run('--evaluate', '--pretrained', '--model', f'local-dir:{folder}', '--dataset', 'set', '--output', 'out', '-j', 0)
+    assert read('out', 'evaluation.json')['depths'][0]['top1'] == pytest.approx(expected)
+    assert read('out', 'evaluation.json')['validation_split'] == 'val'

@@ -105,7 +105,7 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     summary = {
         'arguments': {'dataset': 'uoft-cs/cifar10', 'epochs': 3, 'alpha': 0.3}, 'validation_images': 1000,
         'training_images': 5000, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': []}, 'versions': {'torch': '2'},
-        'mixed_precision': 'bf16',
+        'mixed_precision': 'bf16', 'data_on_hub': True, 'validation_split': 'test',
     }
     (folder / 'summary.json').write_text(json.dumps(summary))
     main(['push', str(folder), 'me/net', '--dry-run'])
@@ -123,6 +123,8 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     assert metadata['license'] == 'apache-2.0'
     results = metadata['model-index'][0]['results']
     assert [result['metrics'][0]['value'] for result in results] == [70.0, 71.0, 72.0]
+    assert {result['dataset']['split'] for result in results} == {'test'}
+    assert 'the 1,000 images of uoft-cs/cifar10, split test' in card
     assert all(f'depth {d}' in result['task']['name'] for d, result in zip((20, 14, 8), results, strict=True))
     assert all(re.search(rf'\| {d} \| .* \| {top1:.2f} \|', card) for d, top1 in ((20, 70), (14, 71), (8, 72)))
     assert 'import timm_ddnn' in card
@@ -136,6 +138,30 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     assert [row['top1'] for row in config['depths']] == [70.0, 71.0, 72.0]
     assert config['label_names'] == [f'class {i}' for i in range(10)]
     assert config['model_args']['channels'] == [4, 8, 16]
+
+
+def test_a_folder_is_no_data_set_on_the_hub(folder, tmp_path, monkeypatch):
+    """Catches a card that links a stranger's data set, because a folder of the user is called as it is."""
+    monkeypatch.chdir(tmp_path)
+    summary = {
+        'arguments': {'dataset': 'data/food'}, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': []},
+        'versions': {'torch': '2'}, 'mixed_precision': 'no', 'data_on_hub': False, 'validation_split': 'val',
+    }
+    (folder / 'summary.json').write_text(json.dumps(summary))
+    timm_ddnn.push_to_hub(folder, 'me/net', dry_run=True)
+    card = (tmp_path / 'output/hub/me--net/README.md').read_text()
+    assert 'data/food' not in card and 'images of food, split val' in card
+
+
+def test_a_model_of_grey_images_is_published(tmp_path, monkeypatch):
+    """Catches a model that is run on images of three channels, and one whose own modes are changed by that."""
+    monkeypatch.chdir(tmp_path)
+    model = make_model(in_chans=1).train()
+    model.layer1.eval()
+    timm_ddnn.push_to_hub(model, 'me/grey', dry_run=True)
+    assert not model.layer1.training and model.layer2.training and model.training
+    config = json.loads((tmp_path / 'output/hub/me--grey/config.json').read_text())
+    assert config['pretrained_cfg']['input_size'] == [1, 32, 32]
 
 
 def test_one_depth_is_a_stock_timm_repository(hub, tmp_path):

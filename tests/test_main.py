@@ -66,14 +66,19 @@ def test_list_is_what_the_models_are(capsys):
     assert re.search(r'ddnn_resnet56 .* 56 .* 9-9-9 .* 0\.85 .* 125\.5', capsys.readouterr().out)
 
 
-def test_a_missing_package_is_named():
-    """Catches a traceback where an extra was not installed."""
+@pytest.mark.parametrize('package, arguments, extras', [
+    ('rich', ['list'], 'cli,export'),
+    ('sklearn', ['evaluate', 'ddnn_resnet20', '--data', 'digits'], 'train'),
+])
+def test_a_missing_package_is_named(package, arguments, extras):
+    """Catches a traceback where an extra was not installed, and a hint to one that does not have the package."""
     code = (
         'import sys\n'
-        "sys.modules['rich'] = sys.modules['rich.console'] = None\n"
+        f"sys.modules['{package}'] = sys.modules['{package}.console'] = None\n"
         'from timm_ddnn.main import main\n'
-        "main(['list'])"
+        f'main({arguments})'
     )
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert run.returncode == 2
-    assert re.fullmatch(r'error: timm-ddnn needs the package rich.* .timm-ddnn\[cli,export\].\n', run.stderr)
+    assert re.fullmatch(
+        rf'error: timm-ddnn needs the package {package}.* .timm-ddnn\[{extras}\].\n', run.stderr), run.stderr

@@ -201,6 +201,18 @@ def test_memory_that_cannot_be_measured_is_named():
                        batch_sizes=(10 ** 9,), threads=1)
 
 
+def test_a_model_built_with_a_class_is_named():
+    """Catches a traceback for arguments that another process cannot be told."""
+    with pytest.raises(ValueError, match=r'numbers, strings and lists of them, got .*SiLU'):
+        profile_model(create('ddnn_resnet20', act_layer=nn.SiLU))
+
+
+def test_a_model_of_grey_images_is_profiled(known_memory):
+    """Catches images of three channels for a model of one."""
+    profile = profile_model(create('ddnn_resnet20', channels=(4, 8, 16), in_chans=1), img_size=16, rounds=1)
+    assert profile['input_size'] == [1, 16, 16] and len(profile['measurements']) == 3
+
+
 @pytest.mark.parametrize('kwargs, message', [
     ({'depths': (21,)}, r'\(20, 14, 8\)'),
     ({'batch_sizes': (1, 0)}, 'batch_sizes must be integers of at least 1'),

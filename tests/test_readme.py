@@ -1,5 +1,7 @@
 """The README's code runs, and its table says what the models are."""
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,14 @@ def test_python_block_runs():
     model, x = names['model'].eval(), names['x']
     with torch.no_grad():
         assert torch.equal(model.extract(26)(x), model(x, depth=26))
+
+
+def test_names_of_the_package_exist():
+    """Catches a name that the README uses and the package does not have, or not after `import timm_ddnn` alone."""
+    code = 'import timm_ddnn; print(*dir(timm_ddnn))'
+    known = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    used = set(re.findall(r'\btimm_ddnn\.(\w+)', README))
+    assert 'Cascade' in used and not used - set(known)
 
 
 @pytest.mark.parametrize('name', list(EXPECTED_DEPTHS))

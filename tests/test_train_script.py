@@ -171,6 +171,7 @@ WRONG = [
     ('--model local-dir:nowhere', "'local-dir:nowhere' cannot be created: nowhere is no folder of a model"),
     ('--pretrained --model ddnn_resnet110', 'No pretrained weights exist for ddnn_resnet110'),
     ('--model-kwargs foo=1', "unexpected keyword argument 'foo'"),
+    ('--model-kwargs drop_rate=0.1', 'other arguments than .*drop_rate.* options of their own, got drop_rate'),
     ('--model-kwargs foo', "KEY=VALUE .*, got 'foo'"),
     ('--model-kwargs in_chans=5', 'in_chans must be 1 or 3, got 5'),
     ('--subnets 1,1', r'3 integers, from 1 up to \(3, 3, 3\), got \(1, 1\)'),
@@ -251,12 +252,14 @@ def test_a_run_that_fails_ends(images, status):
     assert process.returncode == status, process.stderr
 
 
-def test_only_the_main_process_speaks(monkeypatch, capfd):
-    """Catches a wrong argument reported once per GPU."""
-    monkeypatch.setenv('RANK', '1')
-    with pytest.raises(SystemExit):
-        run('--epochs', 0)
-    assert capfd.readouterr().err == ''
+def test_one_process_of_a_machine_speaks(monkeypatch, capfd):
+    """Catches a wrong argument reported once per GPU, or not at all on a machine where alone it is wrong."""
+    monkeypatch.setenv('RANK', '9')
+    for local_rank, lines in ('1', 0), ('0', 1):
+        monkeypatch.setenv('LOCAL_RANK', local_rank)
+        with pytest.raises(SystemExit):
+            run('--epochs', 0)
+        assert len(capfd.readouterr().err.splitlines()) == lines
 
 
 @pytest.mark.slow

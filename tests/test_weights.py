@@ -121,6 +121,22 @@ def test_damaged_file_does_not_load(trained, missing, how, tmp_path):
             task.load_state_dict({f'trainable_module.{k}': v for k, v in state.items()}, strict=False)
 
 
+@pytest.mark.parametrize('was_trained', [True, False])
+def test_a_full_net_that_was_trained_alone_loads(was_trained):
+    """Catches weights of `--subnets` alone being refused, or their sub-nets counted as trained."""
+    alone = create('ddnn_resnet20', subnets=())
+    alone.mark_trained(alone.depths if was_trained else ())
+    model = timm.create_model('ddnn_resnet20')
+    model.load_state_dict(alone.state_dict())
+    assert model.trained_depths == ((20,) if was_trained else ())
+    x = images(model)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), alone(x))
+    state = {name: tensor for name, tensor in alone.state_dict().items() if not name.startswith('layer3.1')}
+    with pytest.raises(RuntimeError, match=r'missing, the first being .layer3\.1'):
+        model.load_state_dict(state, strict=False)
+
+
 def test_failed_load_of_foreign_weights_names_what_is_wrong(trained):
     model = timm.create_model('ddnn_resnet20', subnets=((2, 2, 1),))
     with pytest.raises(RuntimeError, match=r'depths \(20, 12\) are missing'):

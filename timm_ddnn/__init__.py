@@ -1,5 +1,6 @@
 """Dynamic-depth ResNets for timm, trained by embedded knowledge distillation; the import registers the models."""
 from .calibration import calibrate_bn
+from .cascade import Cascade
 from .cifar_resnet import CifarResNet
 from .controller import DepthController
 from .ddnn_resnet import DynamicDepthCifarResNet, DynamicDepthResNet
@@ -11,6 +12,7 @@ from .task import EKDTask
 from .version import __version__
 
 __all__ = [
+    'Cascade',
     'CifarResNet',
     'DepthController',
     'DynamicDepthCifarResNet',

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .dynamic_depth import eval_mode
+
 __all__ = ['calibrate_bn']
 
 _logger = logging.getLogger(__name__)
@@ -42,19 +44,17 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int | str | Seq
                 f'Depth {d} shares statistics with {partners}, which are not trained: these stay unknown. '
                 'Calibrate them together.'
             )
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
     statistics = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     weight = next(model.parameters())
 
     num_images = 0
     try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
+            for norm in norms:
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
             for batch in loader:
                 images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
                 if not isinstance(images, torch.Tensor) or images.ndim != 4:
@@ -74,7 +74,5 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int | str | Seq
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
     model.mark_trained(depths)
     return num_images

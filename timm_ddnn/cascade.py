@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .dynamic_depth import eval_mode
+
 __all__ = [
     'Cascade', 'OperatingPoint', 'StepCost', 'Tradeoff', 'UnreachableError', 'autocast', 'choose_threshold',
     'confidence', 'exit_steps', 'measure_speed', 'trace_thresholds',
@@ -144,23 +146,21 @@ class Cascade:
         """
         parameter = next(self.model.parameters())
         image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-        training = self.model.training
-        self.model.eval()
         maps, costs = {0: image}, []
-        for i, depth in enumerate(self.depths):
-            with torch.no_grad(), FlopCounterMode(display=False) as step:
-                self._run(i, maps)
-            with torch.no_grad(), FlopCounterMode(display=False) as alone:
-                self.model(image, depth=depth)
-            macs = step.get_total_flops() // 2
-            costs.append(StepCost(
-                depth=depth,
-                macs=macs,
-                source=self.depths[self._sources[i]] if i else None,
-                shared_blocks=self._starts[i],
-                reused=alone.get_total_flops() // 2 - macs,
-            ))
-        self.model.train(training)
+        with eval_mode(self.model), torch.no_grad():
+            for i, depth in enumerate(self.depths):
+                with FlopCounterMode(display=False) as step:
+                    self._run(i, maps)
+                with FlopCounterMode(display=False) as alone:
+                    self.model(image, depth=depth)
+                macs = step.get_total_flops() // 2
+                costs.append(StepCost(
+                    depth=depth,
+                    macs=macs,
+                    source=self.depths[self._sources[i]] if i else None,
+                    shared_blocks=self._starts[i],
+                    reused=alone.get_total_flops() // 2 - macs,
+                ))
         return costs
 
 

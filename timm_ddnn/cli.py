@@ -33,9 +33,9 @@ def fail(message: str, every_process: bool = False) -> NoReturn:
 
     Args:
         message: What is allowed and what was received. White space, line breaks included, becomes single spaces.
-        every_process: Whether each of several processes prints it, and not the main process alone.
+        every_process: Whether each of several processes prints it, and not the first of every machine alone.
     """
-    if every_process or os.environ.get('RANK', '0') == '0':
+    if every_process or os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {" ".join(message.split())}', file=sys.stderr)
     sys.exit(2)
 

@@ -3,9 +3,12 @@
 Reading and augmenting the images is in `images.py`. Models and losses need neither, nor the `datasets` library.
 """
 import glob
+import logging
 import os
 import re
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +16,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-__all__ = ['ImageData', 'load_image_data', 'quiet_datasets']
+__all__ = ['ImageData', 'align_labels', 'load_image_data', 'quiet_datasets']
+
+_logger = logging.getLogger(__name__)
 
 TRAIN_SPLITS = ('train',)
 VAL_SPLITS = ('validation', 'val', 'valid', 'test')
@@ -96,8 +101,45 @@ def load_image_data(
             splits = {role: split.cast_column(input_key, datasets.Image()) for role, split in splits.items()}
         except (pa.ArrowException, TypeError, ValueError) as e:
             raise ValueError(f'column {input_key!r} holds no images but {features[input_key]}') from e
-    class_names = _check_labels({roles[role]: split for role, split in splits.items()}, target_key)
+    class_names = _check_labels({roles[role]: split for role, split in splits.items()}, target_key, training)
     return ImageData(splits.get('train'), splits['validation'], input_key, target_key, class_names)
+
+
+def align_labels(data: ImageData, class_names: Sequence[str]) -> ImageData:
+    """Give labels the indices that a model has for their classes.
+
+    A split may lack classes that the model was trained on, or have them in another order. Where all its classes are
+    known to the model by name, the name decides. Else the index does, with a warning, or, where the model has another
+    number of classes, nothing is changed.
+
+    Args:
+        data: What `load_image_data` found.
+        class_names: Name of every class of the model, the index being its output.
+
+    Returns:
+        Data whose class names are those of the model, or the data as they are.
+    """
+    own, class_names = data.class_names, list(class_names)
+    if own == class_names:
+        return data
+    if not set(own) <= set(class_names):
+        differ = [pair for pair in zip(own, class_names, strict=False) if pair[0] != pair[1]]
+        if len(own) == len(class_names):
+            _logger.warning(
+                f'{len(differ)} classes are called otherwise in the data than in the model, the first {differ[0][0]!r} '
+                f'and {differ[0][1]!r}: accuracy is by index, and so only right if the order is the same.'
+            )
+        return data
+    index = np.array([class_names.index(name) for name in own])
+    feature = datasets.ClassLabel(names=class_names)
+
+    def align(split: datasets.Dataset | None) -> datasets.Dataset | None:
+        if split is None:
+            return None
+        labels = split.select_columns(data.target_key).with_format('numpy')[:][data.target_key]
+        return split.remove_columns(data.target_key).add_column(data.target_key, index[labels], feature=feature)
+
+    return data._replace(train=align(data.train), validation=align(data.validation), class_names=class_names)
 
 
 def _load_digits() -> datasets.DatasetDict:
@@ -110,7 +152,8 @@ def _load_digits() -> datasets.DatasetDict:
         np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)]))
     return datasets.DatasetDict({
-        split: datasets.Dataset.from_dict(dict(image=list(images[rows]), label=digits.target[rows]), features=features)
+        split: datasets.Dataset.from_dict(
+            dict(image=list(images[rows]), label=digits.target[rows]), features=features, split=split)
         for split, rows in (('train', train), ('validation', validation))
     })
 
@@ -119,12 +162,15 @@ def _find_files(folder: Path) -> dict[str, list[str]]:
     """Map the splits in a folder to their parquet files, or to the pattern of their image files."""
     for place in (folder, folder / 'data'):
         splits: dict[str, list[str]] = {}
+        shards: Counter[tuple[str, str]] = Counter()
         for file in sorted(place.glob('*.parquet')):
             shard = re.fullmatch(r'(.+?)[-_.]?(\d+)?(?:-of-(\d+)(?:-\w+)?)?', file.stem)
             splits.setdefault(shard[1], []).append(str(file))
-            count = shard[3]
-            if count and len(list(place.glob(f'{glob.escape(shard[1])}*-of-{count}*.parquet'))) != int(count):
-                raise FileNotFoundError(f'split {shard[1]!r} in {str(place)!r} lacks some of its {int(count)} files')
+            if shard[3]:
+                shards[shard[1], shard[3]] += 1
+        for (split, count), found in shards.items():
+            if found != int(count):
+                raise FileNotFoundError(f'split {split!r} in {str(place)!r} lacks some of its {int(count)} files')
         if splits:
             return splits
     splits = {
@@ -173,7 +219,7 @@ def _pick_column(
     return found[0]
 
 
-def _check_labels(splits: dict[str, datasets.Dataset], key: str) -> list[str]:
+def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool) -> list[str]:
     """Check that all labels are 0..C-1 and return the names of the classes."""
     labels = {}
     for split, data in splits.items():
@@ -190,8 +236,9 @@ def _check_labels(splits: dict[str, datasets.Dataset], key: str) -> list[str]:
         class_names = list(feature.names)
     else:
         present = np.unique(np.concatenate(list(labels.values())))
-        class_names = [str(i) for i in range(len(present))]
-    if len(class_names) < 2:
+        # Where it is trained on, every label is there, else the numbers do not begin at 0 or have holes
+        class_names = [str(i) for i in range(len(present) if training else int(present[-1]) + 1)]
+    if training and len(class_names) < 2:
         raise ValueError(f'column {key!r} must name at least 2 classes, got {class_names}')
     for split, values in labels.items():
         wrong = np.flatnonzero((values < 0) | (values >= len(class_names)))

@@ -4,7 +4,8 @@ How the weights are shared is in `shared_weights.py`, the architectures and entr
 """
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from .shared_weights import Blocks, SharedWeightsMixin
 
-__all__ = ['DynamicDepthMixin', 'SubNetOutput']
+__all__ = ['DynamicDepthMixin', 'SubNetOutput', 'eval_mode']
 
 if TYPE_CHECKING:
     DepthArgument = int | str | Sequence[int] | None
@@ -33,6 +34,22 @@ class SubNetOutput(NamedTuple):
     """
     logits: torch.Tensor
     features: list[torch.Tensor]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and every module of it back into its own mode when the block ends.
+
+    Args:
+        model: Any module.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class DynamicDepthMixin(SharedWeightsMixin):

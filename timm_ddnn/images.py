@@ -4,11 +4,15 @@ Everything random here is a function of (seed, epoch, index), whatever the numbe
 come from is in `data.py`.
 """
 import atexit
+import copy
 import multiprocessing
 import random
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import datasets
@@ -215,6 +219,9 @@ class EpochSampler(Sampler):
         return ((self.epoch, index) for index in order.tolist())
 
 
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
 def _ignore_stop_signals(worker_id: int) -> None:
     # They reach the whole group of processes, and the main one must be able to end its step. Workers end with it.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -224,11 +231,24 @@ def _ignore_stop_signals(worker_id: int) -> None:
 @atexit.register
 def _kill_workers() -> None:
     # multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever after an error
-    if hasattr(signal, 'SIGCHLD'):
+    workers = [process for process in multiprocessing.active_children() if process in _workers]
+    if workers and hasattr(signal, 'SIGCHLD'):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    for worker in workers:
+        worker.kill()
+
+
+def _worker_context() -> BaseContext:
+    """Make a context of multiprocessing that remembers its processes, to tell them from the host program's own."""
+    context = copy.copy(multiprocessing.get_context(multiprocessing.get_start_method()))
+
+    def create(*args: Any, process: type = context.Process, **kwargs: Any) -> BaseProcess:
+        worker = process(*args, **kwargs)
+        _workers.add(worker)
+        return worker
+
+    context.Process = create
+    return context
 
 
 def _keep(batch: Any) -> Any:
@@ -258,6 +278,7 @@ def create_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_ignore_stop_signals,
+        multiprocessing_context=_worker_context() if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         drop_last=training,
         generator=torch.Generator(),  # else it draws from the global one, and more or less often with the workers

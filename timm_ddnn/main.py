@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as e:
         if e.name and e.name.split('.')[0] == 'timm_ddnn':
             raise
-        fail(f"timm-ddnn needs the package {e.name} for this: pip install 'timm-ddnn[cli,export]'")
+        extras = 'train' if e.name and e.name.startswith('sklearn') else 'cli,export'
+        fail(f"timm-ddnn needs the package {e.name} for this: pip install 'timm-ddnn[{extras}]'")
     if args.json:
         print(json.dumps(result, indent=2, allow_nan=False))
 

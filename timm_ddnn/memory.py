@@ -55,6 +55,7 @@ def measure_memory(
 
     Raises:
         RuntimeError: If the process ends with an error, such as that of too little memory.
+        ValueError: If the net was built with an argument that is no number, string or list, such as a class.
     """
     task = {
         'runtime': runtime,
@@ -64,10 +65,16 @@ def measure_memory(
         'architecture': net.pretrained_cfg['architecture'],
         'model_args': {**net._model_args, 'num_classes': net.num_classes},
     }
+    try:
+        task = json.dumps(task)
+    except TypeError as e:
+        raise ValueError(
+            f'memory is measured of models built with numbers, strings and lists of them, got {net._model_args}'
+        ) from e
     paths = [str(Path(__file__).resolve().parent.parent), os.environ.get('PYTHONPATH')]
     with tempfile.TemporaryDirectory() as cache:  # else memory would depend on whether it was compiled before
         run = subprocess.run(
-            [sys.executable, '-P', '-m', 'timm_ddnn.memory', json.dumps(task)],
+            [sys.executable, '-P', '-m', 'timm_ddnn.memory', task],
             capture_output=True,
             text=True,
             env={

@@ -40,12 +40,13 @@ def create_model_card(
     architecture, rows = config['architecture'], config.get('depths', [])
     dynamic = architecture.startswith('ddnn_')
     name = repo_id.rpartition('/')[2]
-    data = _data_name(config, summary)
+    data = _data_name(summary)
+    split = (summary or {}).get('validation_split', 'validation')
     parts = [
-        f'---\n{_metadata(config, rows, name, data, dynamic).to_yaml()}\n---\n',
+        f'---\n{_metadata(config, rows, name, data, split, dynamic).to_yaml()}\n---\n',
         f'# {name}\n',
         _introduction(architecture, rows, dynamic, summary),
-        _results(rows, data, summary),
+        _results(rows, data, split, summary),
     ]
     if picture:
         parts.append(f'![Accuracy of every depth over its multiply-accumulates]({picture})\n')
@@ -59,13 +60,11 @@ def create_model_card(
     return '\n'.join(filter(None, parts))
 
 
-def _data_name(config: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str | None:
+def _data_name(summary: Mapping[str, Any] | None) -> str | None:
     name = (summary or {}).get('arguments', {}).get('dataset')
     if not name:
         return None
-    name = str(name).rstrip('/')
-    on_hub = name.count('/') == 1 and not name.startswith(('.', '/')) and not Path(name).exists()
-    return name if on_hub else name.rpartition('/')[2]
+    return name if summary.get('data_on_hub') else Path(name).name
 
 
 def _metadata(
@@ -73,6 +72,7 @@ def _metadata(
         rows: list[Mapping[str, Any]],
         name: str,
         data: str | None,
+        split: str,
         dynamic: bool,
 ) -> CardData:
     tags = ['image-classification', 'timm']
@@ -84,7 +84,7 @@ def _metadata(
         'tags': tags,
         'license': config['pretrained_cfg'].get('license', 'apache-2.0'),
     }
-    if data and '/' in data:  # a name on the Hub
+    if data and '/' in data:  # an id on the Hub
         metadata['datasets'] = [data]
     measured = [row for row in rows if 'top1' in row]
     if measured and data:
@@ -94,7 +94,7 @@ def _metadata(
             'results': [
                 {
                     'task': {'type': 'image-classification', 'name': f'Image classification at depth {row["depth"]}'},
-                    'dataset': {'type': data, 'name': data, 'split': 'validation'},
+                    'dataset': {'type': data, 'name': data, 'split': split},
                     'metrics': [
                         {'type': 'accuracy', 'name': f'top-{k} accuracy, depth {row["depth"]}', 'value': row[f'top{k}']}
                         for k in (1, 5)
@@ -131,13 +131,18 @@ def _introduction(
     )
 
 
-def _results(rows: list[Mapping[str, Any]], data: str | None, summary: Mapping[str, Any] | None) -> str:
+def _results(
+        rows: list[Mapping[str, Any]],
+        data: str | None,
+        split: str,
+        summary: Mapping[str, Any] | None,
+) -> str:
     if not rows:
         return ''
     measured = all('top1' in row for row in rows)
     images = (summary or {}).get('validation_images')
-    split = f'the {images:,} validation images' if images else 'the validation images'
-    where = f'Accuracy in percent on {split} of {data or "its data"}. '
+    count = f'the {images:,} images' if images else 'the images'
+    where = f'Accuracy in percent on {count} of {data or "its data"}, split {split}. '
     head = ['depth', 'blocks', 'parameters (M)', 'MACs (M)', *(('top-1', 'top-5') if measured else ())]
     cells = [
         [*cost_cells(row), *((f'{row["top1"]:.2f}', f'{row["top5"]:.2f}') if measured else ())]

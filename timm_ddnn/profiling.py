@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from timm.data import resolve_input_data_config
 from torch import nn
 
 from .memory import measure_memory, measure_memory_cuda, onnx_function
@@ -98,9 +99,7 @@ def profile_model(
     device = _check_device(device)
     _check_runtimes(runtimes, device)
     depths = model.select_depths('all' if depths is None else tuple(depths))[0]
-    input_size = tuple(model.pretrained_cfg['input_size'])
-    if img_size is not None:
-        input_size = (input_size[0], img_size, img_size)
+    input_size = resolve_input_data_config(model, args={'img_size': img_size})['input_size']
 
     on_step('counting')
     trained = [depth for depth in model.trained_depths if depth in depths]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import timm
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HTTPError
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from torch import nn
 
 from .dynamic_depth import DynamicDepthMixin
@@ -103,7 +103,7 @@ def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None
             f'depths {untrained} are not trained, of {wanted}: train them, calibrate them, or publish one of '
             f'{model.trained_depths} by depth='
         )
-    data_config = resolve_data_config(model=model)
+    data_config = resolve_input_data_config(model)
     rows = [row for row in rows or count_costs(model, data_config['input_size']) if row['depth'] in wanted]
     save_model(
         model if depth is None else model.extract(depth),

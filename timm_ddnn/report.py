@@ -42,6 +42,7 @@ from timm.models import save_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .dynamic_depth import eval_mode
 from .hub import file_sum
 from .model_card import cost_cells
 from .version import __version__
@@ -64,19 +65,17 @@ def count_costs(model: nn.Module, input_size: Sequence[int]) -> list[dict[str, A
     """
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    training = model.training
-    model.eval()
     rows = []
-    for depth in model.depths:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(image, depth=depth)
-        rows.append({
-            'depth': depth,
-            'blocks': list(model.blocks(depth)),
-            'parameters': sum(p.numel() for p in model.extract(depth).parameters()),
-            'macs': counter.get_total_flops() // 2,
-        })
-    model.train(training)
+    with eval_mode(model), torch.no_grad():
+        for depth in model.depths:
+            with FlopCounterMode(display=False) as counter:
+                model(image, depth=depth)
+            rows.append({
+                'depth': depth,
+                'blocks': list(model.blocks(depth)),
+                'parameters': sum(p.numel() for p in model.extract(depth).parameters()),
+                'macs': counter.get_total_flops() // 2,
+            })
     return rows
 
 

@@ -248,12 +248,12 @@ class SharedWeightsMixin:
     def expand_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Complete a state dict to all names of this model, those of shared tensors included.
 
-        Weights of a stock ResNet, which hold no entry of a sub-net, give the sub-nets copies of the full-net's
+        Weights of a full-net alone, a stock ResNet or a model without sub-nets, give the sub-nets copies of its
         statistics. In any other state dict a missing entry is an error, the classifier's excepted, which timm takes
         out to adapt weights to other classes.
 
         Args:
-            state_dict: State dict of this model or of a stock ResNet like the full-net.
+            state_dict: State dict of this model, or of a stock ResNet or a model without sub-nets like the full-net.
 
         Returns:
             A new dict that refers to the same tensors.
@@ -263,20 +263,28 @@ class SharedWeightsMixin:
         """
         state_dict, own = dict(state_dict), self.state_dict()
         subnet_names = [name for name in own if name.startswith('subnets.')]
+        trained = state_dict.get('subnets.trained')
+        alone = trained is not None and trained.numel() == 1 < len(self.depths) and not any(
+            re.match(r'subnets\.\d', name) for name in state_dict)
         if any(name.startswith('subnets.') for name in state_dict):
             head = self.get_classifier(name_only=True)
-            missing = [name for name in own if name not in state_dict and not name.startswith(f'{head}.')]
+            missing = [
+                name for name in own if name not in state_dict and not name.startswith(f'{head}.')
+                and not (alone and name.startswith('subnets.'))
+            ]
             if missing:
                 raise RuntimeError(
                     f'damaged or foreign weights: {len(missing)} of {len(own)} entries of the model with depths '
                     f'{self.depths} are missing, the first being {missing[0]!r}'
                 )
-        elif state_dict:
+        if alone or (state_dict and trained is None):
             for name in subnet_names:
                 original = re.sub(r'^subnets\.\d+\.', '', name)
                 if original in state_dict:
                     state_dict[name] = state_dict[original].clone()  # load_state_dict may assign it
             state_dict['subnets.trained'] = torch.arange(len(self.depths)) == 0
+            if alone:
+                state_dict['subnets.trained'] &= trained.cpu()
             if self.depths[1:]:
                 _logger.warning(
                     f'Depths {self.depths[1:]} are not trained: these weights hold depth {self.depths[0]} alone. '

@@ -49,7 +49,7 @@ from timm.utils import ModelEmaV3, distribute_bn, get_outdir
 import timm_ddnn
 from timm_ddnn.checkpoint import EXIT_STOPPED, CheckpointError, Checkpoints, stop_signals
 from timm_ddnn.cli import create_ddnn, one_line_errors
-from timm_ddnn.data import load_image_data, quiet_datasets
+from timm_ddnn.data import align_labels, load_image_data, quiet_datasets
 from timm_ddnn.evaluation import evaluate
 from timm_ddnn.images import ImageReadError, Images, MemoryImages, create_loader, create_train_transform, seeded
 from timm_ddnn.monitor import LossMeter, check_weights
@@ -137,8 +137,7 @@ def main():
             )
         num_classes = args.num_classes or len(data.class_names)
         set_seed(args.seed)
-        model = create_ddnn(
-            args.model,
+        model_args = dict(
             pretrained=args.pretrained,
             checkpoint_path=args.initial_checkpoint,
             # Saved weights are evaluated with the classifier that they have
@@ -146,8 +145,16 @@ def main():
             subnets=args.subnets,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
-            **dict(args.model_kwargs),
         )
+        twice = [name for name, _ in args.model_kwargs if name in model_args]
+        if twice:
+            raise ValueError(
+                f'--model-kwargs must be other arguments than {", ".join(model_args)}, which have options of their '
+                f'own, got {twice[0]}')
+        model = create_ddnn(args.model, **model_args, **dict(args.model_kwargs))
+        if args.evaluate:
+            data = align_labels(data, model.pretrained_cfg.get('label_names') or ())
+            num_classes = args.num_classes or len(data.class_names)
         if not len(data.class_names) <= num_classes == model.num_classes:
             raise ValueError(
                 f'the data set has {len(data.class_names)} classes, got --num-classes {args.num_classes} and a model '
@@ -185,6 +192,8 @@ def main():
             write_json(output / file, {
                 **describe_run(accelerator, vars(args)),
                 'validation_images': len(data.validation),
+                'validation_split': str(data.validation.split),
+                'data_on_hub': args.dataset != 'digits' and not os.path.isdir(args.dataset),
                 'depths': add_results(metrics),
                 **results,
             })

@@ -29,7 +29,7 @@ def parse_args():
     arg('--ekd-beta', type=amount, default=loss.beta, help='weight of the attention')
     arg('--ekd-attention', choices=('energy', 'standardized'), default=loss.attention, help='form of the attention')
     arg('--ekd-stages', type=integers("stages such as '2,3'"), metavar='STAGE,...',
-        help='stages compared, from 0, all if not given')
+        help='stages compared, from 0, or from the last as in --ekd-stages=-1; all if not given')
     arg('--ekd-weights', type=lambda text: dict(parse_weight(pair) for pair in text.split(',')),
         metavar='DEPTH=WEIGHT,...', help='loss weights of sub-nets')
     options, arguments = parser.parse_known_args()

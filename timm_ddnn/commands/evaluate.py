@@ -1,6 +1,5 @@
 """`timm-ddnn evaluate`: every depth on the same images, and cascades of depths."""
 import argparse
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from ..analysis import (
 )
 from ..cascade import Cascade, UnreachableError, measure_speed
 from ..cli import integers, load_model, number, staged_folder
-from ..data import load_image_data, quiet_datasets
+from ..data import align_labels, load_image_data, quiet_datasets
 from ..images import Images, create_loader
 from ..model_card import cost_cells
 from ..report import count_costs, describe_machine, write_json
@@ -33,8 +32,6 @@ HELP = 'Evaluate every depth on the same images: accuracy, calibration, agreemen
 EXAMPLES = """  timm-ddnn evaluate output/ddnn_resnet50-food --data FOLDER --per-class
   timm-ddnn evaluate output/ddnn_resnet50-food --data FOLDER --cascade 14,26,50 --threshold auto --output evaluation
   timm-ddnn evaluate hf-hub:OWNER/NAME --data FOLDER --cascade 14,50 --budget-macs 2e9 --json"""
-
-_logger = logging.getLogger(__name__)
 
 
 def parse_threshold(text: str) -> float | None:
@@ -140,7 +137,12 @@ def evaluate_model(
         image_data = load_image_data(
             data, input_key=input_key, target_key=target_key, val_split=val_split, training=False)
         model = load_model(name)
-        _check_classes(model, image_data.class_names)
+        image_data = align_labels(image_data, model.pretrained_cfg.get('label_names') or ())
+        if model.num_classes != len(image_data.class_names):
+            raise ValueError(
+                f'data must have the {model.num_classes} classes of the model, or some of them by the same names, got '
+                f'{len(image_data.class_names)}'
+            )
         model = model.to(device, memory_format=torch.channels_last)
         data_config = resolve_input_data_config(model)
         input_size = data_config['input_size']
@@ -205,19 +207,6 @@ def _find_device(name: str | None) -> torch.device:
         known = 'cpu' if not found else f'cpu or {found.type}'
         raise ValueError(f'device must be {known} here, got {name!r}: {str(e).splitlines()[0]}') from None
     return device
-
-
-def _check_classes(model: torch.nn.Module, class_names: Sequence[str]) -> None:
-    if model.num_classes != len(class_names):
-        raise ValueError(
-            f'the model must have as many classes as the data, got {model.num_classes} and {len(class_names)}')
-    own = model.pretrained_cfg.get('label_names')
-    differ = [pair for pair in zip(own, class_names, strict=False) if pair[0] != pair[1]] if own else []
-    if differ:
-        _logger.warning(
-            f'{len(differ)} classes are called otherwise in the data than in the model, the first {differ[0][1]!r} and '
-            f'{differ[0][0]!r}: accuracy is by index, and so only right if the order is the same.'
-        )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
