@@ -16,7 +16,7 @@ from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform, resolve_input_data_config
 
@@ -39,7 +39,7 @@ print(f'{args.model} has depths {model.depths}, trained are {model.trained_depth
 data_config = resolve_input_data_config(model)
 with one_line_errors(OSError):
     photograph = Image.open(args.photograph) if args.photograph else Image.fromarray(load_sample_image('china.jpg'))
-    photograph = photograph.convert('L' if data_config['input_size'][0] == 1 else 'RGB')
+    photograph = ImageOps.exif_transpose(photograph).convert('L' if data_config['input_size'][0] == 1 else 'RGB')
 image = create_transform(**data_config)(photograph).unsqueeze(0)                                      # [1, C, H, W]
 print(f'a photograph of {photograph.width} x {photograph.height} px becomes {list(image.shape)}')
 

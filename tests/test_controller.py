@@ -126,6 +126,23 @@ def test_measure_records_the_time_of_the_body():
     assert 20 <= controller.latency_ms < 2000
 
 
+def test_a_depth_that_lasted_has_the_first_patience_again():
+    """Catches failures of a depth that count for ever, because it was left upward after it had lasted."""
+    controller = DepthController(COSTS, 25, window=1, patience=3)
+    for _ in range(3):
+        assert controller.record(60.0) == 14
+        while controller.record(9.0) != 26:
+            pass
+    for _ in range(50):  # it lasts, and then the next one too
+        assert controller.record(15.0) == 26
+    while controller.record(9.0) != 50:
+        pass
+    for _ in range(50):
+        controller.record(9.0)
+    assert controller.record(1000.0) == 14
+    assert [controller.record(latency) for latency in (9.0, 9.0, 9.0)] == [14, 14, 26]
+
+
 def test_patience_is_for_calls_in_a_row():
     """Catches calls that are counted although the net would not have fitted in between."""
     controller = DepthController(COSTS, 25, window=1, patience=3)

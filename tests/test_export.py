@@ -466,7 +466,7 @@ def test_calibration_of_few_images(saved, digits, tmp_path):
     (['--blocks', '2,2,2'], 'has depth 14, which names the net'),
     (['--blocks', '2,x'], "must be blocks per stage such as '2,2,2,2', got '2,x'"),
     (['--data', '{t}/none'], 'no data set'),
-    (['--data', '{t}/many'], 'at most the 10 classes of the model'),
+    (['--data', '{t}/many'], 'the 10 classes of the model'),
     (['--data', '{t}/damaged'], 'in row 1 of split'),
     (['--output', '{m}'], 'a new or an empty folder'),
     (['--images', '1'], 'must be an integer of at least 2'),

@@ -8,16 +8,18 @@ import textwrap
 from pathlib import Path
 
 import hub_server
+import numpy as np
 import pytest
 import torch
 import yaml
 from hub_server import child
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import logits, make_model, save
 
 import timm_ddnn
-from timm_ddnn.hub import file_sum
+from timm_ddnn.hub import fetch, file_sum
 from timm_ddnn.main import main
 
 hub = hub_server.hub  # the fixture
@@ -104,8 +106,9 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     summary = {
         'arguments': {'dataset': 'uoft-cs/cifar10', 'epochs': 3, 'alpha': 0.3}, 'validation_images': 1000,
-        'training_images': 5000, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': []}, 'versions': {'torch': '2'},
-        'mixed_precision': 'bf16', 'data_on_hub': True, 'validation_split': 'test',
+        'training_images': 5000, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU'] * 8},
+        'versions': {'torch': '2'}, 'device': 'cuda:0', 'processes': 1, 'mixed_precision': 'bf16',
+        'data_on_hub': True, 'validation_split': 'test',
     }
     (folder / 'summary.json').write_text(json.dumps(summary))
     main(['push', str(folder), 'me/net', '--dry-run'])
@@ -124,6 +127,7 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     results = metadata['model-index'][0]['results']
     assert [result['metrics'][0]['value'] for result in results] == [70.0, 71.0, 72.0]
     assert {result['dataset']['split'] for result in results} == {'test'}
+    assert '- hardware: 1 x a GPU' in card
     assert 'the 1,000 images of uoft-cs/cifar10, split test' in card
     assert all(f'depth {d}' in result['task']['name'] for d, result in zip((20, 14, 8), results, strict=True))
     assert all(re.search(rf'\| {d} \| .* \| {top1:.2f} \|', card) for d, top1 in ((20, 70), (14, 71), (8, 72)))
@@ -140,16 +144,27 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     assert config['model_args']['channels'] == [4, 8, 16]
 
 
+def test_a_connection_that_is_reset_is_an_oserror(monkeypatch):
+    """Catches an error of the client that is none of those that `fetch` promises, a traceback for commands."""
+    def reset(**kwargs):
+        raise HTTPError('Connection reset by peer')
+    monkeypatch.setattr('timm_ddnn.hub.hf_hub_download', reset)
+    with pytest.raises(OSError, match=r'config\.json of me/net cannot be downloaded: Connection reset by peer'):
+        fetch('me/net', 'config.json')
+
+
 def test_a_folder_is_no_data_set_on_the_hub(folder, tmp_path, monkeypatch):
     """Catches a card that links a stranger's data set, because a folder of the user is called as it is."""
     monkeypatch.chdir(tmp_path)
     summary = {
-        'arguments': {'dataset': 'data/food'}, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': []},
+        'arguments': {'dataset': 'data/food'}, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU']},
         'versions': {'torch': '2'}, 'mixed_precision': 'no', 'data_on_hub': False, 'validation_split': 'val',
+        'device': 'cpu', 'processes': 1,
     }
     (folder / 'summary.json').write_text(json.dumps(summary))
     timm_ddnn.push_to_hub(folder, 'me/net', dry_run=True)
     card = (tmp_path / 'output/hub/me--net/README.md').read_text()
+    assert '- hardware: 2 cores of a CPU' in card
     assert 'data/food' not in card and 'images of food, split val' in card
 
 
@@ -162,6 +177,11 @@ def test_a_model_of_grey_images_is_published(tmp_path, monkeypatch):
     assert not model.layer1.training and model.layer2.training and model.training
     config = json.loads((tmp_path / 'output/hub/me--grey/config.json').read_text())
     assert config['pretrained_cfg']['input_size'] == [1, 32, 32]
+    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save('photo.jpg')
+    code = re.search(r'```python\n(.*?)```', (tmp_path / 'output/hub/me--grey/README.md').read_text(), re.DOTALL)[1]
+    names = {}
+    exec(code.replace('hf-hub:me/grey', 'local-dir:output/hub/me--grey'), names)
+    assert names['probabilities'].shape == (1, 10)
 
 
 def test_one_depth_is_a_stock_timm_repository(hub, tmp_path):

@@ -2,6 +2,7 @@
 import copy
 import json
 import time
+import weakref
 
 import pytest
 import timm
@@ -10,7 +11,8 @@ from conftest import create, images
 from PIL import Image
 from torch import nn
 
-from timm_ddnn import profiling
+from timm_ddnn import memory, profiling
+from timm_ddnn.commands import profile as command
 from timm_ddnn.ddnn_resnet import WEIGHTS
 from timm_ddnn.dynamic_depth import DynamicDepthMixin
 from timm_ddnn.main import main
@@ -194,6 +196,25 @@ def test_memory_has_the_weights_in_it(runtime, tmp_path):
     assert 0.5 < (peaks[18] - peaks[10]) / (weights[18] - weights[10]) < 5
 
 
+def test_memory_of_onnx_runtime_is_that_of_one_batch_size(monkeypatch):
+    """Catches sessions of several batch sizes that are held at once, and count together."""
+    held, most = weakref.WeakSet(), []
+
+    class Session:
+        def __call__(self, images):
+            most.append(len(held))
+
+    def open_file(path, threads):
+        session = Session()
+        held.add(session)
+        return session
+
+    monkeypatch.setattr(memory, 'onnx_function', open_file)
+    task = {'threads': torch.get_num_threads(), 'runtime': 'onnxruntime', 'inputs': [[1, 3, 8, 8], [2, 3, 8, 8]]}
+    assert len(memory._main(task | {'files': ['1.onnx', '2.onnx']})) == 2
+    assert {*most} == {1}
+
+
 def test_memory_that_cannot_be_measured_is_named():
     """Catches a traceback of the process, or no word of why it ended."""
     with pytest.raises(RuntimeError, match=r'status 1: RuntimeError: .*memory'):
@@ -265,6 +286,13 @@ def test_weights_that_come_with_the_library_are_profiled_with_their_accuracy(kno
         profile = json.loads(capsys.readouterr().out)
         assert {row['depth']: row['top1'] for row in profile['depths']} == rows
         assert profile['trained_depths'] == [20, 14, 8]
+
+
+def test_accuracies_of_another_size_of_images_are_left_out(known_memory, caplog):
+    """Catches the latency of large images beside the accuracy of small ones."""
+    profile = command.profile_saved(TAG, img_size=16, rounds=1)
+    assert not any('top1' in row for row in profile['depths'])
+    assert 'of images [3, 32, 32], not [3, 16, 16]' in caplog.text
 
 
 @pytest.mark.parametrize('prefix', ['', 'local-dir:'])

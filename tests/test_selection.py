@@ -195,12 +195,15 @@ def test_evaluation_file(choose, tmp_path):
     assert status == 2 and not out and 'evaluation.json: top1' in errors[0]
 
 
-def test_other_architecture_is_named(tmp_path, caplog):
-    """Catches an evaluation of another model that nobody is told of."""
+def test_accuracies_of_something_else_are_named(tmp_path, caplog):
+    """Catches an evaluation of another model, or of other images, that nobody is told of."""
     path = tmp_path / 'evaluation.json'
-    path.write_text(json.dumps({'architecture': 'ddnn_resnet101', 'depths': [{'depth': 50, 'top1': 60}]}))
-    read_accuracies(path, 'ddnn_resnet50')
-    assert 'ddnn_resnet101' in caplog.text and 'ddnn_resnet50' in caplog.text
+    content = {'architecture': 'ddnn_resnet101', 'input_size': [3, 64, 64], 'depths': [{'depth': 50, 'top1': 60}]}
+    path.write_text(json.dumps(content))
+    read_accuracies(path, 'ddnn_resnet50', (3, 64, 64))
+    assert 'ddnn_resnet101' in caplog.text and 'ddnn_resnet50' in caplog.text and '64' not in caplog.text
+    read_accuracies(path, 'ddnn_resnet101', (3, 32, 32))
+    assert 'images [3, 64, 64], and the costs are of [3, 32, 32]' in caplog.text
 
 
 def test_status_3_where_no_depth_fulfils(choose):

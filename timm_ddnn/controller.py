@@ -79,7 +79,7 @@ class DepthController:
         self._depth = self.depths[0]
         self._calm = 0  # calls in a row for which the next deeper net was predicted to fit
         self._failures = dict.fromkeys(costs, 0)  # moves up to a depth that did not last, since the last that did
-        self._since_up: int | None = None  # calls since the last move, if it was one up
+        self._since_up: int | None = None  # calls since the last move, if it was one up and may still fail
 
     @property
     def depth(self) -> int:
@@ -126,6 +126,8 @@ class DepthController:
                 self._latencies.append(latency_ms)
                 if self._since_up is not None:
                     self._since_up += 1
+                    if self._since_up >= self._patience_for(self._depth):  # it lasted
+                        self._failures[self._depth], self._since_up = 0, None
                 self._decide()
             return self._depth
 
@@ -143,8 +145,7 @@ class DepthController:
             shallower = self.depths[position + 1:]
             if shallower:
                 if self._since_up is not None:
-                    lasted = self._since_up >= self._patience_for(self._depth)
-                    self._failures[self._depth] = 0 if lasted else min(self._failures[self._depth] + 1, 5)
+                    self._failures[self._depth] = min(self._failures[self._depth] + 1, 5)
                 self._move(next((d for d in shallower if predicted[d] <= self.budget_ms), shallower[-1]))
         elif position and predicted[deeper := self.depths[position - 1]] <= self._headroom * self.budget_ms:
             self._calm += 1

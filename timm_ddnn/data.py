@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-__all__ = ['ImageData', 'align_labels', 'load_image_data', 'quiet_datasets']
+__all__ = ['ImageData', 'align_labels', 'load_image_data', 'match_classes', 'quiet_datasets']
 
 _logger = logging.getLogger(__name__)
 
@@ -140,6 +140,25 @@ def align_labels(data: ImageData, class_names: Sequence[str]) -> ImageData:
         return split.remove_columns(data.target_key).add_column(data.target_key, index[labels], feature=feature)
 
     return data._replace(train=align(data.train), validation=align(data.validation), class_names=class_names)
+
+
+def match_classes(data: ImageData, model: Any) -> ImageData:
+    """Align the labels with the classes of a model, see `align_labels`, and make sure that it has as many.
+
+    Args:
+        data: What `load_image_data` found.
+        model: timm model.
+
+    Raises:
+        ValueError: If it has other classes.
+    """
+    data = align_labels(data, model.pretrained_cfg.get('label_names') or ())
+    if model.num_classes != len(data.class_names):
+        raise ValueError(
+            f'data must have the {model.num_classes} classes of the model, or some of them by the same names, got '
+            f'{len(data.class_names)}'
+        )
+    return data
 
 
 def _load_digits() -> datasets.DatasetDict:

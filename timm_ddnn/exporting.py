@@ -115,9 +115,9 @@ def export(
 ) -> list[dict[str, Any]]:
     """Write the plain nets of some depths to a file each, and compare what each file computes with the model.
 
-    The files have the name MODEL-DEPTH and the suffix of the format. They are there when all are right, else none is.
-    The description of `describe_net` is in their metadata: in ONNX as metadata_props, each value as JSON unless it is
-    text, in the other two as the extra file 'metadata.json'.
+    The files have the name MODEL-DEPTH and the suffix of the format. They are written when all are right, else none is,
+    and files of an earlier export stay. The description of `describe_net` is in their metadata: in ONNX as
+    metadata_props, each value as JSON unless it is text, in the other two as the extra file 'metadata.json'.
 
     Args:
         model: What `load_model` returned.
@@ -249,7 +249,7 @@ def _compare(
     if not difference <= allowed:  # as is so if it is no number
         raise ExportMismatchError(
             f'{file.name}, loaded again, differs from depth {depth} of the model by {difference:.3g} in a logit, where '
-            f'{allowed:.3g} is allowed ({agreement:.1f} % of the best classes agree): it was removed'
+            f'{allowed:.3g} is allowed ({agreement:.1f} % of the best classes agree): it is not written'
         )
     return {
         'images': len(images), 'batch_sizes': batch_sizes, 'max_difference': difference, 'allowed': allowed,

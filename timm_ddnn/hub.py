@@ -70,7 +70,12 @@ def _fetch(
 ) -> tuple[Path, bool]:
     """Do what `fetch` does, and tell whether the file was found damaged and downloaded again."""
     download = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
-    path = Path(hf_hub_download(**download))
+    try:
+        path = Path(hf_hub_download(**download))
+    except (HTTPError, RuntimeError) as e:
+        if isinstance(e, OSError):  # as most of them are, and say what is wrong
+            raise
+        raise OSError(f'{filename} of {repo_id} cannot be downloaded: {e or type(e).__name__}') from e
     damage = _damage(path, sha256)
     if damage is None:
         return path, False

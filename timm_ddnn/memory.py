@@ -178,6 +178,8 @@ def _main(task: Mapping[str, Any]) -> list[int]:
     for i, size in enumerate(task['inputs']):
         images = torch.randn(size)
         if task['runtime'] == 'onnxruntime':
+            function = None  # the session before, whose weights would count as well
+            gc.collect()
             function, images = onnx_function(task['files'][i], task['threads']), images.numpy()
         _run(function, images)
         peaks.append(_peak_memory() - before)

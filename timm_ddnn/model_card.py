@@ -50,11 +50,12 @@ def create_model_card(
     ]
     if picture:
         parts.append(f'![Accuracy of every depth over its multiply-accumulates]({picture})\n')
-    parts.append(_usage(architecture, repo_id, rows, dynamic))
+    mode = 'L' if config['pretrained_cfg'].get('input_size', (3,))[0] == 1 else 'RGB'
+    parts.append(_usage(architecture, repo_id, rows, dynamic, mode))
     parts.append(_training(summary))
     parts.append(
         f'## Files\n\n`model.safetensors` has {weights_bytes:,} bytes and the SHA-256 `{config["weights_sha256"]}`.\n'
-        'There are no weights in other formats.\n'
+        'There are no pickled weights.\n'
     )
     parts.append(f'## Citation\n\n```bibtex\n{CITATION}\n```\n')
     return '\n'.join(filter(None, parts))
@@ -176,17 +177,18 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def _usage(architecture: str, repo_id: str, rows: list[Mapping[str, Any]], dynamic: bool) -> str:
+def _usage(architecture: str, repo_id: str, rows: list[Mapping[str, Any]], dynamic: bool, mode: str) -> str:
     own = dynamic or architecture.startswith('cifar_')
     lines = ['import timm', 'import torch']
     if own:
         lines.append('import timm_ddnn  # pip install timm-ddnn; registers the model')
     lines += [
-        'from PIL import Image',
+        'from PIL import Image, ImageOps',
         '',
         f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()",
         'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))',
-        "image = transform(Image.open('photo.jpg').convert('RGB')).unsqueeze(0)",
+        f"photograph = ImageOps.exif_transpose(Image.open('photo.jpg')).convert('{mode}')",
+        'image = transform(photograph).unsqueeze(0)',
         'with torch.inference_mode():',
         '    probabilities = model(image).softmax(-1)' + ('  # the deepest net' if dynamic else ''),
     ]
@@ -214,7 +216,9 @@ def _training(summary: Mapping[str, Any] | None) -> str:
         for name in RECIPE
         if name in arguments
     )
-    machine = f'{len(gpus)} x {gpus[0]}' if gpus else f'{hardware["cpu_cores"]} cores of {hardware["cpu"]}'
+    on_gpu = summary['device'].startswith('cuda')
+    machine = (
+        f'{summary["processes"]} x {gpus[0]}' if on_gpu else f'{hardware["cpu_cores"]} cores of {hardware["cpu"]}')
     lines = [f'- recipe: {recipe}', f'- precision: {summary["mixed_precision"]}', f'- hardware: {machine}']
     if 'training_images' in summary:
         lines.insert(0, f'- images: {summary["training_images"]:,}')

@@ -14,7 +14,8 @@ A profile is a dict that JSON can hold:
         runs           number of calls that these two are taken over
         compile_s      seconds of the first call, in which 'compiled' compiles, null for other runtimes; the disk's
                        cache begins empty, but what depths have in common is compiled with the first of them
-        memory_mb      peak memory of the plain net of the depth alone, in 10^6 bytes, see `memory.py`: on the CPU
+        memory_mb      peak memory of the plain net of the depth alone, with the most of all threads asked for, in
+                       10^6 bytes, see `memory.py`: on the CPU
                        growth of the resident memory of a process, on a GPU what tensors hold. A model that switches
                        depths takes what its deepest does.
     versions, hardware, git    of this machine, see `report.describe_machine`
@@ -25,13 +26,13 @@ and times one call of each after two that are not counted.
 """
 import copy
 import functools
+import importlib
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,8 @@ def _measure_latency(
 def _describe(runtimes: Collection[str]) -> dict[str, Any]:
     machine = describe_machine()
     if 'onnxruntime' in runtimes:
-        machine['versions']['onnxruntime'] = version('onnxruntime') if find_spec('onnxruntime') else 'none'
+        machine['versions']['onnxruntime'] = (
+            importlib.import_module('onnxruntime').__version__ if find_spec('onnxruntime') else 'none')
     return machine
 
 

@@ -15,6 +15,7 @@ from timm.models import _factory
 
 import timm_ddnn  # noqa: F401  the import registers the models
 from timm_ddnn.cli import ArgumentParser, fail, number, run_script
+from timm_ddnn.hub import read_config
 
 
 def main():
@@ -26,11 +27,12 @@ def main():
 
     @functools.wraps(timm.create_model)
     def create_model(model_name, *positional, original=timm.create_model, **kwargs):
-        if not model_name.rpartition('/')[2].startswith('ddnn_') and ':' not in model_name:
-            fail(f'--depth is for dynamic-depth models (ddnn_*), got model {model_name!r}')
         try:
+            name = read_config(model_name)['architecture'] if ':' in model_name else model_name.rpartition('/')[2]
+            if not name.startswith('ddnn_'):
+                fail(f'--depth is for dynamic-depth models (ddnn_*), got model {model_name!r}')
             return original(model_name, *positional, depth=args.depth, **kwargs)
-        except ValueError as e:
+        except (ValueError, OSError) as e:
             fail(str(e))
 
     if args.depth:

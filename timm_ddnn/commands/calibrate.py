@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from ..calibration import calibrate_bn
 from ..cli import load_model, number, parse_blocks, staged_folder
-from ..data import align_labels, load_image_data, quiet_datasets
+from ..data import load_image_data, match_classes, quiet_datasets
 from ..evaluation import evaluate
 from ..images import Images, create_loader
 from ..report import add_accuracies, count_costs, result_table, save_model
@@ -74,12 +74,7 @@ def calibrate_model(
         accelerator = Accelerator()
         model = load_model(name).to(accelerator.device)
         depth = model.add_subnet(blocks)
-        image_data = align_labels(load_image_data(data), model.pretrained_cfg.get('label_names') or ())
-        if len(image_data.class_names) > model.num_classes:
-            raise ValueError(
-                f'data must have at most the {model.num_classes} classes of the model, got {data!r} with '
-                f'{len(image_data.class_names)}'
-            )
+        image_data = match_classes(load_image_data(data), model)
         data_config = resolve_input_data_config(model)
 
         def load(split: str, batch_size: int) -> DataLoader:

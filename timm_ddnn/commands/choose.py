@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose, and print the depth and the reason."""
     profile = read_profile(args.profile)
     name = profile.get('architecture', 'unknown')
-    accuracies = args.evaluation and read_accuracies(args.evaluation, name)
+    accuracies = args.evaluation and read_accuracies(args.evaluation, name, profile.get('input_size'))
     for difference in compare_machines(profile):
         _logger.warning(f'{args.profile} was measured otherwise: {difference}.')
     try:

@@ -23,7 +23,7 @@ from ..analysis import (
 )
 from ..cascade import Cascade, UnreachableError, measure_speed
 from ..cli import integers, load_model, number, staged_folder
-from ..data import align_labels, load_image_data, quiet_datasets
+from ..data import load_image_data, match_classes, quiet_datasets
 from ..images import Images, create_loader
 from ..model_card import cost_cells
 from ..report import count_costs, describe_machine, write_json
@@ -137,12 +137,7 @@ def evaluate_model(
         image_data = load_image_data(
             data, input_key=input_key, target_key=target_key, val_split=val_split, training=False)
         model = load_model(name)
-        image_data = align_labels(image_data, model.pretrained_cfg.get('label_names') or ())
-        if model.num_classes != len(image_data.class_names):
-            raise ValueError(
-                f'data must have the {model.num_classes} classes of the model, or some of them by the same names, got '
-                f'{len(image_data.class_names)}'
-            )
+        image_data = match_classes(image_data, model)
         model = model.to(device, memory_format=torch.channels_last)
         data_config = resolve_input_data_config(model)
         input_size = data_config['input_size']

@@ -1,6 +1,7 @@
 """`timm-ddnn profile`: what every depth costs on this machine."""
 import argparse
 import itertools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import timm
 from rich.console import Console
 from rich.table import Table
+from timm.data import resolve_input_data_config
 
 from ..cli import create_ddnn, load_model, number, saved_results, staged_folder
 from ..profiling import RUNTIMES, plot_profile, profile_model
@@ -18,6 +20,9 @@ HELP = 'Measure latency, peak memory and multiply-accumulates of every depth on 
 EXAMPLES = """  timm-ddnn profile ddnn_resnet50 --batch-sizes 1 8 --threads 1 2
   timm-ddnn profile output/ddnn_resnet20-digits --runtimes eager compiled onnxruntime --output output/phone
   timm-ddnn profile hf-hub:OWNER/NAME --evaluation evaluation.json --json"""
+
+
+_logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,11 +70,17 @@ def profile_saved(
     trained = not registered or 'file' in model.pretrained_cfg
     if registered and trained:  # other weights would be downloaded, and costs do not depend on them
         model = load_model(name)
+    own_size = resolve_input_data_config(model)['input_size']
+    input_size = resolve_input_data_config(model, args={'img_size': kwargs.get('img_size')})['input_size']
     if evaluation is None:
         rows = saved_results(model) if trained else []
         accuracies = {row['depth']: row['top1'] for row in rows if row.get('top1') is not None}
+        if accuracies and input_size != own_size:
+            _logger.warning(
+                f'accuracies of {name} are left out: they are of images {list(own_size)}, not {list(input_size)}')
+            accuracies = {}
     else:
-        accuracies = read_accuracies(Path(evaluation), model.pretrained_cfg['architecture'])
+        accuracies = read_accuracies(Path(evaluation), model.pretrained_cfg['architecture'], input_size)
         missing = [depth for depth in kwargs.get('depths') or model.depths if depth not in accuracies]
         if missing:
             raise ValueError(f'{evaluation} must have the accuracy of depths {missing}, got {[*accuracies]}')
