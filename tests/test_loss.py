@@ -256,6 +256,11 @@ def test_dead_maps_give_finite_loss_and_gradients(form, dead):
     distance.backward()
     assert student.grad.isfinite().all()
 
+    for dtype in (torch.float16, torch.bfloat16):
+        low = student.detach().to(dtype).requires_grad_()
+        attention_transfer(low, teacher.to(dtype), form).backward()
+        assert low.grad.isfinite().all()
+
     outputs = as_leaves(make_outputs(dtype=torch.float32))
     for d in {'student': (8,), 'teacher': (20,), 'both': DEPTHS}[dead]:
         with torch.no_grad():

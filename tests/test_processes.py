@@ -48,8 +48,8 @@ def train(launcher, *args):
     (ACCELERATE, 23, 5),
 ])
 def test_metrics_are_of_all_processes(launcher, images, validation_images, tmp_path):
-    """Catches one process where two were asked for, images counted twice, statistics of one process alone, a deadlock
-    when batches do not divide evenly, and a second process that prints or writes.
+    """Catches one process where two were asked for, images counted twice, statistics that are not saved as they were
+    evaluated, a deadlock when batches do not divide evenly, and a second process that prints or writes.
     """
     write_parquet(tmp_path / 'set' / 'train.parquet', range(images))
     write_parquet(tmp_path / 'set' / 'validation.parquet', range(200, 200 + validation_images))
@@ -66,6 +66,26 @@ def test_metrics_are_of_all_processes(launcher, images, validation_images, tmp_p
         assert hits == pytest.approx(round(hits), abs=1e-3)
     run('--evaluate', '--pretrained', '--model', 'local-dir:out', '--dataset', 'set', '--output', 'out', '-j', 0)
     assert read('out', 'evaluation.json')['depths'] == summary['depths']
+
+
+def test_the_last_update_of_an_epoch_is_the_mean_of_fewer_batches(tmp_path):
+    """Catches a last update that is too small, because its batches are divided by the number of others'.
+
+    At learning rate 0 every batch has the gradient that it has alone.
+    """
+    for split in ('train', 'validation'):
+        write_parquet(tmp_path / 'set' / f'{split}.parquet', range(80))
+
+    def record(name, updates, *args):
+        options = [*MODEL, '-j', 0, '--lr', 0, '--sched', 'constant', '--warmup-epochs', 0, '--output', 'out']
+        program = [TESTS / 'frozen_run.py', tmp_path / name, updates, SCRIPT, *options, '--dataset', tmp_path / 'set']
+        subprocess.run([sys.executable, *map(str, program), '-b', '8', *args], check=True, capture_output=True)
+        return [gradient for _, gradient in torch.load(tmp_path / f'{name}.0')]
+
+    single = record('single', 10)
+    accumulated = record('accumulated', 3, '--grad-accum-steps', '4')
+    for gradient, batches in zip(accumulated, (single[:4], single[4:8], single[8:]), strict=True):
+        torch.testing.assert_close(gradient, torch.stack(batches).mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_processes_and_accumulated_batches_equal_one_large_batch(tmp_path):

@@ -1,4 +1,5 @@
 """Runs that are killed, stopped or out of disk, and go on. Each test says which fault it catches."""
+import errno
 import json
 import os
 import random
@@ -270,6 +271,20 @@ def test_a_full_disk(last, uninterrupted, monkeypatch, capfd):
     run(*FULL, '--checkpoint-interval', 5, '--resume', 'auto', '--output', 'out')
     assert f'going on from out/checkpoints/step-000000{last}' in capfd.readouterr().out
     assert_same_run('out', uninterrupted)
+
+
+def test_a_full_disk_after_the_last_epoch(uninterrupted, monkeypatch, capfd):
+    """Catches a traceback for a picture that cannot be written, and a run that then cannot be completed."""
+    def plot(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setattr('timm_ddnn.report.plot_curves', plot)
+        run(*FULL, '--checkpoint-interval', 5, '--output', 'out')
+    assert exit_info.value.code == 2
+    fail_on(capfd, 'No space left on device')
+    run(*FULL, '--checkpoint-interval', 5, '--resume', 'auto', '--output', 'out')
+    assert_same_run('out', uninterrupted)
+    assert Path('out/summary.json').exists()
 
 
 # Numbers that are not finite

@@ -298,9 +298,15 @@ def create_train_transform(
         crop_mode: 'pad' (resize, pad by an eighth of the size with zeros, crop at random) or one of timm's modes 'rrc',
             'rkrc' and 'rkrr'. 'pad' up to 64 px and 'rrc' above, if None.
         **augmentation: Further arguments of `timm.data.create_transform`.
+
+    Raises:
+        ValueError: If there is a scale or a ratio of the crop, and the mode is 'pad', which has none.
     """
     height, width = data_config['input_size'][-2:]
     crop_mode = crop_mode or ('pad' if max(height, width) <= 64 else 'rrc')
+    given = [name for name in ('scale', 'ratio') if augmentation.get(name)]
+    if crop_mode == 'pad' and given:
+        raise ValueError(f"{given[0]} must be for a crop mode such as 'rrc', got 'pad', the default up to 64 px")
     transform = create_transform(
         data_config['input_size'],
         is_training=True,

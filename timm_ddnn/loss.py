@@ -43,13 +43,16 @@ class _MeanSquare(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, feature: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        ctx.save_for_backward(feature)
-        return torch.linalg.vector_norm(feature, dim=1, dtype=dtype).square() / feature.shape[1]
+        energy = torch.linalg.vector_norm(feature, dim=1, dtype=dtype).square() / feature.shape[1]
+        ctx.save_for_backward(feature, energy)
+        return energy
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        feature, = ctx.saved_tensors
-        return feature * (gradient * (2 / feature.shape[1])).to(feature.dtype).unsqueeze(1), None
+        feature, energy = ctx.saved_tensors
+        # Where all channels are 0 the gradient is 0, also if that of a dead map is too large for float16
+        gradient = (gradient * (2 / feature.shape[1])).masked_fill(energy == 0, 0.0)
+        return feature * gradient.to(feature.dtype).unsqueeze(1), None
 
 
 def attention_map(feature: torch.Tensor, form: str = 'energy') -> torch.Tensor:

@@ -31,13 +31,14 @@ import shutil
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
@@ -118,7 +119,11 @@ def main():
     # Set-up: whatever is wrong with the arguments is found here
     with one_line_errors(ValueError, OSError, AssertionError):
         accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.grad_accum_steps)
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.grad_accum_steps,
+            # Processes wait while one of them downloads and converts a large data set for the first time
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+        )
         device, main_process = accelerator.device, accelerator.is_main_process
         if device.type == 'cpu' and (accelerator.mixed_precision == 'fp16' or args.sync_bn):
             raise ValueError("--mixed-precision fp16 and --sync-bn are for GPUs, on a CPU there are 'no' and 'bf16'")
@@ -126,7 +131,7 @@ def main():
             got = accelerator.distributed_type.value
             raise ValueError(f'several processes must be those of accelerate launch --multi_gpu, got {got}')
 
-        with accelerator.main_process_first():
+        with accelerator.local_main_process_first():
             data = load_image_data(
                 args.dataset,
                 input_key=args.input_key,
@@ -166,6 +171,10 @@ def main():
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         model = model.to(device, memory_format=memory_format)
         data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
+        if args.batch_size == 1 and max(data_config['input_size'][1:]) <= model.feature_info[-1]['reduction']:
+            raise ValueError(
+                f'--batch-size must be at least 2 for images of {data_config["input_size"][-1]} px, whose last map is '
+                'one pixel: batch norm needs more than one value, got 1')
         image_args = dict(in_chans=data_config['input_size'][0], seed=args.seed)
         if args.in_memory:
             images = MemoryImages(data, 'validation', data_config, num_workers=args.workers)
@@ -225,6 +234,8 @@ def main():
             task.trainable_module = torch.compile(model, backend=args.torchcompile)
         optimizer = create_optimizer_v2(
             model, args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum)
+        if getattr(optimizer, 'is_second_order', False):
+            raise ValueError(f'--opt must be an optimizer of first order, got {args.opt}')
         hflip = args.hflip if args.hflip is not None else 0.0 if args.dataset == 'digits' else 0.5
         if args.in_memory:
             images = MemoryImages(
@@ -406,17 +417,18 @@ def main():
         sys.exit(EXIT_STOPPED)
     prefix = 'ema_' if ema else ''
     metrics = {name.removeprefix(prefix): value for name, value in history[-1].items() if name.startswith(prefix)}
-    if main_process:  # pictures first: a summary means that the run is complete
-        plot_accuracy(output / 'accuracy.png', add_results(metrics), name)
-        plot_curves(output / 'curves.png', history, model.depths, name)
-    finish(
-        'summary.json',
-        metrics,
-        weights='averaged' if ema else 'last',
-        training_images=len(data.train),
-        seconds_per_epoch=sum(record['seconds'] for record in history) / len(history),
-        images_per_second=sum(record['images_per_second'] for record in history) / len(history),
-    )
+    with one_line_errors(OSError):
+        if main_process:  # pictures first: a summary means that the run is complete
+            plot_accuracy(output / 'accuracy.png', add_results(metrics), name)
+            plot_curves(output / 'curves.png', history, model.depths, name)
+        finish(
+            'summary.json',
+            metrics,
+            weights='averaged' if ema else 'last',
+            training_images=len(data.train),
+            seconds_per_epoch=sum(record['seconds'] for record in history) / len(history),
+            images_per_second=sum(record['images_per_second'] for record in history) / len(history),
+        )
 
 
 if __name__ == '__main__':
