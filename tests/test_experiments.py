@@ -292,7 +292,7 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
         ('ekd', 0): {20: 70.0, 14: 69.0, 8: 68.0}, ('ekd', 1): {20: 60.0, 14: 59.0, 8: 58.0},
         ('kl', 0): {20: 70.5, 14: 69.5, 8: 68.5}, ('joint', 0): {20: 71.0, 14: 70.0, 8: 69.0},
         ('alone_20', 0): {20: 72.0}, ('alone_8', 0): {8: 67.0}, ('alone_late_14', 0): {14: 66.0},
-        ('ekd_cut_late', 0): {20: 70.25, 14: 70.75, 10: 68.0},
+        ('ekd_cut_late', 0): {20: 70.25, 14: 70.75, 10: 68.0}, ('ekd_sampled', 0): {20: 69.0},
     })
     modules.results.write_results()
     text = (tmp_path / 'results/README.md').read_text()
@@ -302,6 +302,9 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
     late = '| `ekd_cut_late` | 70.25 | 70.75 | 68.00 |  | `alone_late`, `alone` | -1.75 | +4.75 |  |  | 0 |'
     assert late in text
     assert 'lie up to 10.0 points apart' in text
+    runs = {'ekd_sampled-0': {'options': {'--seed': '0', '--sample': None, '--lr': '0.4'}}}
+    table = modules.results.ablation_tables({'ekd_sampled': {20: {0: 69.0}}}, runs)[1]
+    assert '| `ekd_sampled` | 69.00 | `ekd` |  | 0 | `--sample` |' in table
 
 
 def test_texts_are_those_of_the_results(monkeypatch):
