@@ -197,8 +197,8 @@ def write_results():
             '## Choice of options\n',
             'On images of the training split only, the validation images being others of it. `ekd` has all sub-nets '
             'with weight 1 here, as `ekd_equal` above. A single seed says little: runs that differ by their seed only '
-            f'lie up to {spread(tops):.1f} points apart. So what was chosen is what no run speaks clearly against, not the '
-            'best of these tables. '
+            f'lie up to {spread(tops):.1f} points apart. So what was chosen is what no run speaks clearly against, not '
+            'the best of these tables. '
             f'Unless the options say otherwise, {ABLATION_RECIPE["--model"]}: {recipe(runs)}\n',
             *ablation_tables(tops, runs),
         ]
