@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import create
 from image_files import CLASS_NAMES, png, write_parquet
 from timm.data import resolve_data_config
@@ -32,7 +33,9 @@ def modules(monkeypatch, tmp_path):
     for module in vars(modules).values():
         for place in {'RESULTS', 'WORK', 'WEIGHTS'} & vars(module).keys():
             monkeypatch.setattr(module, place, tmp_path / place.lower())
-    return modules
+    AcceleratorState._reset_state(reset_partial_state=True)  # precision is set once per process
+    yield modules
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_runs(matrix):
