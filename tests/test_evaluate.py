@@ -377,9 +377,9 @@ def test_a_split_may_lack_classes(kind, folder, digits, logits, tmp_path, monkey
     expected = 100 * (logits[14].argmax(1) == labels)[chosen].float().mean().item()
     result = command.evaluate_model(str(folder), str(tmp_path / 'set'), per_class=True)
     assert result['images'] == len(rows) and result['classes'] == 10
-    assert result['depths'][0]['top1'] == pytest.approx(expected)
+    assert result['depths'][0]['top1'] == pytest.approx(expected, abs=1e-3)
     assert [row['class'] for row in result['per_class'] if row['images']] == ['3', '7', '8']
     monkeypatch.chdir(tmp_path)
     run('--evaluate', '--pretrained', '--model', f'local-dir:{folder}', '--dataset', 'set', '--output', 'out', '-j', 0)
-    assert read('out', 'evaluation.json')['depths'][0]['top1'] == pytest.approx(expected)
+    assert read('out', 'evaluation.json')['depths'][0]['top1'] == pytest.approx(expected, abs=1e-3)
     assert read('out', 'evaluation.json')['validation_split'] == 'val'
