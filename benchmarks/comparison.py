@@ -58,11 +58,10 @@ def load_runs(experiment):
     return {name: dict(by_depth) for name, by_depth in tops.items()}, runs
 
 
-def rank_runs(experiment):
-    """-> [(name, result)] of the EKD runs of an experiment, that with the highest top-1, mean over depths, first."""
-    found = {
-        f'{experiment}/{path.stem}': json.loads(path.read_text()) for path in (RESULTS / experiment).glob('ekd-*.json')}
-    return sorted(found.items(), key=lambda run: (-mean(row['top1'] for row in run[1]['depths']), run[0]))
+def rank_runs(runs):
+    """-> Names of the EKD runs among those of an experiment, that with the highest top-1, mean over depths, first."""
+    names = sorted(name for name in runs if split_name(name)[0] == 'ekd')
+    return sorted(names, key=lambda name: -mean(row['top1'] for row in runs[name]['depths']))
 
 
 def standard_error(values):
@@ -90,9 +89,8 @@ def name_seeds(by_depth):
     return '; '.join(f'{depth}: {text}' for depth, text in sorted(seeds.items(), reverse=True))
 
 
-def comparison(experiment):
-    """Table of the methods, top-1 per depth, and the differences to training alone."""
-    tops, runs = load_runs(experiment)
+def comparison(tops):
+    """Table of the methods, top-1 per depth, and the differences to training alone and to joint training."""
     depths = sorted({depth for method in tops.values() for depth in method}, reverse=True)
     rows = []
     for method in METHODS:
@@ -108,7 +106,7 @@ def comparison(experiment):
         rows.append([method, *cells, *gains['alone'], *gains['joint'], name_seeds(tops[method])])
     versus = [f'{depth} against {other}' for other in ('alone', 'joint') for depth in depths]
     head = ['method', *map(str, depths), *versus, 'seeds']
-    return markdown_table(head, rows), tops, runs
+    return markdown_table(head, rows)
 
 
 def gains_by_depth(tops, method='ekd', other='alone'):

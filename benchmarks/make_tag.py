@@ -11,7 +11,7 @@ results/weights/TAG/evaluation.json, from which `results.py` writes MODEL_CARD.m
 """
 from pathlib import Path
 
-from comparison import rank_runs
+from comparison import load_runs, rank_runs
 from experiments import RESULTS, ROW, WORK, check, data_folder
 from matrix import all_runs
 from timm.data import resolve_data_config
@@ -29,11 +29,12 @@ def best_run(experiment):
     Raises:
         ValueError: If the weights in the run's folder are not those whose result was kept.
     """
-    ranked = rank_runs(experiment)
+    _, runs = load_runs(experiment)
+    ranked = rank_runs(runs)
     if not ranked:
         fail(f'experiment must be one with results of EKD in {RESULTS}, got {experiment!r}')
-    name, best = ranked[0]
-    run = all_runs()[name]
+    best = runs[ranked[0]]
+    run = all_runs()[best['run']]
     check(run, RESULTS / f'{run.name}.json')
     weights = WORK / run.name / 'model.safetensors'
     if file_sum(weights) != best['weights_sha256']:

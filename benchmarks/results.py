@@ -48,9 +48,9 @@ SHORT = {
     'cifar10_part': 'the training split of CIFAR-10 (JPEG)',
     'tiny_imagenet': 'Tiny ImageNet',
 }
-# The variant that another one changes
-BASES = {
-    join_depths(f'{base}_{name}'): join_depths(base) for _, base, changes in ABLATIONS if base for name in changes}
+# What a variant is compared with, the first that has the depth: what it changes, unless the matrix says otherwise
+COMPARED = {
+    f'{base}_{name}': [join_depths(base)] for _, base, changes in ABLATIONS if base for name in changes} | AGAINST
 
 
 def method_table(tops):
@@ -76,7 +76,7 @@ def ablation_tables(tops, runs):
             options = [run['options'].items() for stem, run in runs.items() if split_name(stem)[0] == name]
             options = dict(item for item in options[0] if all(item in other for other in options))
             options = {k: v for k, v in options.items() if (k, v) not in ABLATION_RECIPE.items() and k != '--seed'}
-            others = AGAINST.get(name) or [other for other in [BASES.get(name)] if other]
+            others = COMPARED.get(name, [])
             gains = [
                 next((gain for other in others if (gain := difference(tops, name, other, depth))), [])
                 for depth in depths
@@ -160,9 +160,9 @@ def sampling_error(runs):
 
 
 def write_results():
-    ablations = load_runs('ablations')
-    kept = [json.loads(path.read_text()) for path in RESULTS.glob('*/*-*.json')]
-    experiments = sorted({path.parent.name for path in RESULTS.glob('*/*.json')} - {'ablations'})
+    experiments = {name: load_runs(name) for name in sorted({path.parent.name for path in RESULTS.glob('*/*.json')})}
+    kept = [run for _, runs in experiments.values() for run in runs.values()]
+    choice, chosen_by = experiments.pop('ablations', ({}, {}))
     parts = [
         '# Results\n',
         'Written by `python benchmarks/results.py` from the JSON files beside it, one per run of '
@@ -170,18 +170,17 @@ def write_results():
         'three on with its standard error over seeds, and differences are those of runs with the same seed. Each file '
         'names the commit that its run began with, and whether the code was that of the commit: '
         f'in {sum(bool(run["git"]) and not run["git"]["dirty"] for run in kept)} of {len(kept)} it was.\n',
-        method_table({name for experiment in experiments for name in load_runs(experiment)[0]}),
+        method_table({name for tops, _ in experiments.values() for name in tops}),
         'Options were chosen on other images, see below. Temperature and weight of `kd` and weight of `kl_only` are '
         'usual in the literature and were not tuned.\n',
     ]
-    for experiment in experiments:
-        table, tops, runs = comparison(experiment)
+    for experiment, (tops, runs) in experiments.items():
         trained = {name: run for name, run in runs.items() if run['history']}
         run = next(iter(runs.values()))
         parts += [
             f'## {run["arguments"]["model"]} on {SHORT[run["arguments"]["dataset"]]}\n',
             *([recipe(trained) + '\n'] if trained else ()),
-            table,
+            comparison(tops),
             f'That the validation images are a sample adds a standard error of {sampling_error(runs)} points to each '
             'top-1, which is not in the errors over seeds.\n',
         ]
@@ -191,16 +190,15 @@ def write_results():
                 verdict(tops), explanation(tops, runs),
                 f'![Accuracy of every depth over its multiply-accumulates]({experiment}.png)\n',
             ]
-    tops, runs = ablations
-    if runs:
+    if choice:
         parts += [
             '## Choice of options\n',
             'On images of the training split only, the validation images being others of it. `ekd` has all sub-nets '
             'with weight 1 here, as `ekd_equal` above. A single seed says little: runs that differ by their seed only '
-            f'lie up to {spread(tops):.1f} points apart. So what was chosen is what no run speaks clearly against, not '
-            'the best of these tables. '
-            f'Unless the options say otherwise, {ABLATION_RECIPE["--model"]}: {recipe(runs)}\n',
-            *ablation_tables(tops, runs),
+            f'lie up to {spread(choice):.1f} points apart. So what was chosen is what no run speaks clearly against, '
+            'not the best of these tables. '
+            f'Unless the options say otherwise, {ABLATION_RECIPE["--model"]}: {recipe(chosen_by)}\n',
+            *ablation_tables(choice, chosen_by),
         ]
     write_text(RESULTS / 'README.md', '\n'.join(part for part in parts if part))
 
@@ -267,8 +265,9 @@ def card_section(tag):
         json.loads(path.read_text())
         for path in (tag / 'config.json', measurements / 'evaluation.json', measurements / 'profile.json')
     )
-    experiment = evaluation['run'].partition('/')[0]
-    run = json.loads((RESULTS / f'{evaluation["run"]}.json').read_text())
+    experiment, _, name = evaluation['run'].partition('/')
+    tops, runs = load_runs(experiment)
+    run, ranked = runs[name], rank_runs(runs)
     measured = {row['depth']: row for row in profile['measurements']}
     full, *_, shallow = depths = [row['depth'] for row in evaluation['depths']]
     extremes = []
@@ -304,15 +303,15 @@ def card_section(tag):
         runtime=setting['runtime'],
         torch=profile['versions']['torch'],
         experiment=experiment,
-        comparison=comparison(experiment)[0],
-        methods=method_table(load_runs(experiment)[0]),
+        comparison=comparison(tops),
+        methods=method_table(tops),
         data=DATA[evaluation['data']],
         training_images=run['training_images'],
         options=' '.join([*LOADER, join(run['options'])]),
         hours=sum(record['seconds'] for record in run['history']) / 3600,
         training_machine=name_machine(run),
-        place=1 + [name for name, _ in rank_runs(experiment)].index(evaluation['run']),
-        seeds=len(rank_runs(experiment)),
+        place=1 + ranked.index(name),
+        seeds=len(ranked),
         epochs=run['arguments']['epochs'],
         extremes=f'Accuracy is not the same for all classes: {", and ".join(extremes)}.',
         bias=BIAS[evaluation['data']],

@@ -264,7 +264,8 @@ def test_weights_become_a_tag_by_their_mean_over_depths(modules, tmp_path, capsy
     write_results(tmp_path / 'results/some', {
         ('ekd', 0): {20: 85.0, 8: 80.0}, ('ekd', 1): {20: 84.0, 8: 82.0}, ('ekd_light', 0): {20: 90.0, 8: 90.0},
     })
-    assert [name for name, _ in modules.comparison.rank_runs('some')] == ['some/ekd-1', 'some/ekd-0']
+    _, runs = modules.comparison.load_runs('some')
+    assert [f'some/{name}' for name in modules.comparison.rank_runs(runs)] == ['some/ekd-1', 'some/ekd-0']
     make_tag = modules.make_tag
     with pytest.raises(SystemExit, match='2'):
         make_tag.best_run('other')

@@ -8,19 +8,15 @@ import textwrap
 from pathlib import Path
 
 import hub_server
-import numpy as np
 import pytest
 import torch
-import yaml
 from hub_server import child
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import logits, make_model, save
 
-import timm_ddnn
-from timm_ddnn.hub import fetch, file_sum
-from timm_ddnn.main import main
+from timm_ddnn.hub import fetch
 
 hub = hub_server.hub  # the fixture
 NET = 'tests/net'
@@ -101,49 +97,6 @@ def test_what_is_published_loads_with_equal_logits_at_every_depth(hub, folder, t
         assert not torch.equal(out[20], out[8])
 
 
-def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkeypatch, capsys):
-    """Catches metadata that is missing, a table without a depth, a picture that is none, files that are not shown."""
-    monkeypatch.chdir(tmp_path)
-    summary = {
-        'arguments': {'dataset': 'uoft-cs/cifar10', 'epochs': 3, 'alpha': 0.3}, 'validation_images': 1000,
-        'training_images': 5000, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU'] * 8},
-        'versions': {'torch': '2'}, 'device': 'cuda:0', 'processes': 1, 'mixed_precision': 'bf16',
-        'data_on_hub': True, 'validation_split': 'test',
-    }
-    (folder / 'summary.json').write_text(json.dumps(summary))
-    main(['push', str(folder), 'me/net', '--dry-run'])
-    shown = capsys.readouterr().out
-    target = tmp_path / 'output' / 'hub' / 'me--net'
-    assert str(target.relative_to(tmp_path)) in shown
-    assert {path.name for path in target.iterdir()} == {'README.md', 'accuracy.png', 'config.json', 'model.safetensors'}
-    for path in target.iterdir():
-        assert re.search(rf'{re.escape(path.name)} .* {path.stat().st_size:,} ', shown)
-
-    _, metadata, card = (target / 'README.md').read_text().split('---\n', 2)
-    metadata = yaml.safe_load(metadata)
-    assert metadata['library_name'] == 'timm'
-    assert metadata['datasets'] == ['uoft-cs/cifar10']
-    assert metadata['license'] == 'apache-2.0'
-    results = metadata['model-index'][0]['results']
-    assert [result['metrics'][0]['value'] for result in results] == [70.0, 71.0, 72.0]
-    assert {result['dataset']['split'] for result in results} == {'test'}
-    assert '- hardware: 1 x a GPU' in card
-    assert 'the 1,000 images of uoft-cs/cifar10, split test' in card
-    assert all(f'depth {d}' in result['task']['name'] for d, result in zip((20, 14, 8), results, strict=True))
-    assert all(re.search(rf'\| {d} \| .* \| {top1:.2f} \|', card) for d, top1 in ((20, 70), (14, 71), (8, 72)))
-    assert 'import timm_ddnn' in card
-    assert 'Unknown model' in card
-    assert 'embedded knowledge distillation' in card
-    assert file_sum(target / 'model.safetensors') in card
-    assert Image.open(target / 'accuracy.png').format == 'PNG'
-
-    config = json.loads((target / 'config.json').read_text())
-    assert config['weights_sha256'] == file_sum(target / 'model.safetensors')
-    assert [row['top1'] for row in config['depths']] == [70.0, 71.0, 72.0]
-    assert config['label_names'] == [f'class {i}' for i in range(10)]
-    assert config['model_args']['channels'] == [4, 8, 16]
-
-
 def test_a_connection_that_is_reset_is_an_oserror(monkeypatch):
     """Catches an error of the client that is none of those that `fetch` promises, a traceback for commands."""
     def reset(**kwargs):
@@ -151,37 +104,6 @@ def test_a_connection_that_is_reset_is_an_oserror(monkeypatch):
     monkeypatch.setattr('timm_ddnn.hub.hf_hub_download', reset)
     with pytest.raises(OSError, match=r'config\.json of me/net cannot be downloaded: Connection reset by peer'):
         fetch('me/net', 'config.json')
-
-
-def test_a_folder_is_no_data_set_on_the_hub(folder, tmp_path, monkeypatch):
-    """Catches a card that links a stranger's data set, because a folder of the user is called as it is."""
-    monkeypatch.chdir(tmp_path)
-    summary = {
-        'arguments': {'dataset': 'data/food'}, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU']},
-        'versions': {'torch': '2'}, 'mixed_precision': 'no', 'data_on_hub': False, 'validation_split': 'val',
-        'device': 'cpu', 'processes': 1,
-    }
-    (folder / 'summary.json').write_text(json.dumps(summary))
-    timm_ddnn.push_to_hub(folder, 'me/net', dry_run=True)
-    card = (tmp_path / 'output/hub/me--net/README.md').read_text()
-    assert '- hardware: 2 cores of a CPU' in card
-    assert 'data/food' not in card and 'images of food, split val' in card
-
-
-def test_a_model_of_grey_images_is_published(tmp_path, monkeypatch):
-    """Catches a model that is run on images of three channels, and one whose own modes are changed by that."""
-    monkeypatch.chdir(tmp_path)
-    model = make_model(in_chans=1).train()
-    model.layer1.eval()
-    timm_ddnn.push_to_hub(model, 'me/grey', dry_run=True)
-    assert not model.layer1.training and model.layer2.training and model.training
-    config = json.loads((tmp_path / 'output/hub/me--grey/config.json').read_text())
-    assert config['pretrained_cfg']['input_size'] == [1, 32, 32]
-    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save('photo.jpg')
-    code = re.search(r'```python\n(.*?)```', (tmp_path / 'output/hub/me--grey/README.md').read_text(), re.DOTALL)[1]
-    names = {}
-    exec(code.replace('hf-hub:me/grey', 'local-dir:output/hub/me--grey'), names)
-    assert names['probabilities'].shape == (1, 10)
 
 
 def test_one_depth_is_a_stock_timm_repository(hub, tmp_path):
@@ -423,30 +345,3 @@ def test_pickle_is_never_loaded(hub, folder, tmp_path):
     assert depths == '(20, 14, 8)'
     assert not mark.exists()
     assert not hub.seen(r'pytorch_model\.bin')
-
-
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (['nowhere', 'me/net'], 'must be a model or the output folder of a run, which nowhere is not'),
-    (['{folder}', 'net'], "repo_id must be 'owner/name', got 'net'"),
-    (['{folder}', 'me/net', '--depth', '9'], 'depth must be of (20, 14, 8)'),
-])
-def test_wrong_arguments_of_push_are_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):
-    """Catches tracebacks, and files that are left behind."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as error:
-        main(['push', *(argument.format(folder=folder) for argument in arguments), '--dry-run'])
-    assert error.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert message in lines[0]
-    assert not Path('output').exists()
-
-
-def test_depths_that_are_not_trained_are_not_published(tmp_path, monkeypatch):
-    """Catches statistics that are copies of the full-net's, published as a model."""
-    monkeypatch.chdir(tmp_path)
-    model = make_model()
-    model.add_subnet((3, 2, 2))
-    with pytest.raises(ValueError, match=r'depths \[.*\] are not trained'):
-        timm_ddnn.push_to_hub(model, 'me/net', dry_run=True)
-    assert timm_ddnn.push_to_hub(model, 'me/net', depth=8, dry_run=True).files.keys() >= {'model.safetensors'}
