@@ -165,6 +165,13 @@ def test_images_of_a_folder_and_pretrained_weights(trained):
     assert read('output/ddnn_resnet20-set')['mixed_precision'] == 'bf16'
 
 
+def test_single_images_are_evaluated(trained):
+    """Catches the need of batch norm for more than one value, where it is not trained."""
+    run('--evaluate', '--pretrained', '--model', f'local-dir:{trained}', '--img-size', 4, '-b', 1, '-j', 0,
+        '--output', 'out')
+    assert read('out', 'evaluation.json')['validation_images'] == 360
+
+
 WRONG = [
     ('--model ddnn_resnet21', 'dynamic-depth model such as .*ddnn_resnet20.*, got .ddnn_resnet21'),
     ('--model resnet50', 'dynamic-depth model such as ddnn_resnet50.*, got .resnet50'),

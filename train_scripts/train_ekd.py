@@ -171,10 +171,6 @@ def main():
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         model = model.to(device, memory_format=memory_format)
         data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
-        if args.batch_size == 1 and max(data_config['input_size'][1:]) <= model.feature_info[-1]['reduction']:
-            raise ValueError(
-                f'--batch-size must be at least 2 for images of {data_config["input_size"][-1]} px, whose last map is '
-                'one pixel: batch norm needs more than one value, got 1')
         image_args = dict(in_chans=data_config['input_size'][0], seed=args.seed)
         if args.in_memory:
             images = MemoryImages(data, 'validation', data_config, num_workers=args.workers)
@@ -215,6 +211,10 @@ def main():
             return finish('evaluation.json', evaluate(accelerator, model, accelerator.prepare(val_loader)))
 
     with one_line_errors(ValueError, AssertionError, RuntimeError):
+        if args.batch_size == 1 and max(data_config['input_size'][1:]) <= model.feature_info[-1]['reduction']:
+            raise ValueError(
+                f'--batch-size must be at least 2 for images of {data_config["input_size"][-1]} px, whose last map is '
+                'one pixel: batch norm needs more than one value, got 1')
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
         use_mixup = args.mixup > 0 or args.cutmix > 0
         task = timm_ddnn.EKDTask(
