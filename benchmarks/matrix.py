@@ -180,7 +180,7 @@ def ablations(seeds):
 
 
 def all_runs():
-    seeds = {'alone': 3, 'joint': 3, 'ekd': 3}
+    seeds = {'alone': 3, 'joint': 3, 'ekd': 3, 'ekd_private': 3}
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     whole = {**RECIPE, '--epochs': '200', '--warmup-epochs': '5'}
     tiny = {**RECIPE, '--epochs': '60', '--warmup-epochs': '3', '--img-size': '128', '-b': '256'}

@@ -19,6 +19,7 @@ from comparison import (
     explanation,
     gains_by_depth,
     join_depths,
+    judge,
     list_gains,
     load_runs,
     name_seeds,
@@ -77,10 +78,7 @@ def ablation_tables(tops, runs):
             options = dict(item for item in options[0] if all(item in other for other in options))
             options = {k: v for k, v in options.items() if (k, v) not in ABLATION_RECIPE.items() and k != '--seed'}
             others = COMPARED.get(name, [])
-            gains = [
-                next((gain for other in others if (gain := difference(tops, name, other, depth))), [])
-                for depth in depths
-            ]
+            gains = [difference(tops, name, others, depth) for depth in depths]
             rows.append([
                 f'`{name}`',
                 *(with_error(list(tops[name][depth].values())) if depth in tops[name] else '' for depth in depths),
@@ -91,6 +89,10 @@ def ablation_tables(tops, runs):
             ])
         head = ['variant', *map(str, depths), 'against', *(f'at {d}' for d in depths)]
         parts += [f'### {question}\n', markdown_table([*head, 'seeds', 'options'], rows)]
+        parts += [
+            f'Against nets that are trained alone, the promise of `{name}` {judged}.\n' for name in names
+            if 'ekd' in name and 'alone' in COMPARED[name][0] and (judged := judge(tops, name, COMPARED[name]))
+        ]
     return parts
 
 
@@ -329,7 +331,7 @@ def summary_table(experiment):
     cells = []
     for depth in sorted(rows, reverse=True):
         values = [list(tops.get(method, {}).get(depth, {}).values()) for method in columns]
-        gain = difference(tops, 'ekd', 'alone', depth)
+        gain = difference(tops, 'ekd', ['alone'], depth)
         cells.append([
             str(depth), f'{rows[depth]["macs"] / 1e6:.1f} M', *(with_error(each) if each else '' for each in values),
             with_error(gain, sign=True) if gain else '',
@@ -339,7 +341,17 @@ def summary_table(experiment):
     table = markdown_table(['depth', 'MACs', *head, 'EKD against alone'], cells)
     parameters = [rows[depth]['parameters'] / 1e6 for depth in rows]
     parts = [table, verdict(tops)]
-    if against_kd := gains_by_depth(tops, other='kd'):
+    choice, _ = load_runs('ablations')
+    elsewhere = [
+        f'for `{model}` it {judged}' for name, model in (('few_ekd', 'ddnn_resnet20'), ('few_44_ekd', 'ddnn_resnet44'))
+        if (judged := judge(choice, name, AGAINST[name]))
+    ]
+    if elsewhere:
+        parts.append(
+            'With fewer images and more epochs, 5,000 of the training split and 60, judged on 30,000 others of it, '
+            f'{"; ".join(elsewhere)}.\n'
+        )
+    if against_kd := gains_by_depth(tops, others=['kd']):
         parts.append(
             f'Against shallow nets that the full-net, once trained alone, taught one by one, EKD has '
             f'{list_gains(against_kd)} with the same seed. What EKD has over both is one training and one file: '

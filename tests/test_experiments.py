@@ -297,6 +297,8 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
         ('kl', 0): {20: 70.5, 14: 69.5, 8: 68.5}, ('joint', 0): {20: 71.0, 14: 70.0, 8: 69.0},
         ('alone_20', 0): {20: 72.0}, ('alone_8', 0): {8: 67.0}, ('alone_late_14', 0): {14: 66.0},
         ('ekd_cut_late', 0): {20: 70.25, 14: 70.75, 10: 68.0}, ('ekd_sampled', 0): {20: 69.0},
+        ('few_44_ekd', 0): {44: 75.0, 32: 74.5, 20: 74.0},
+        ('few_44_alone_44', 0): {44: 74.0}, ('few_alone_20', 0): {20: 73.5},
     })
     modules.results.write_results()
     text = (tmp_path / 'results/README.md').read_text()
@@ -306,6 +308,7 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
     late = '| `ekd_cut_late` | 70.25 | 70.75 | 68.00 |  | `alone_late`, `alone` | -1.75 | +4.75 |  |  | 0 |'
     assert late in text
     assert 'lie up to 10.0 points apart' in text
+    assert '`few_44_ekd` is undecided at depths 44, 32 and 20: +1.00 (44), +0.50 (20).' in text
     runs = {'ekd_sampled-0': {'options': {'--seed': '0', '--sample': None, '--lr': '0.4'}}}
     table = modules.results.ablation_tables({'ekd_sampled': {20: {0: 69.0}}}, runs)[1]
     assert '| `ekd_sampled` | 69.00 | `ekd` |  | 0 | `--sample` |' in table
