@@ -20,7 +20,8 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform, resolve_input_data_config
 
-from timm_ddnn.cli import ArgumentParser, create_ddnn, number, one_line_errors
+from timm_ddnn.cli import ArgumentParser, create_ddnn, fail, number, one_line_errors
+from timm_ddnn.images import convert_image
 
 parser = ArgumentParser(__doc__.splitlines()[0])
 parser.add_argument('photograph', nargs='?', help='image file, a photograph of scikit-learn if not given')
@@ -37,9 +38,12 @@ print(f'{args.model} has depths {model.depths}, trained are {model.trained_depth
 
 # %% The photograph, prepared as the model's images were
 data_config = resolve_input_data_config(model)
-with one_line_errors(OSError):
+mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
+try:
     photograph = Image.open(args.photograph) if args.photograph else Image.fromarray(load_sample_image('china.jpg'))
-    photograph = ImageOps.exif_transpose(photograph).convert('L' if data_config['input_size'][0] == 1 else 'RGB')
+    photograph = convert_image(ImageOps.exif_transpose(photograph), mode)
+except (OSError, SyntaxError, ValueError) as e:  # Pillow raises SyntaxError, too, for what is no image
+    fail(f'the photograph {args.photograph!r} cannot be read: {e}')
 image = create_transform(**data_config)(photograph).unsqueeze(0)                                      # [1, C, H, W]
 print(f'a photograph of {photograph.width} x {photograph.height} px becomes {list(image.shape)}')
 

@@ -178,14 +178,16 @@ def test_threads_share_a_controller():
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    ({'costs': {}}, 'costs'), ({'costs': {50: 0}}, 'costs'), ({'budget_ms': 0}, 'budget_ms'),
+    ({'costs': {}}, 'costs'), ({'costs': {50: 0}}, 'costs'), ({'costs': (50, 26)}, 'costs must be a mapping'),
+    ({'budget_ms': 0}, 'budget_ms'),
     ({'headroom': 1.1}, 'headroom'), ({'window': 0}, 'window'), ({'patience': 0}, 'patience'),
 ])
 def test_wrong_arguments_are_refused(kwargs, message):
     """Catches a controller that is made and never moves."""
     with pytest.raises(ValueError, match=message):
         DepthController(**{'costs': COSTS, 'budget_ms': 25, **kwargs})
-    controller = DepthController(COSTS, 25)
+    controller = DepthController(dict(sorted(COSTS.items())), 25)
+    assert controller.depth == max(COSTS)
     for latency, depth in ((math.nan, None), (-1, None), (1, 18)):
         with pytest.raises(ValueError, match='must be'):
             controller.record(latency, depth)

@@ -14,7 +14,15 @@ from timm.data import create_transform
 from torchvision.transforms.functional import to_tensor
 
 from timm_ddnn.data import align_labels, load_image_data
-from timm_ddnn.images import EpochSampler, ImageReadError, Images, create_loader, create_train_transform, seeded
+from timm_ddnn.images import (
+    EpochSampler,
+    ImageReadError,
+    Images,
+    convert_image,
+    create_loader,
+    create_train_transform,
+    seeded,
+)
 
 CONFIG = dict(input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), crop_pct=1.0)
 
@@ -242,6 +250,19 @@ def test_in_chans_of_no_image_mode_is_refused():
         Images(load_image_data('digits'), 'train', to_tensor, in_chans=5)
 
 
+def test_splits_are_those_asked_for(tmp_path):
+    """Catches accuracies of another split, and `test` taken for validation where there is a validation split."""
+    sizes = {'train': 11, 'extra': 12, 'validation': 13, 'test': 14}
+    for split, size in sizes.items():
+        write_parquet(tmp_path / f'{split}.parquet', list(range(size)))
+    for options, expected in (
+        ({}, ('train', 'validation')), ({'val_split': 'test'}, ('train', 'test')),
+        ({'train_split': 'extra'}, ('extra', 'validation')),
+    ):
+        data = load_image_data(str(tmp_path), **options)
+        assert (len(data.train), len(data.validation)) == tuple(sizes[split] for split in expected)
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
     """Catches a damaged file that ends a training without saying which, in a worker process above all."""
@@ -252,6 +273,14 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
                            num_workers=workers)
     with pytest.raises(ImageReadError, match=r"row \d+ of split 'train' \(.*/train/3/3.png\) cannot be read"):
         list(loader)
+
+
+@pytest.mark.parametrize('mode', ['I;16', 'I', 'F'])
+def test_pixels_of_more_than_8_bits_are_refused(mode):
+    """Catches medical or satellite images that PIL makes white without a word."""
+    with pytest.raises(ValueError, match=f'must be of 8 bits, got mode .{mode}'):
+        convert_image(Image.new(mode, (8, 8)), 'RGB')
+    assert convert_image(Image.new('1', (8, 8), 1), 'L').getpixel((0, 0)) == 255
 
 
 def test_pad_crop_shifts_by_at_most_an_eighth():

@@ -62,7 +62,8 @@ def commits(hub, repo_id=NET):
 
 def test_what_is_published_loads_with_equal_logits_at_every_depth(hub, folder, tmp_path):
     """Catches a file that is missing or differs, a second commit of the same content, a revision that is not kept."""
-    hub.publish(NET, {'pytorch_model.bin': b'0', 'notes.txt': b'1'})
+    weights = [f'other{suffix}' for suffix in ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.safetensors')]
+    hub.publish(NET, dict.fromkeys([*weights, 'notes.txt', 'sub/other.safetensors'], b'1'))
     other = save(make_model(seed=1), tmp_path / 'other')
     result = run(hub, f"""
         import json, os
@@ -72,15 +73,18 @@ def test_what_is_published_loads_with_equal_logits_at_every_depth(hub, folder, t
         again = timm_ddnn.push_to_hub({str(folder)!r}, {NET!r})
         second = timm_ddnn.push_to_hub({str(other)!r}, {NET!r})
         branch = timm_ddnn.push_to_hub({str(folder)!r}, {NET!r}, revision='trial')
+        timm_ddnn.push_to_hub({str(folder)!r}, 'tests/hidden', private=True)
         print(json.dumps([dry, first, again, second, branch]))
     """)
+    assert hub.repos['tests/hidden'].private and not hub.repos[NET].private
     dry, first, again, second, _ = json.loads(result.stdout.splitlines()[-1])
     assert dry[1] is None
     assert first[1] == again[1] != second[1]
     assert len(commits(hub)) == 3
     files = {'README.md', 'accuracy.png', 'config.json', 'model.safetensors'}
     assert set(first[2]) == set(dry[2]) == files
-    assert set(hub.repos[NET].resolve('main').files) == {*files, 'notes.txt', '.gitattributes'}
+    assert set(hub.repos[NET].resolve('main').files) == {
+        *files, 'notes.txt', 'sub/other.safetensors', '.gitattributes'}
 
     run(hub, f"""
         for name in ({NET!r} + '@' + {first[1]!r}, {NET!r}, {NET!r} + '@trial'):

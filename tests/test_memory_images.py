@@ -54,6 +54,25 @@ def test_training_images_are_padded_crops_and_flips(data):
     assert {flip for _, _, flip in seen} == {False, True}
 
 
+@pytest.mark.parametrize('hflip', [0, 0.1, 1])
+def test_images_are_flipped_as_often_as_asked_for(data, hflip):
+    """Catches a probability that is another one."""
+    memory = MemoryImages(data, 'train', CONFIG, hflip=hflip, seed=3)
+    memory.padding = [0, 0]
+    flipped = one_epoch(memory)[0]
+    memory.hflip, memory._epoch = 0, None
+    same = (one_epoch(memory)[0] == flipped).flatten(1).all(1)
+    assert abs(1 - same.float().mean() - hflip) < 0.03
+
+
+def test_an_image_is_augmented_alike_in_any_batch(data):
+    """Catches randomness that goes by the place in the batch."""
+    memory = MemoryImages(data, 'train', CONFIG, hflip=0.5, seed=3)
+    images, _ = memory.__getitems__([(0, index) for index in range(20)])
+    others, _ = memory.__getitems__([(0, index) for index in reversed(range(5, 15))])
+    assert torch.equal(others.flip(0), images[5:15])
+
+
 def test_augmentation_is_a_function_of_seed_and_epoch(data):
     """Catches randomness that depends on workers, batches or what was drawn before."""
     memory = MemoryImages(data, 'train', CONFIG, hflip=0.5, seed=3)

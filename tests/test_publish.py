@@ -26,7 +26,7 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
         'arguments': {'dataset': 'uoft-cs/cifar10', 'epochs': 3, 'alpha': 0.3}, 'validation_images': 1000,
         'training_images': 5000, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU'] * 8},
         'versions': {'torch': '2'}, 'device': 'cuda:0', 'processes': 1, 'mixed_precision': 'bf16',
-        'data_on_hub': True, 'validation_split': 'test',
+        'data_on_hub': True, 'validation_split': 'test', 'depths': [{'depth': depth} for depth in (20, 14, 8)],
     }
     (folder / 'summary.json').write_text(json.dumps(summary))
     main(['push', str(folder), 'me/net', '--dry-run'])
@@ -62,11 +62,12 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     assert config['model_args']['channels'] == [4, 8, 16]
 
 
-def test_a_folder_is_no_data_set_on_the_hub(folder, tmp_path, monkeypatch):
-    """Catches a card that links a stranger's data set, because a folder of the user is called as it is."""
+def test_a_card_claims_no_more_than_the_run_did(folder, tmp_path, monkeypatch):
+    """Catches a link to a stranger's data set that is called as the user's folder, and EKD where one depth trained."""
     monkeypatch.chdir(tmp_path)
     summary = {
-        'arguments': {'dataset': 'data/food'}, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU']},
+        'arguments': {'dataset': 'data/food', 'alpha': 0.3}, 'depths': [{'depth': 20}],
+        'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU']},
         'versions': {'torch': '2'}, 'mixed_precision': 'no', 'data_on_hub': False, 'validation_split': 'val',
         'device': 'cpu', 'processes': 1,
     }
@@ -74,6 +75,7 @@ def test_a_folder_is_no_data_set_on_the_hub(folder, tmp_path, monkeypatch):
     timm_ddnn.push_to_hub(folder, 'me/net', dry_run=True)
     card = (tmp_path / 'output/hub/me--net/README.md').read_text()
     assert '- hardware: 2 cores of a CPU' in card
+    assert 'by embedded knowledge distillation' not in card
     assert 'data/food' not in card and 'images of food, split val' in card
 
 
@@ -96,6 +98,8 @@ def test_a_model_of_grey_images_is_published(tmp_path, monkeypatch):
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['nowhere', 'me/net'], 'must be a model or the output folder of a run, which nowhere is not'),
     (['{folder}', 'net'], "repo_id must be 'owner/name', got 'net'"),
+    (['{folder}', 'me/a b'], "repo_id must be 'owner/name', got 'me/a b'"),
+    (['{folder}', 'me/a/b'], "repo_id must be 'owner/name', got 'me/a/b'"),
     (['{folder}', 'me/net', '--depth', '9'], 'depth must be of (20, 14, 8)'),
 ])
 def test_wrong_arguments_of_push_are_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):

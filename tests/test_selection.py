@@ -198,8 +198,16 @@ def test_evaluation_file(choose, tmp_path):
 def test_accuracies_of_something_else_are_named(tmp_path, caplog):
     """Catches an evaluation of another model, or of other images, that nobody is told of."""
     path = tmp_path / 'evaluation.json'
-    content = {'architecture': 'ddnn_resnet101', 'input_size': [3, 64, 64], 'depths': [{'depth': 50, 'top1': 60}]}
+    content = {
+        'architecture': 'ddnn_resnet101', 'model': 'mine', 'input_size': [3, 64, 64],
+        'depths': [{'depth': 50, 'top1': 60}],
+    }
     path.write_text(json.dumps(content))
+    read_accuracies(path, 'ddnn_resnet101', (3, 64, 64), 'mine')
+    assert not caplog.text
+    read_accuracies(path, 'ddnn_resnet101', (3, 64, 64), 'yours')
+    assert 'of the model mine, and the costs are of yours' in caplog.text
+    caplog.clear()
     read_accuracies(path, 'ddnn_resnet50', (3, 64, 64))
     assert 'ddnn_resnet101' in caplog.text and 'ddnn_resnet50' in caplog.text and '64' not in caplog.text
     read_accuracies(path, 'ddnn_resnet101', (3, 32, 32))
@@ -214,13 +222,14 @@ def test_status_3_where_no_depth_fulfils(choose):
 
 
 @pytest.mark.parametrize('args, content, message', [
-    ([], None, 'give a limit'),
+    ([], None, 'a limit must be given by --latency-ms, --macs, --memory-mb or --min-top1, got none'),
     (['--latency-ms', 'x'], None, "must be a number of at least 0, got 'x'"),
     (['--latency-ms', '1', '--batch-size', '3'], None, 'batch_size must be one that was measured, 1, 8, got 3'),
     (['--latency-ms', '1', '--evaluation', '/nowhere'], None, "or a training run wrote, there is no '/nowhere'"),
     (['--latency-ms', '1', '--profile', '/nowhere'], None, "that `timm-ddnn profile` wrote, there is no '/nowhere'"),
     (['--latency-ms', '1'], 'PNG', 'profile.json is not a JSON file'),
-    (['--latency-ms', '1'], '[1]', "profile.json: key 'depths' must hold rows"),
+    (['--latency-ms', '1'], '[1]', 'profile.json: profile must be a mapping, as read_profile gives it, got list'),
+    (['--latency-ms', '1'], '{}', "profile.json: key 'depths' must hold rows"),
     (['--latency-ms', '1'], '{"depths": [{"depth": 50, "macs": "x"}]}', "macs in 'depths' must be a number, got 'x'"),
 ])
 def test_wrong_input_is_one_line(choose, args, content, message):

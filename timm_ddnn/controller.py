@@ -60,6 +60,8 @@ class DepthController:
         Raises:
             ValueError: If an argument is out of its range.
         """
+        if not isinstance(costs, Mapping):
+            raise ValueError(f'costs must be a mapping from depths to numbers, got {costs!r}')
         costs = dict(sorted(costs.items(), reverse=True))
         if not costs or not all(cost > 0 and math.isfinite(cost) for cost in costs.values()):
             raise ValueError(f'costs must be numbers above 0 by depth, got {costs}')

@@ -72,6 +72,8 @@ def _fetch(
     download = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
     try:
         path = Path(hf_hub_download(**download))
+    except LocalEntryNotFoundError as e:
+        raise LocalEntryNotFoundError(f'{filename} of {repo_id} is not on the disk, and is not reached: {e}') from e
     except (HTTPError, RuntimeError) as e:
         if isinstance(e, OSError):  # as most of them are, and say what is wrong
             raise

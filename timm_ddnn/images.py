@@ -17,9 +17,9 @@ from typing import Any
 
 import datasets
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
-from PIL import UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -28,7 +28,8 @@ from torchvision import transforms
 from .data import ImageData
 
 __all__ = [
-    'EpochSampler', 'ImageReadError', 'Images', 'MemoryImages', 'create_loader', 'create_train_transform', 'seeded',
+    'EpochSampler', 'ImageReadError', 'Images', 'MemoryImages', 'convert_image', 'create_loader',
+    'create_train_transform', 'seeded',
 ]
 
 
@@ -54,6 +55,21 @@ def seeded(*key: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """Convert an image to grey ('L') or colour ('RGB').
+
+    Args:
+        image: Image of 8 bits per channel, or of one bit.
+        mode: 'L' or 'RGB'.
+
+    Raises:
+        ValueError: If the image has deeper values, which PIL would cut off at 255.
+    """
+    if image.mode[0] in 'IF':
+        raise ValueError(f'pixels must be of 8 bits, got mode {image.mode!r}: scale them to 0..255')
+    return image.convert(mode)
 
 
 class Images(Dataset):
@@ -102,9 +118,9 @@ class Images(Dataset):
         epoch, index = key
         try:
             row = self.data[index]
-            image = row[self.input_key].convert(self.mode)
+            image = convert_image(row[self.input_key], self.mode)
         except Exception as e:  # PIL's decoders raise many types, and none that they share
-            known = not isinstance(e, UnidentifiedImageError)
+            known = not isinstance(e, PIL.UnidentifiedImageError)
             reason = f'{type(e).__name__}: {" ".join(str(e).split())}' if known else 'unknown format'
             raise ImageReadError(f'image {self._describe(index)} cannot be read: {reason}') from e
         with seeded(self.seed, epoch, index):

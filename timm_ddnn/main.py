@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s', stream=sys.stderr)
+    logging.getLogger('huggingface_hub').propagate = False  # it writes to stderr itself
     # where there is CUDA and no GPU, it says so when something imports it, amid the one line of an error
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
     try:

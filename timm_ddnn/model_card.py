@@ -11,6 +11,7 @@ PAPER = 'https://arxiv.org/abs/2103.00793'
 RECIPE = 'epochs', 'batch_size', 'opt', 'lr', 'sched', 'weight_decay', 'temperature', 'alpha', 'beta', 'seed'
 CITATION = """@article{ekd2021,
   title   = {Embedded Knowledge Distillation in Depth-level Dynamic Neural Network},
+  author  = {Zhao, Qi and Lyu, Shuchang and Zhang, Zhiwei and Xu, Ting-Bing and Cheng, Guangliang},
   journal = {arXiv preprint arXiv:2103.00793},
   year    = {2021},
 }"""
@@ -115,7 +116,8 @@ def _introduction(
 ) -> str:
     arguments = (summary or {}).get('arguments', {})
     method = ''
-    if arguments.get('alpha') or arguments.get('beta'):
+    together = len((summary or {}).get('depths', ())) > 1  # depths that the run trained
+    if together and (arguments.get('alpha') or arguments.get('beta')):
         method = (
             f' It was trained by embedded knowledge distillation ([arXiv 2103.00793]({PAPER})): in every step the '
             'deepest net teaches the others.'

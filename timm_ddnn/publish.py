@@ -8,6 +8,7 @@ from typing import NamedTuple
 import timm
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
 from timm.data import resolve_input_data_config
 from torch import nn
 
@@ -62,8 +63,11 @@ def push_to_hub(
         ValueError: If the source is no dynamic-depth model, the model has no such depth, or a depth was not trained.
         OSError: If the folder is not complete, or the Hub cannot be reached or refuses.
     """
-    owner, _, name = repo_id.partition('/')
-    if not owner or not name or '/' in name:
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as e:
+        raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}: {e}") from e
+    if '/' not in repo_id:
         raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}")
     with tempfile.TemporaryDirectory(prefix='timm-ddnn-') as temporary:
         folder = Path(temporary) / 'files'

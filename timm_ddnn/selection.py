@@ -98,16 +98,22 @@ def read_profile(path: Path) -> dict[str, Any]:
     return profile
 
 
-def read_accuracies(path: Path, architecture: str, input_size: Sequence[int] | None = None) -> dict[int, float]:
+def read_accuracies(
+        path: Path,
+        architecture: str,
+        input_size: Sequence[int] | None = None,
+        model: str | None = None,
+) -> dict[int, float]:
     """Read the top-1 accuracy of every depth, in percent.
 
-    A warning says if it is that of another architecture, or of images of another size.
+    A warning says if it is that of another architecture, of another model, or of images of another size.
 
     Args:
         path: JSON file with the key 'depths', rows with depth and top1: `evaluation.json`, or of a training run
             `summary.json` or `config.json`.
         architecture: timm's name of the model that the accuracy is wanted of.
         input_size: Size of the images that it is wanted of, (C, H, W), None if that is not known.
+        model: The model's name or folder as it was given, None if that is not known.
 
     Raises:
         OSError: If the file cannot be read.
@@ -120,6 +126,8 @@ def read_accuracies(path: Path, architecture: str, input_size: Sequence[int] | N
         raise ValueError(f'{path}: {e}') from None
     if content.get('architecture', architecture) != architecture:
         _logger.warning(f'{path} is of {content["architecture"]}, and the costs are of {architecture}.')
+    elif model and content.get('model', model) != model:
+        _logger.warning(f'{path} is of the model {content["model"]}, and the costs are of {model}.')
     if input_size and list(content.get('input_size', input_size)) != list(input_size):
         _logger.warning(f'{path} is of images {content["input_size"]}, and the costs are of {list(input_size)}.')
     return {row['depth']: row['top1'] for row in content['depths']}
@@ -169,6 +177,8 @@ def profile_rows(
     Raises:
         ValueError: If that is not a profile, has no such measurements, or a depth without accuracy.
     """
+    if not isinstance(profile, Mapping):
+        raise ValueError(f'profile must be a mapping, as read_profile gives it, got {type(profile).__name__}')
     for name, columns in _COLUMNS.items():
         _check_rows(profile, name, columns)
     measurements = profile['measurements']

@@ -38,9 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose, and print the depth and the reason."""
+    if args.latency_ms is args.macs is args.memory_mb is args.min_top1 is None:
+        raise ValueError('a limit must be given by --latency-ms, --macs, --memory-mb or --min-top1, got none')
     profile = read_profile(args.profile)
     name = profile.get('architecture', 'unknown')
-    accuracies = args.evaluation and read_accuracies(args.evaluation, name, profile.get('input_size'))
+    accuracies = args.evaluation and read_accuracies(
+        args.evaluation, name, profile.get('input_size'), profile.get('model'))
     for difference in compare_machines(profile):
         _logger.warning(f'{args.profile} was measured otherwise: {difference}.')
     try:

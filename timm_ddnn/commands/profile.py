@@ -80,7 +80,7 @@ def profile_saved(
                 f'accuracies of {name} are left out: they are of images {list(own_size)}, not {list(input_size)}')
             accuracies = {}
     else:
-        accuracies = read_accuracies(Path(evaluation), model.pretrained_cfg['architecture'], input_size)
+        accuracies = read_accuracies(Path(evaluation), model.pretrained_cfg['architecture'], input_size, name)
         missing = [depth for depth in kwargs.get('depths') or model.depths if depth not in accuracies]
         if missing:
             raise ValueError(f'{evaluation} must have the accuracy of depths {missing}, got {[*accuracies]}')
