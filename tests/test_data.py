@@ -123,6 +123,21 @@ def test_columns_without_types_are_found_by_name(tmp_path):
     assert pairs(load_image_data(str(tmp_path / 'plain'))) == expected(range(30))
 
 
+def test_folders_are_classes(tmp_path, caplog):
+    """Catches a message about columns where there is one class or a folder too many, and a class nobody trains."""
+    write_images(tmp_path / 'train', [0, 10])  # twice a zero
+    write_images(tmp_path / 'val', [0, 10, 20])
+    assert load_image_data(str(tmp_path), training=False).class_names == ['0']
+    with pytest.raises(ValueError, match=r"must name at least 2 classes, got \['0'\]"):
+        load_image_data(str(tmp_path))
+    write_images(tmp_path / 'val', [1])
+    assert load_image_data(str(tmp_path)).class_names == ['0', '1']
+    assert "1 of 2 classes have no image in split 'train', the first is '1'" in caplog.text
+    write_images(tmp_path / 'train' / '0', [1])
+    with pytest.raises(ValueError, match=r'must lie in SPLIT/CLASS/, got .*train/0/1/1\.png'):
+        load_image_data(str(tmp_path))
+
+
 @pytest.mark.parametrize('write, options, message', [
     (dict(labels=[0, 1, 10, 2]), {}, r"0\.\.9 for 10 classes, got 10 in row 2 of split 'train'"),
     (dict(labels=[0, -1, 3, 2]), {}, r"got -1 in row 1 of split 'train'"),

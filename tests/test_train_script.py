@@ -179,6 +179,7 @@ WRONG = [
     ('--pretrained --model ddnn_resnet110', 'No pretrained weights exist for ddnn_resnet110'),
     ('--model-kwargs foo=1', "unexpected keyword argument 'foo'"),
     ('--opt adahessian', '--opt must be an optimizer of first order, got adahessian'),
+    ('--scale 0.9 0.1', '--scale must be a lower and an upper bound, got 0.9 0.1'),
     ('--scale 0.5 1', "scale must be for a crop mode such as 'rrc', got 'pad'"),
     ('-b 1 --model ddnn_resnet18 --img-size 32', '--batch-size must be at least 2 for images of 32 px'),
     ('--model-kwargs drop_rate=0.1', 'other arguments than .*drop_rate.* options of their own, got drop_rate'),
@@ -190,7 +191,7 @@ WRONG = [
     ('--subnets two', "blocks per stage such as '2,2,2,2', got 'two'"),
     ('--initial-checkpoint nowhere.pth', "must be a file, got 'nowhere.pth'"),
     ('--initial-checkpoint file', "cannot be created with the weights in 'file'"),
-    ('--num-classes 5', 'data set has 10 classes, got --num-classes 5'),
+    ('--num-classes 5', 'must have the 10 classes of the data set, or more by --num-classes, got 5'),
     ('--evaluate', '--evaluate needs weights'),
     ('--dataset nowhere', "no data set 'nowhere': not 'digits', not a folder here"),
     ('--dataset empty', "'empty' has neither SPLIT"),
@@ -201,6 +202,7 @@ WRONG = [
     ('--dataset damaged -b 2', r'row 3 of split .train. \(no file name\) cannot be read: unknown format'),
     ('--dataset damaged -b 2 -j 2', r'row 3 of split .train. \(no file name\) cannot be read: unknown format'),
     ('--val-split foo', r"--val-split must be one of the splits \['train', 'validation'\], got 'foo'"),
+    ('--output file', '--output must be a folder, got the file file'),
     ('--output file/out', r"Not a directory: 'file/out'"),
     ('--batch-size 0', "batch-size: must be an integer of at least 1, got '0'"),
     ('--batch-size 1438', '--batch-size must be at most 1437 for 1437 images, got 1438'),
@@ -240,6 +242,7 @@ def test_wrong_input_is_one_line_and_status_2(arguments, message, capfd):
     lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith('Pretrained ')]
     assert len(lines) == 1, lines
     assert re.match(f'error: .*{message}', lines[0]), lines
+    assert Path('out').exists() == ('damaged' in arguments or '1e30' in arguments)  # wrong before training began
     assert not list(Path().glob('out/*.safetensors'))
 
 

@@ -292,8 +292,8 @@ def plot_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
         reliability.plot(confidences, accuracies, linewidth=0.8, color=colors[row['depth']], label=label)
         sizes = [200 * count / sum(counts) for count in counts]
         reliability.scatter(confidences, accuracies, sizes, color=colors[row['depth']], clip_on=False, zorder=3)
-    reliability.set(
-        title='calibration, points sized by images', xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))
+    reliability.set_title('calibration, points sized by images', pad=14)  # points at 1 reach beyond the axes
+    reliability.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))
     for part in (axes, reliability):
         part.grid(alpha=0.3)
         part.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=2)

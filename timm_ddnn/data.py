@@ -88,7 +88,9 @@ def load_image_data(
         files = {split: available[split] for split in roles.values()}
         builder = 'parquet' if next(iter(files.values()))[0].endswith('.parquet') else 'imagefolder'
         try:
-            available = datasets.load_dataset(builder, data_files=files)
+            # folders are classes also where there is only one
+            labels = {} if builder == 'parquet' else {'drop_labels': False}
+            available = datasets.load_dataset(builder, data_files=files, **labels)
         except Exception as e:  # datasets and the formats that it reads raise many types, and none that they share
             raise ValueError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
     splits = {role: available[split] for role, split in roles.items()}
@@ -196,6 +198,10 @@ def _find_files(folder: Path) -> dict[str, list[str]]:
         path.name: [f'{glob.escape(str(path.resolve()))}/**'] for path in sorted(folder.iterdir())
         if path.is_dir() and next(path.glob('*/*'), None)
     }
+    for split in splits:
+        deeper = next(filter(Path.is_file, (folder / split).glob('*/*/*')), None)
+        if deeper and not any((folder / split).glob('metadata.*')):
+            raise ValueError(f'images must lie in SPLIT/CLASS/, got {deeper}')
     if not splits:
         raise FileNotFoundError(f'folder {str(folder)!r} has neither SPLIT*.parquet nor SPLIT/CLASS/IMAGE files')
     return splits
@@ -265,5 +271,13 @@ def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool)
             raise ValueError(
                 f'labels must be 0..{len(class_names) - 1} for {len(class_names)} classes, '
                 f'got {values[wrong[0]]} in row {wrong[0]} of split {split!r}'
+            )
+    if training:
+        split, values = next(iter(labels.items()))
+        missing = np.setdiff1d(np.arange(len(class_names)), values)
+        if len(missing):
+            _logger.warning(
+                f'{len(missing)} of {len(class_names)} classes have no image in split {split!r}, the first is '
+                f'{class_names[missing[0]]!r}'
             )
     return class_names

@@ -104,6 +104,10 @@ def parse_args(description: str) -> argparse.Namespace:
         parser.error('--evaluate needs weights: --pretrained or --initial-checkpoint')
     if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
         parser.error(f'--initial-checkpoint must be a file, got {args.initial_checkpoint!r}')
+    for name in ('scale', 'ratio'):
+        low, high = getattr(args, name) or (0, 0)
+        if low > high:
+            parser.error(f'--{name} must be a lower and an upper bound, got {low} {high}')
     if args.in_memory:
         other = {name: getattr(args, name) for name in ('scale', 'ratio', 'color_jitter', 'aa', 'reprob')}
         other['train_crop_mode'] = args.train_crop_mode if args.train_crop_mode != 'pad' else None

@@ -235,13 +235,11 @@ def plot_accuracy(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> 
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.add_subplot()
     macs = [row['macs'] for row in rows]
-    axes.plot(macs, [row['top1'] for row in rows], color='tab:blue', marker='o')
-    for row in rows:
-        axes.annotate(
-            f'depth {row["depth"]}\n{row["top1"]:.2f} %', (row['macs'], row['top1']), xytext=(8, -5),
-            textcoords='offset points', va='top',
-        )
-    axes.margins(x=0.25, y=0.3)
+    axes.plot(macs, [row['top1'] for row in rows], color='0.7')
+    for i, row in enumerate(rows):
+        axes.plot(row['macs'], row['top1'], 'o', color=f'C{i}', label=f'depth {row["depth"]}: {row["top1"]:.2f} %')
+    figure.legend(loc='outside lower center', ncols=min(len(rows), 3))
+    axes.margins(x=0.1, y=0.1)
     axes.set(title=title, xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
     show_macs(axes, max(macs))
     axes.grid(alpha=0.3)
@@ -262,22 +260,23 @@ def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequen
     losses, accuracies = figure.subplots(1, 2)
     epochs = [record['epoch'] + 1 for record in history]
     curves = [
-        (losses, 'train_ce', '-', 'cross-entropy'),
-        (losses, 'train_kl', '--', 'KL divergence'),
-        (losses, 'train_attention', ':', 'attention'),
-        (accuracies, 'top1', '-', 'weights of the epoch'),
-        (accuracies, 'ema_top1', '--', 'averaged weights'),
+        (losses, 'train_ce', '.-', 'cross-entropy'),
+        (losses, 'train_kl', 'x--', 'KL divergence'),
+        (losses, 'train_attention', '+:', 'attention'),
+        (accuracies, 'top1', '.-', 'weights of the epoch'),
+        (accuracies, 'ema_top1', 'x--', 'averaged weights'),
     ]
     for axes, metric, style, label in curves:
         for i, depth in enumerate(depths):
             if f'{metric}_{depth}' in history[0]:
-                axes.plot(epochs, [record[f'{metric}_{depth}'] for record in history], style, marker='.', color=f'C{i}')
+                axes.plot(epochs, [record[f'{metric}_{depth}'] for record in history], style, color=f'C{i}')
         if any(f'{metric}_{depth}' in history[0] for depth in depths):
             axes.plot([], [], style, color='black', label=label)
     losses.set(title='training, terms of the loss without their weights', xlabel='epoch', yscale='log')
     accuracies.set(title='validation', xlabel='epoch', ylabel='top-1 accuracy (%)')
     for axes in (losses, accuracies):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(0.5, len(history) + 0.5)
         axes.grid(alpha=0.3)
         axes.legend(fontsize='small')
     handles = [Line2D([], [], color=f'C{i}', label=f'depth {depth}') for i, depth in enumerate(depths)]

@@ -71,6 +71,13 @@ from timm_ddnn.report import (
 STOP_INTERVAL = 10
 
 
+def make_output(folder):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f'--output must be a folder, got the file {folder}')
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # an error better now than after the training
+
+
 def find_checkpoint(resume, checkpoints, console):
     if resume == 'auto':
         path, damaged = checkpoints.newest()
@@ -157,13 +164,17 @@ def main():
                 f'--model-kwargs must be other arguments than {", ".join(model_args)}, which have options of their '
                 f'own, got {twice[0]}')
         model = create_ddnn(args.model, **model_args, **dict(args.model_kwargs))
+        if main_process and ':' in args.model and not (args.pretrained or args.initial_checkpoint):
+            console.print(
+                f'{args.model}: without --pretrained its weights are not used, training begins with random ones',
+                soft_wrap=True, highlight=False)
         if args.evaluate:
             data = align_labels(data, model.pretrained_cfg.get('label_names') or ())
             num_classes = args.num_classes or len(data.class_names)
         if not len(data.class_names) <= num_classes == model.num_classes:
             raise ValueError(
-                f'the data set has {len(data.class_names)} classes, got --num-classes {args.num_classes} and a model '
-                f'of {model.num_classes}'
+                f'the model must have the {len(data.class_names)} classes of the data set, or more by --num-classes, '
+                f'got {model.num_classes}'
             )
         model.set_grad_checkpointing(args.grad_checkpointing)
         if args.sync_bn:
@@ -179,15 +190,7 @@ def main():
         batch_size = args.validation_batch_size or args.batch_size
         val_loader = create_loader(images, batch_size, training=False, num_workers=args.workers)
 
-        name = f'{model.pretrained_cfg["architecture"]}-{Path(args.dataset).resolve().name}'
-        output = args.output
-        if main_process and (output or not args.evaluate):
-            output = output or Path(get_outdir('output', name, inc=True))
-            output.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=output).close()  # an error better now than after the training
-            if not (args.evaluate or args.resume) and any(output.glob('checkpoints/step-*')):
-                raise ValueError(f'--output {output} has checkpoints: go on by --resume auto, or choose another folder')
-
+    name, output = f'{model.pretrained_cfg["architecture"]}-{Path(args.dataset).resolve().name}', args.output
     add_results = partial(add_accuracies, count_costs(model, data_config['input_size']))
 
     def finish(file, metrics, **results):
@@ -207,6 +210,9 @@ def main():
         accelerator.end_training()
 
     if args.evaluate:
+        with one_line_errors(ValueError, OSError):
+            if main_process and output:
+                make_output(output)
         with one_line_errors(ImageReadError, every_process=True):
             return finish('evaluation.json', evaluate(accelerator, model, accelerator.prepare(val_loader)))
 
@@ -271,6 +277,11 @@ def main():
 
     # Go on from a checkpoint, or begin
     with one_line_errors(CheckpointError, OSError, ValueError):
+        if main_process:
+            output = output or Path(get_outdir('output', name, inc=True))
+            make_output(output)
+            if not args.resume and any(output.glob('checkpoints/step-*')):
+                raise ValueError(f'--output {output} has checkpoints: go on by --resume auto, or choose another folder')
         output = Path(broadcast_object_list([str(output)])[0])
         checkpoints = Checkpoints(
             accelerator, output / 'checkpoints', ema=ema.module if ema else None, keep=args.checkpoint_hist)
