@@ -368,7 +368,7 @@ def test_grey_photographs(tmp_path):
     (['{m}', '--depth', '14', '--format', 'onnx', '--data', '{t}/empty'], 'has neither'),
     (['{m}', '--depth', '14', '--format', 'onnx', '--data', '{t}/damaged'], 'cannot be read'),
     (['{m}', '--depth', '14', '--format', 'onnx', '--output', '{m}/config.json'], 'must be a folder'),
-    (['{t}/none', '--depth', '14', '--format', 'onnx'], 'must be a dynamic-depth model'),
+    (['{t}/none', '--depth', '14', '--format', 'onnx'], "must be a folder of a model, 'hf-hub:OWNER/NAME' or a name"),
 ])
 def test_wrong_input_of_export(args, message, saved, tmp_path, capsys, surroundings):
     """Catches tracebacks, and files that stay behind."""

@@ -137,12 +137,14 @@ def test_a_full_net_that_was_trained_alone_loads(was_trained):
         model.load_state_dict(state, strict=False)
 
 
-def test_failed_load_of_foreign_weights_names_what_is_wrong(trained):
+def test_failed_load_of_foreign_weights_names_what_is_wrong(trained, caplog):
     model = timm.create_model('ddnn_resnet20', subnets=((2, 2, 1),))
-    with pytest.raises(RuntimeError, match=r'depths \(20, 12\) are missing'):
+    with pytest.raises(RuntimeError, match=r'of sub-nets \[8, 14\], the model with depths \(20, 12\) of \[12\]'):
         model.load_state_dict(trained.state_dict(), strict=False)
+    caplog.clear()
     with pytest.raises(RuntimeError, match=r'layer1.2.conv1.weight'):
         timm.create_model('ddnn_resnet20').load_state_dict(timm.create_model('cifar_resnet14').state_dict())
+    assert 'hold depth 20' not in caplog.text  # they hold 14
     wrong = dict(trained.state_dict())
     wrong['subnets.14.layer2.0.bn1.running_mean'] = torch.zeros(7)
     with pytest.raises(RuntimeError, match=r'subnets.14.layer2.0.bn1.running_mean'):

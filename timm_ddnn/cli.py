@@ -6,9 +6,11 @@ import json
 import logging
 import math
 import os
+import pickle
 import runpy
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,17 +165,21 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
     """Create a dynamic-depth model by `timm.create_model`, every failure being an error of the user's input.
 
     Args:
-        name: Name in timm's registry, 'local-dir:FOLDER' or 'hf-hub:ID'.
+        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
         checkpoint_path: File with weights.
         **kwargs: Further arguments of `timm.create_model`.
 
     Raises:
         ValueError: If there is no such model, it has not several depths, or timm cannot make it from the arguments.
     """
+    if os.path.isdir(name) and not timm.is_model(name.split('.')[0]):
+        name = f'local-dir:{name}'
     known = timm.list_models('ddnn_*')
     similar = difflib.get_close_matches(name, known, n=3) or known
     wrong = ValueError(f'model must be a dynamic-depth model such as {", ".join(similar)}, got {name!r}')
     if ':' not in name and name.split('.')[0] not in known:
+        if '/' in name:
+            raise ValueError(f"model must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got {name!r}")
         raise wrong
     try:
         if name.startswith(('local-dir:', 'hf-hub:')):
@@ -181,7 +187,9 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
         model = timm.create_model(name, checkpoint_path=checkpoint_path, **kwargs)
     except Exception as e:  # timm and its loaders raise many types, and none that they share
         weights = f' with the weights in {checkpoint_path!r}' if checkpoint_path else ''
-        raise ValueError(f'model {name!r} cannot be created{weights}: {e}') from e
+        pickled = isinstance(e.__cause__, pickle.UnpicklingError)  # timm's advice is to execute what stands there
+        reason = 'it is no file of weights alone' if pickled else e
+        raise ValueError(f'model {name!r} cannot be created{weights}: {textwrap.shorten(str(reason), 600)}') from e
     if not isinstance(model, DynamicDepthMixin):  # classes of timm have an attribute `depths`, too
         raise wrong
     return model
@@ -196,8 +204,6 @@ def load_model(name: str) -> nn.Module:
     Raises:
         ValueError: If there is no such model or it has no weights.
     """
-    if os.path.isdir(name) and not timm.is_model(name.split('.')[0]):
-        name = f'local-dir:{name}'
     return create_ddnn(name, pretrained=True).eval()
 
 

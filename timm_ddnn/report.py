@@ -275,7 +275,7 @@ def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequen
     losses.set(title='training, terms of the loss without their weights', xlabel='epoch', yscale='log')
     accuracies.set(title='validation', xlabel='epoch', ylabel='top-1 accuracy (%)')
     for axes in (losses, accuracies):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(0.5, len(history) + 0.5)
         axes.grid(alpha=0.3)
         axes.legend(fontsize='small')

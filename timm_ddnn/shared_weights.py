@@ -5,7 +5,7 @@ The forward over them and the extraction of plain nets are in `dynamic_depth.py`
 import copy
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -32,6 +32,10 @@ def _twin(block: nn.Module, shared_affine: bool) -> nn.Module:
     if shared_affine:
         shared += block.parameters()
     return copy.deepcopy(block, {id(x): x for x in shared})
+
+
+def _subnets_in(names: Iterable[str]) -> list[int]:
+    return sorted({int(m[1]) for name in names if (m := re.match(r'subnets\.(\d+)\.', name))})
 
 
 def _remove_aliases(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
@@ -267,6 +271,12 @@ class SharedWeightsMixin:
         alone = trained is not None and trained.numel() == 1 < len(self.depths) and not any(
             re.match(r'subnets\.\d', name) for name in state_dict)
         if any(name.startswith('subnets.') for name in state_dict):
+            held, wanted = _subnets_in(state_dict), _subnets_in(own)
+            if not set(held) <= set(wanted):
+                raise RuntimeError(
+                    f'the weights have statistics of sub-nets {held}, the model with depths {self.depths} of {wanted}: '
+                    'create it with the sub-nets of the weights, then add_subnet() may add others'
+                )
             head = self.get_classifier(name_only=True)
             missing = [
                 name for name in own if name not in state_dict and not name.startswith(f'{head}.')
@@ -285,7 +295,7 @@ class SharedWeightsMixin:
             state_dict['subnets.trained'] = torch.arange(len(self.depths)) == 0
             if alone:
                 state_dict['subnets.trained'] &= trained.cpu()
-            if self.depths[1:]:
+            if self.depths[1:] and state_dict.keys() >= {name for name in own if name.startswith('layer')}:
                 _logger.warning(
                     f'Depths {self.depths[1:]} are not trained: these weights hold depth {self.depths[0]} alone. '
                     'Train them, or calibrate their statistics.'
@@ -305,10 +315,7 @@ class SharedWeightsMixin:
             unexpected_keys: list[str],
             error_msgs: list[str],
     ) -> None:
-        try:
-            given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-            state_dict.update((prefix + k, v) for k, v in self.expand_state_dict(given).items())
-        except RuntimeError as e:
-            error_msgs.append(str(e))  # raised by load_state_dict, whether strict or not
+        given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        state_dict.update((prefix + k, v) for k, v in self.expand_state_dict(given).items())
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
