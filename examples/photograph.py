@@ -2,7 +2,7 @@
 """From a photograph to predictions at every depth of one model.
 
     python examples/photograph.py                       # a photograph that comes with scikit-learn, a model of CIFAR-10
-    python examples/photograph.py PHOTO.jpg --model local-dir:output/ddnn_resnet50-food --output predictions.png
+    python examples/photograph.py PHOTO.jpg --model output/ddnn_resnet50-food --output predictions.png
 
 The parts between `# %%` are cells of a notebook for VS Code, Spyder, and by jupytext for Jupyter. None needs a network
 where the weights are on the disk. The photograph of scikit-learn is a temple, which CIFAR-10 has no class for: see what
@@ -25,7 +25,7 @@ from timm_ddnn.images import convert_image
 
 parser = ArgumentParser(__doc__.splitlines()[0])
 parser.add_argument('photograph', nargs='?', help='image file, a photograph of scikit-learn if not given')
-parser.add_argument('--model', default='ddnn_resnet20', help="timm's name, local-dir:FOLDER or hf-hub:ID")
+parser.add_argument('--model', default='ddnn_resnet20', help="timm's name, a folder or hf-hub:ID")
 parser.add_argument('--output', type=Path, default=Path('photograph.png'), help='picture to write')
 parser.add_argument('--repeats', type=number(int, 1), default=20, help='runs of which the latency is the median')
 args = parser.parse_args([] if 'ipykernel' in sys.modules else None)

@@ -218,8 +218,8 @@ WRONG = [
     ('--temperature 0', 'temperature must be .* > 0, got 0'),
     ('--stages 3', r'stages must be from -3 to 2, got \[3\]'),
     ('--attention foo', "invalid choice: 'foo' .*energy"),
-    ('--opt foo', 'Optimizer foo'),
-    ('--aa foo', 'Unknown AA policy foo'),
+    ('--opt foo', '--opt foo: Optimizer foo'),
+    ('--aa foo', '--aa foo: Unknown AA policy foo'),
     ('--mixed-precision fp16', "on a CPU there are 'no' and 'bf16'"),
     ('--foo', 'unrecognized arguments: --foo'),
 ]

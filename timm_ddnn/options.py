@@ -25,7 +25,7 @@ def parse_args(description: str) -> argparse.Namespace:
     count, fraction, amount = number(int, 1), number(float, 0, 1), number(float, 0)
 
     arg = parser.add_argument_group('model').add_argument
-    arg('--model', default='ddnn_resnet20', help="timm's name, local-dir:FOLDER or hf-hub:ID of a dynamic-depth model")
+    arg('--model', default='ddnn_resnet20', help="timm's name, the folder or hf-hub:ID of a dynamic-depth model")
     arg('--subnets', nargs='*', type=parse_blocks,
         help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'; of none: the full-net alone")
     arg('--pretrained', action='store_true', help='start from published or saved weights')

@@ -16,7 +16,7 @@
     accelerate launch train_scripts/train_ekd.py --output FOLDER --resume auto --checkpoint-interval 500
 
     # The accuracy of every depth of a trained model
-    accelerate launch train_scripts/train_ekd.py --evaluate --pretrained --model local-dir:output/ddnn_resnet20-digits
+    accelerate launch train_scripts/train_ekd.py --evaluate --pretrained --model output/ddnn_resnet20-digits
 
 What a run writes, and the names of the metrics, stand at the head of `timm_ddnn/report.py`. The options are named as in
 timm's training script; random augmentation is a function of --seed, epoch and image, whatever the number of --workers.
@@ -31,6 +31,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,14 @@ from timm_ddnn.report import (
 
 # Steps between two times that processes ask each other for a signal to stop
 STOP_INTERVAL = 10
+
+
+@contextmanager
+def named(flag, value):
+    try:
+        yield
+    except (AssertionError, ValueError, RuntimeError) as e:  # timm's, of names that it does not know
+        raise ValueError(f'{flag} {value}: {e}') from e
 
 
 def make_output(folder):
@@ -164,7 +173,8 @@ def main():
                 f'--model-kwargs must be other arguments than {", ".join(model_args)}, which have options of their '
                 f'own, got {twice[0]}')
         model = create_ddnn(args.model, **model_args, **dict(args.model_kwargs))
-        if main_process and ':' in args.model and not (args.pretrained or args.initial_checkpoint):
+        saved = ':' in args.model or os.path.isdir(args.model)
+        if main_process and saved and not (args.pretrained or args.initial_checkpoint):
             console.print(
                 f'{args.model}: without --pretrained its weights are not used, training begins with random ones',
                 soft_wrap=True, highlight=False)
@@ -238,8 +248,9 @@ def main():
         )
         if args.torchcompile:
             task.trainable_module = torch.compile(model, backend=args.torchcompile)
-        optimizer = create_optimizer_v2(
-            model, args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum)
+        with named('--opt', args.opt):
+            optimizer = create_optimizer_v2(
+                model, args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum)
         if getattr(optimizer, 'is_second_order', False):
             raise ValueError(f'--opt must be an optimizer of first order, got {args.opt}')
         hflip = args.hflip if args.hflip is not None else 0.0 if args.dataset == 'digits' else 0.5
@@ -247,16 +258,17 @@ def main():
             images = MemoryImages(
                 data, 'train', data_config, hflip=hflip, seed=args.seed, num_workers=args.workers)
         else:
-            transform = create_train_transform(
-                data_config,
-                crop_mode=args.train_crop_mode,
-                scale=args.scale,
-                ratio=args.ratio,
-                hflip=hflip,
-                color_jitter=args.color_jitter or None,
-                auto_augment=args.aa,
-                re_prob=args.reprob,
-            )
+            with named('--aa', args.aa) if args.aa else nullcontext():
+                transform = create_train_transform(
+                    data_config,
+                    crop_mode=args.train_crop_mode,
+                    scale=args.scale,
+                    ratio=args.ratio,
+                    hflip=hflip,
+                    color_jitter=args.color_jitter or None,
+                    auto_augment=args.aa,
+                    re_prob=args.reprob,
+                )
             images = Images(data, 'train', transform, **image_args)
         train_loader = create_loader(images, args.batch_size, training=True, num_workers=args.workers)
         task, optimizer, train_loader, val_loader = accelerator.prepare(task, optimizer, train_loader, val_loader)
