@@ -56,6 +56,15 @@ def test_stock_checkpoint_loads_into_the_full_net(stock, stock_file, route, tmp_
         assert own and all(torch.equal(model.state_dict()[k], stock.state_dict()[k.split('.', 2)[2]]) for k in own)
 
 
+def test_a_file_without_counts_of_batches_loads(caplog):
+    """Catches files of before `num_batches_tracked`, which PyTorch completes, that are loaded without a warning."""
+    state = {k: v for k, v in create('cifar_resnet20').state_dict().items() if not k.endswith('num_batches_tracked')}
+    model = timm.create_model('ddnn_resnet20')
+    model.load_state_dict(state)
+    assert model.trained_depths == (20,)
+    assert 'Depths (14, 8) are not trained' in caplog.text
+
+
 def test_stock_checkpoint_adapts_to_other_classes_and_channels(stock, stock_file):
     model = load('ddnn_resnet50', stock_file, num_classes=3, in_chans=1)
     assert torch.equal(model.conv1.weight, stock.conv1.weight.sum(dim=1, keepdim=True))

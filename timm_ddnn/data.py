@@ -86,11 +86,12 @@ def load_image_data(
 
     if os.path.isdir(name) and name != 'digits':
         files = {split: available[split] for split in roles.values()}
-        builder = 'parquet' if next(iter(files.values()))[0].endswith('.parquet') else 'imagefolder'
+        builder, options = 'parquet', {}
+        if not next(iter(files.values()))[0].endswith('.parquet'):
+            builder, options = 'imagefolder', {'drop_labels': False}  # folders are classes also where there is only one
+            _check_folders([Path(name) / split for split in files])
         try:
-            # folders are classes also where there is only one
-            labels = {} if builder == 'parquet' else {'drop_labels': False}
-            available = datasets.load_dataset(builder, data_files=files, **labels)
+            available = datasets.load_dataset(builder, data_files=files, **options)
         except Exception as e:  # datasets and the formats that it reads raise many types, and none that they share
             raise ValueError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
     splits = {role: available[split] for role, split in roles.items()}
@@ -198,13 +199,17 @@ def _find_files(folder: Path) -> dict[str, list[str]]:
         path.name: [f'{glob.escape(str(path.resolve()))}/**'] for path in sorted(folder.iterdir())
         if path.is_dir() and next(path.glob('*/*'), None)
     }
-    for split in splits:
-        deeper = next(filter(Path.is_file, (folder / split).glob('*/*/*')), None)
-        if deeper and not any((folder / split).glob('metadata.*')):
-            raise ValueError(f'images must lie in SPLIT/CLASS/, got {deeper}')
     if not splits:
         raise FileNotFoundError(f'folder {str(folder)!r} has neither SPLIT*.parquet nor SPLIT/CLASS/IMAGE files')
     return splits
+
+
+def _check_folders(splits: list[Path]) -> None:
+    """Refuse images in folders of a class folder, whose labels would be those of the inner ones."""
+    for split in splits:
+        deeper = next(filter(Path.is_file, split.glob('*/*/*')), None)
+        if deeper and not any(split.glob('metadata.*')):
+            raise ValueError(f'images must lie in SPLIT/CLASS/, got {deeper}')
 
 
 def _load_from_hub(name: str) -> datasets.DatasetDict:

@@ -268,10 +268,9 @@ class SharedWeightsMixin:
         state_dict, own = dict(state_dict), self.state_dict()
         subnet_names = [name for name in own if name.startswith('subnets.')]
         trained = state_dict.get('subnets.trained')
-        alone = trained is not None and trained.numel() == 1 < len(self.depths) and not any(
-            re.match(r'subnets\.\d', name) for name in state_dict)
+        held, wanted = _subnets_in(state_dict), _subnets_in(own)
+        alone = trained is not None and trained.numel() == 1 < len(self.depths) and not held
         if any(name.startswith('subnets.') for name in state_dict):
-            held, wanted = _subnets_in(state_dict), _subnets_in(own)
             if not set(held) <= set(wanted):
                 raise RuntimeError(
                     f'the weights have statistics of sub-nets {held}, the model with depths {self.depths} of {wanted}: '
@@ -295,7 +294,8 @@ class SharedWeightsMixin:
             state_dict['subnets.trained'] = torch.arange(len(self.depths)) == 0
             if alone:
                 state_dict['subnets.trained'] &= trained.cpu()
-            if self.depths[1:] and state_dict.keys() >= {name for name in own if name.startswith('layer')}:
+            parameters = {name for name, _ in self.named_parameters() if name.startswith('layer')}
+            if self.depths[1:] and state_dict.keys() >= parameters:  # old files lack `num_batches_tracked`
                 _logger.warning(
                     f'Depths {self.depths[1:]} are not trained: these weights hold depth {self.depths[0]} alone. '
                     'Train them, or calibrate their statistics.'
