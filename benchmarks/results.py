@@ -72,7 +72,7 @@ def ablation_tables(tops, runs):
     parts = []
     for question, names in questions.items():
         depths = sorted({depth for name in names for depth in tops[name]}, reverse=True)
-        rows = []
+        rows, verdicts = [], []
         for name in dict.fromkeys(names):
             options = [run['options'].items() for stem, run in runs.items() if split_name(stem)[0] == name]
             options = dict(item for item in options[0] if all(item in other for other in options))
@@ -87,12 +87,10 @@ def ablation_tables(tops, runs):
                 name_seeds(tops[name]),
                 f'`{join(options)}`' if options else '',
             ])
+            if 'ekd' in name and 'alone' in others[0] and (judged := judge(tops, name, others)):
+                verdicts.append(f'Against nets that are trained alone, the promise of `{name}` {judged}.\n')
         head = ['variant', *map(str, depths), 'against', *(f'at {d}' for d in depths)]
-        parts += [f'### {question}\n', markdown_table([*head, 'seeds', 'options'], rows)]
-        parts += [
-            f'Against nets that are trained alone, the promise of `{name}` {judged}.\n' for name in names
-            if 'ekd' in name and 'alone' in COMPARED[name][0] and (judged := judge(tops, name, COMPARED[name]))
-        ]
+        parts += [f'### {question}\n', markdown_table([*head, 'seeds', 'options'], rows), *verdicts]
     return parts
 
 
@@ -161,10 +159,14 @@ def sampling_error(runs):
     return f'{mean(errors):.1f}'
 
 
-def write_results():
-    experiments = {name: load_runs(name) for name in sorted({path.parent.name for path in RESULTS.glob('*/*.json')})}
+def load_experiments():
+    return {name: load_runs(name) for name in sorted({path.parent.name for path in RESULTS.glob('*/*.json')})}
+
+
+def write_results(experiments):
     kept = [run for _, runs in experiments.values() for run in runs.values()]
-    choice, chosen_by = experiments.pop('ablations', ({}, {}))
+    choice, chosen_by = experiments.get('ablations', ({}, {}))
+    experiments = {name: experiment for name, experiment in experiments.items() if name != 'ablations'}
     parts = [
         '# Results\n',
         'Written by `python benchmarks/results.py` from the JSON files beside it, one per run of '
@@ -260,7 +262,7 @@ BIAS = {
 }
 
 
-def card_section(tag):
+def card_section(tag, experiments):
     """The part of MODEL_CARD.md on the weights in a folder: what they reach, cost, and come from."""
     measurements = RESULTS / 'weights' / tag.name
     config, evaluation, profile = (
@@ -268,7 +270,7 @@ def card_section(tag):
         for path in (tag / 'config.json', measurements / 'evaluation.json', measurements / 'profile.json')
     )
     experiment, _, name = evaluation['run'].partition('/')
-    tops, runs = load_runs(experiment)
+    tops, runs = experiments[experiment]
     run, ranked = runs[name], rank_runs(runs)
     measured = {row['depth']: row for row in profile['measurements']}
     full, *_, shallow = depths = [row['depth'] for row in evaluation['depths']]
@@ -320,9 +322,9 @@ def card_section(tag):
     )
 
 
-def summary_table(experiment):
+def summary_table(experiments, experiment):
     """Table by depth of EKD against training alone, whether the promise holds, and what users would do otherwise."""
-    tops, runs = load_runs(experiment)
+    tops, runs = experiments[experiment]
     rows = {row['depth']: row for run in runs.values() for row in run['depths']}
     columns = {
         'alone': 'trained alone', 'kd': 'alone, the full-net alone as teacher', 'joint': 'shared, cross-entropy only',
@@ -341,7 +343,7 @@ def summary_table(experiment):
     table = markdown_table(['depth', 'MACs', *head, 'EKD against alone'], cells)
     parameters = [rows[depth]['parameters'] / 1e6 for depth in rows]
     parts = [table, verdict(tops)]
-    choice, _ = load_runs('ablations')
+    choice, _ = experiments.get('ablations', ({}, {}))
     elsewhere = [
         f'for `{model}` it {judged}' for name, model in (('few_ekd', 'ddnn_resnet20'), ('few_44_ekd', 'ddnn_resnet44'))
         if (judged := judge(choice, name, AGAINST[name]))
@@ -360,18 +362,18 @@ def summary_table(experiment):
     return '\n'.join(part for part in parts if part)
 
 
-def write_readme():
+def write_readme(experiments):
     experiment = 'cifar10_resnet20'
-    write_section(ROOT / 'README.md', experiment, summary_table(experiment))
+    write_section(ROOT / 'README.md', experiment, summary_table(experiments, experiment))
 
 
-def write_card():
+def write_card(experiments):
     tags = [path.parent for path in sorted(WEIGHTS.glob('*/config.json'))]
     parts = [
         '# Model card\n',
         'Weights that come with timm_ddnn, under Apache-2.0. Written by `python benchmarks/results.py` from the JSON '
         'files in `results/` and beside the weights: change those, not this.\n',
-        *map(card_section, tags),
+        *(card_section(tag, experiments) for tag in tags),
         f'## Citation\n\nThe method:\n\n```bibtex\n{CITATION}\n```\n\nThis library: [CITATION.cff](CITATION.cff).\n',
     ]
     if tags:
@@ -380,9 +382,10 @@ def write_card():
 
 def main():
     ArgumentParser(__doc__.splitlines()[0]).parse_args()
-    write_results()
-    write_card()
-    write_readme()
+    experiments = load_experiments()
+    write_results(experiments)
+    write_card(experiments)
+    write_readme(experiments)
 
 
 if __name__ == '__main__':

@@ -281,7 +281,7 @@ def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules,
         **{('ekd', seed): {8: top1} for seed, top1 in enumerate(ekd)},
         ('joint', 0): {8: 80.5},
     })
-    results.write_results()
+    results.write_results(results.load_experiments())
     text = (tmp_path / 'results/README.md').read_text()
     gains = np.subtract(ekd, alone)
     error = statistics.stdev(gains) / 3 ** 0.5
@@ -300,7 +300,7 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
         ('few_44_ekd', 0): {44: 75.0, 32: 74.5, 20: 74.0},
         ('few_44_alone_44', 0): {44: 74.0}, ('few_alone_20', 0): {20: 73.5},
     })
-    modules.results.write_results()
+    modules.results.write_results(modules.results.load_experiments())
     text = (tmp_path / 'results/README.md').read_text()
     assert '| `kl` | 70.50 | 69.50 | 68.50 | `joint` | -0.50 | -0.50 | -0.50 | 0 |' in text
     assert '| `joint` | 71.00 | 70.00 | 69.00 | `alone` | -1.00 |  | +2.00 | 0 |' in text

@@ -24,7 +24,7 @@ from .hub import fetch, read_config
 
 __all__ = [
     'ArgumentParser', 'create_ddnn', 'fail', 'integers', 'load_model', 'number', 'one_line_errors', 'parse_blocks',
-    'parse_option', 'parse_weight', 'run_script', 'saved_results', 'staged_folder', 'warn_of_untrained',
+    'parse_option', 'parse_weight', 'resolve_name', 'run_script', 'saved_results', 'staged_folder', 'warn_of_untrained',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -161,6 +161,15 @@ def run_script(path: str, arguments: Sequence[str]) -> None:
     runpy.run_path(path, run_name='__main__')
 
 
+def resolve_name(name: str) -> str:
+    """Make the name that timm takes of a model's folder; any other name, and one in timm's registry, stays as it is.
+
+    Args:
+        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
+    """
+    return f'local-dir:{name}' if os.path.isdir(name) and not timm.is_model(name.split('.')[0]) else name
+
+
 def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Module:
     """Create a dynamic-depth model by `timm.create_model`, every failure being an error of the user's input.
 
@@ -172,8 +181,7 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
     Raises:
         ValueError: If there is no such model, it has not several depths, or timm cannot make it from the arguments.
     """
-    if os.path.isdir(name) and not timm.is_model(name.split('.')[0]):
-        name = f'local-dir:{name}'
+    name = resolve_name(name)
     known = timm.list_models('ddnn_*')
     similar = difflib.get_close_matches(name, known, n=3) or known
     wrong = ValueError(f'model must be a dynamic-depth model such as {", ".join(similar)}, got {name!r}')

@@ -122,6 +122,10 @@ def parse_args(description: str) -> argparse.Namespace:
         if not os.path.isfile(os.path.join(args.resume, 'checksums.json')):
             parser.error(f"--resume must be 'auto' or a folder checkpoints/step-* to train on, got {args.resume!r}")
         args.output = args.output or Path(args.resume).resolve().parent.parent
+    if args.output and args.output.exists() and not args.output.is_dir():
+        parser.error(f'--output must be a folder, got the file {args.output}')
+    if args.output and not (args.evaluate or args.resume) and any(args.output.glob('checkpoints/step-*')):
+        parser.error(f'--output {args.output} has checkpoints: go on by --resume auto, or choose another folder')
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')
     return args

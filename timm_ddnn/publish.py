@@ -65,10 +65,10 @@ def push_to_hub(
     """
     try:
         validate_repo_id(repo_id)
+        if '/' not in repo_id:
+            raise ValueError('there is no owner')
     except ValueError as e:
         raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}: {e}") from e
-    if '/' not in repo_id:
-        raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}")
     with tempfile.TemporaryDirectory(prefix='timm-ddnn-') as temporary:
         folder = Path(temporary) / 'files'
         folder.mkdir()

@@ -50,7 +50,7 @@ from timm.utils import ModelEmaV3, distribute_bn, get_outdir
 
 import timm_ddnn
 from timm_ddnn.checkpoint import EXIT_STOPPED, CheckpointError, Checkpoints, stop_signals
-from timm_ddnn.cli import create_ddnn, one_line_errors
+from timm_ddnn.cli import create_ddnn, one_line_errors, resolve_name
 from timm_ddnn.data import align_labels, load_image_data, quiet_datasets
 from timm_ddnn.evaluation import evaluate
 from timm_ddnn.images import ImageReadError, Images, MemoryImages, create_loader, create_train_transform, seeded
@@ -81,8 +81,6 @@ def named(flag, value):
 
 
 def make_output(folder):
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f'--output must be a folder, got the file {folder}')
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # an error better now than after the training
 
@@ -173,8 +171,7 @@ def main():
                 f'--model-kwargs must be other arguments than {", ".join(model_args)}, which have options of their '
                 f'own, got {twice[0]}')
         model = create_ddnn(args.model, **model_args, **dict(args.model_kwargs))
-        saved = ':' in args.model or os.path.isdir(args.model)
-        if main_process and saved and not (args.pretrained or args.initial_checkpoint):
+        if main_process and ':' in resolve_name(args.model) and not (args.pretrained or args.initial_checkpoint):
             console.print(
                 f'{args.model}: without --pretrained its weights are not used, training begins with random ones',
                 soft_wrap=True, highlight=False)
@@ -292,8 +289,6 @@ def main():
         if main_process:
             output = output or Path(get_outdir('output', name, inc=True))
             make_output(output)
-            if not args.resume and any(output.glob('checkpoints/step-*')):
-                raise ValueError(f'--output {output} has checkpoints: go on by --resume auto, or choose another folder')
         output = Path(broadcast_object_list([str(output)])[0])
         checkpoints = Checkpoints(
             accelerator, output / 'checkpoints', ema=ema.module if ema else None, keep=args.checkpoint_hist)

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose, and print the depth and the reason."""
-    if args.latency_ms is args.macs is args.memory_mb is args.min_top1 is None:
+    limits = {name: getattr(args, name) for name in ('latency_ms', 'macs', 'memory_mb', 'min_top1')}
+    if all(limit is None for limit in limits.values()):
         raise ValueError('a limit must be given by --latency-ms, --macs, --memory-mb or --min-top1, got none')
     profile = read_profile(args.profile)
     name = profile.get('architecture', 'unknown')
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _logger.warning(f'{args.profile} was measured otherwise: {difference}.')
     try:
         choice = select_depth(
-            profile, latency_ms=args.latency_ms, macs=args.macs, memory_mb=args.memory_mb, min_top1=args.min_top1,
-            accuracies=accuracies, batch_size=args.batch_size, threads=args.threads, runtime=args.runtime,
+            profile, **limits, accuracies=accuracies, batch_size=args.batch_size, threads=args.threads,
+            runtime=args.runtime,
         )
     except NoDepthError as e:
         print(f'error: {e}', file=sys.stderr)
