@@ -133,7 +133,7 @@ def test_folders_are_classes(tmp_path, caplog):
     write_images(tmp_path / 'val', [1])
     assert load_image_data(str(tmp_path)).class_names == ['0', '1']
     assert "1 of 2 classes have no image in split 'train', the first is '1'" in caplog.text
-    write_images(tmp_path / 'other' / '0' / 'deeper', [1])  # a folder beside the splits is nobody's business
+    write_images(tmp_path / 'other' / '0', [1])  # a folder beside the splits is nobody's business
     assert load_image_data(str(tmp_path)).class_names == ['0', '1']
     write_images(tmp_path / 'train' / '0', [1])
     with pytest.raises(ValueError, match=r'must lie in SPLIT/CLASS/, got .*train/0/1/1\.png'):
