@@ -182,12 +182,12 @@ def ablations(seeds):
 def all_runs():
     seeds = {'alone': 3, 'joint': 3, 'ekd': 3, 'ekd_private': 3}
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
-    whole = {**RECIPE, '--epochs': '200', '--warmup-epochs': '5'}
+    deep = {**RECIPE, '--epochs': '60', '--warmup-epochs': '5', '-b': '256'}
     tiny = {**RECIPE, '--epochs': '60', '--warmup-epochs': '3', '--img-size': '128', '-b': '256'}
     everything, main = ('alone', 'kd', *METHODS), ('alone', 'kd', 'joint', 'ekd')
     runs = [
         *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, everything, seeds),
-        *compare('cifar10_resnet56', 'ddnn_resnet56', 'cifar10', whole, everything, {}),
+        *compare('cifar10_resnet56', 'ddnn_resnet56', 'cifar10', deep, everything, seeds),
         *compare('tiny_imagenet_resnet34', 'ddnn_resnet34', 'tiny_imagenet', tiny, main, {}),
         *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny, main, {}),
         *ablations(seeds=3),
