@@ -83,6 +83,21 @@ def test_augmentation_is_a_function_of_seed_and_epoch(data):
     assert not torch.equal(one_epoch(other, epoch=1)[0], first)
 
 
+def test_batches_are_made_where_the_images_are(data):
+    """Catches batches that are made on the CPU, of other images on a GPU, or by workers, which cannot use it."""
+    device = 'cuda' if torch.cuda.is_available() else 'meta'
+    kwargs = dict(hflip=0.5, seed=3)
+    loader = create_loader(
+        MemoryImages(data, 'train', CONFIG, **kwargs, device=device), 100, training=True, num_workers=2)
+    images, labels = next(iter(loader))
+    assert images.shape == (100, 3, 16, 24)
+    assert images.device.type == labels.device.type == device
+    if device == 'cuda':
+        expected, targets = next(iter(create_loader(MemoryImages(data, 'train', CONFIG, **kwargs), 100, training=True)))
+        assert torch.equal(images.cpu(), expected)
+        assert torch.equal(labels.cpu(), targets)
+
+
 def test_training_in_memory_resumes_exactly(tmp_path):
     """Catches an augmentation that a run which goes on repeats otherwise, and an option without effect."""
     args = [*FAST, '--in-memory', '--epochs', '2', '--checkpoint-interval', '10']

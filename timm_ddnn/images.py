@@ -146,6 +146,7 @@ class MemoryImages(Dataset):
             hflip: float = 0.0,
             seed: int = 0,
             num_workers: int = 0,
+            device: torch.device | str = 'cpu',
     ) -> None:
         """Decode and resize the images of a split.
 
@@ -156,6 +157,8 @@ class MemoryImages(Dataset):
             hflip: Probability of a horizontal flip, [0, 1].
             seed: Seed of the augmentation, >= 0.
             num_workers: Processes that decode, >= 0.
+            device: Where the images are kept, N x C x H x W bytes, and batches are made. On a GPU the loader costs
+                next to nothing.
 
         Raises:
             ImageReadError: If an image does not decode.
@@ -167,14 +170,19 @@ class MemoryImages(Dataset):
             transform = transforms.Compose([transforms.Resize(size, interpolation), transforms.PILToTensor()])
         images = Images(data, split, transform, in_chans=channels)
         batches = list(create_loader(images, 256, training=False, num_workers=num_workers))
-        self.images = torch.cat([images for images, _ in batches])
-        self.targets = torch.cat([targets for _, targets in batches])
-        self.mean = torch.tensor(data_config['mean'])[:, None, None]
-        self.std = torch.tensor(data_config['std'])[:, None, None]
+        self.images = torch.cat([images for images, _ in batches]).to(device)
+        self.targets = torch.cat([targets for _, targets in batches]).to(device)
+        self.mean = torch.tensor(data_config['mean'], device=device)[:, None, None]
+        self.std = torch.tensor(data_config['std'], device=device)[:, None, None]
         self.padding = [side // 8 if split == 'train' else 0 for side in size]
         self.hflip = hflip
         self.seed = seed
         self._epoch: tuple[int, Any] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are, and batches are made."""
+        return self.images.device
 
     def __len__(self) -> int:
         """Count the images."""
@@ -184,13 +192,16 @@ class MemoryImages(Dataset):
         """Make the batch of some (epoch, index) of one epoch, as `EpochSampler` gives them."""
         epoch = keys[0][0]
         index = torch.tensor([index for _, index in keys])
+        if self.device.type == 'cuda':
+            index = index.pin_memory()  # else the copy waits for all that the GPU has to do
+        index = index.to(self.device, non_blocking=True)
         images = self.images[index]
         if any(self.padding) or self.hflip:
             offsets, flips = (values[index] for values in self._draw(epoch))
             (above, left), (height, width) = self.padding, images.shape[-2:]
             padded = F.pad(images, (left, left, above, above))
             crops = padded.unfold(2, height, 1).unfold(3, width, 1)
-            images = crops[torch.arange(len(index)), :, offsets[:, 0], offsets[:, 1]]
+            images = crops[torch.arange(len(index), device=self.device), :, offsets[:, 0], offsets[:, 1]]
             images = torch.where(flips[:, None, None, None], images.flip(-1), images)
         return images.float().div_(255).sub_(self.mean).div_(self.std), self.targets[index]
 
@@ -199,7 +210,8 @@ class MemoryImages(Dataset):
         if self._epoch is None or self._epoch[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch))
             offsets = rng.integers(0, 2 * np.array(self.padding) + 1, (len(self), 2))
-            self._epoch = epoch, (torch.from_numpy(offsets), torch.from_numpy(rng.random(len(self)) < self.hflip))
+            flips = rng.random(len(self)) < self.hflip
+            self._epoch = epoch, tuple(torch.from_numpy(drawn).to(self.device) for drawn in (offsets, flips))
         return self._epoch[1]
 
 
@@ -284,18 +296,22 @@ def create_loader(
         images: The images.
         batch_size: Images per batch, >= 1.
         training: Whether the order is random, and a last batch that is not full is left out.
-        num_workers: Worker processes, >= 0. Batches do not depend on them.
+        num_workers: Worker processes, >= 0; none are used for images that are on a GPU. Batches do not depend on them.
     """
+    in_memory = isinstance(images, MemoryImages)
+    on_cpu = not in_memory or images.device.type == 'cpu'
+    if not on_cpu:
+        num_workers = 0
     return DataLoader(
         images,
         batch_size=batch_size,
         sampler=EpochSampler(len(images), shuffle=training, seed=images.seed),
-        collate_fn=_keep if isinstance(images, MemoryImages) else None,
+        collate_fn=_keep if in_memory else None,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_ignore_stop_signals,
         multiprocessing_context=_worker_context() if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=on_cpu and torch.cuda.is_available(),
         drop_last=training,
         generator=torch.Generator(),  # else it draws from the global one, and more or less often with the workers
     )

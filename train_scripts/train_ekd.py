@@ -191,7 +191,7 @@ def main():
         data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
         image_args = dict(in_chans=data_config['input_size'][0], seed=args.seed)
         if args.in_memory:
-            images = MemoryImages(data, 'validation', data_config, num_workers=args.workers)
+            images = MemoryImages(data, 'validation', data_config, num_workers=args.workers, device=device)
         else:
             images = Images(data, 'validation', create_transform(**data_config), **image_args)
         batch_size = args.validation_batch_size or args.batch_size
@@ -253,7 +253,7 @@ def main():
         hflip = args.hflip if args.hflip is not None else 0.0 if args.dataset == 'digits' else 0.5
         if args.in_memory:
             images = MemoryImages(
-                data, 'train', data_config, hflip=hflip, seed=args.seed, num_workers=args.workers)
+                data, 'train', data_config, hflip=hflip, seed=args.seed, num_workers=args.workers, device=device)
         else:
             with named('--aa', args.aa) if args.aa else nullcontext():
                 transform = create_train_transform(
