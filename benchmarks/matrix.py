@@ -182,7 +182,7 @@ def ablations(seeds):
 def all_runs():
     seeds = {'alone': 3, 'joint': 3, 'ekd': 3, 'ekd_private': 3}
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
-    deep = {**RECIPE, '--epochs': '60', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
+    deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
     tiny = {**RECIPE, '--epochs': '60', '--warmup-epochs': '3', '--img-size': '128', '-b': '256'}
     everything, main = ('alone', 'kd', *METHODS), ('alone', 'kd', 'joint', 'ekd')
     runs = [
