@@ -18,6 +18,7 @@ LEVEL = 0.05  # probability of a verdict that is wrong
 MIDDLE, SHALLOW = SUBNET_WEIGHTS['ekd']
 METHODS = {
     'alone': 'each depth trained alone, as a stock net',
+    'alone_late': 'the depths of `ekd_late` trained alone',
     'kd': 'each depth trained alone, taught by the full-net that was trained alone: KL divergence of weight '
     f'{KD["--alpha"]}, temperature {KD["--temperature"]}',
     'joint': 'all depths in shared weights, the cross-entropy of each with weight 1',
@@ -29,6 +30,7 @@ METHODS = {
     f'{SHALLOW}, others {MIDDLE}',
     'ekd_equal': 'as `ekd`, but all sub-nets with weight 1, so that against `joint` it shows what distillation adds',
     'ekd_private': 'as `ekd`, but with scale and shift of its own for every path',
+    'ekd_late': f'as `ekd`, but cut in the late stages, blocks {" and ".join(RIVALS["ekd_late"]["--subnets"].split())}',
     'ekd_light': 'as `ekd`, but with weights {1} and {0}'.format(*SUBNET_WEIGHTS['ekd_light']),
     'kl_only': 'shared weights, sub-nets of weight 1 that learn by KL divergence alone, alpha '
     f'{RIVALS["kl_only"]["--alpha"]}, temperature {RIVALS["kl_only"]["--temperature"]}',

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import timm
 
-import timm_ddnn  # noqa: F401  (registers the models)
+from timm_ddnn.cli import parse_blocks
 
 LOADER = '--in-memory', '-j', '0'
 RECIPE = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.4', '--weight-decay': '5e-4', '--warmup-epochs': '2'}
@@ -37,20 +37,25 @@ def compare(experiment, model, data, recipe, methods, seeds):
         methods: Methods, see below.
         seeds: Number of seeds by method.
     """
-    net = timm.create_model(model)
-    single = {
-        depth: {'--subnets': '', '--model-kwargs': f'layers={",".join(map(str, net.blocks(depth)))}'}
-        for depth in net.depths
-    }
     runs = []
     for method in methods:
+        options = METHODS.get(method, {})
+        cut = METHODS['ekd_late'] if method == 'alone_late' else options
+        subnets = [parse_blocks(blocks) for blocks in cut.get('--subnets', '').split()]
+        net = timm.create_model(model, **({'subnets': subnets} if subnets else {}))
+        single = {
+            depth: {'--subnets': '', '--model-kwargs': f'layers={",".join(map(str, net.blocks(depth)))}'}
+            for depth in net.depths
+        }
         if method == 'alone':
             named = {f'alone-{depth}': single[depth] | CE_ONLY for depth in net.depths}
+        elif method == 'alone_late':
+            named = {f'alone_late-{depth}': single[depth] | CE_ONLY for depth in net.depths[1:]}
         elif method == 'kd':
             named = {f'kd-{depth}': single[depth] | KD for depth in net.depths[1:]}
         else:
             weights = weigh(net.depths, *SUBNET_WEIGHTS[method]) if method in SUBNET_WEIGHTS else {}
-            named = {method: METHODS[method] | weights}
+            named = {method: options | weights}
         for seed, (name, options) in product(range(seeds.get(method, 1)), named.items()):
             runs.append(Run(
                 f'{experiment}/{name}-{seed}',
@@ -82,11 +87,12 @@ METHODS = {
     'ekd_equal': EKD,
     'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
     'ekd_light': EKD,
+    'ekd_late': EKD | {'--subnets': '3,2,1 2,1,1'},
     'joint_weighted': CE_ONLY,
 }
 # Weights of their sub-nets, see `weigh`; of the other methods all are 1.
 SUBNET_WEIGHTS = {
-    **dict.fromkeys(('ekd', 'kl', 'attention', 'ekd_private', 'joint_weighted'), ('0.25', '0.75')),
+    **dict.fromkeys(('ekd', 'kl', 'attention', 'ekd_private', 'ekd_late', 'joint_weighted'), ('0.25', '0.75')),
     'ekd_light': ('0.05', '0.15'),
 }
 
@@ -180,14 +186,15 @@ def ablations(seeds):
 
 
 def all_runs():
-    seeds = {'alone': 3, 'joint': 3, 'ekd': 3, 'ekd_private': 3}
+    seeds = {'alone': 3, 'joint': 3, 'ekd': 3, 'ekd_private': 3, 'alone_late': 3, 'ekd_late': 3}
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
     tiny = {**RECIPE, '--epochs': '60', '--warmup-epochs': '3', '--img-size': '128', '-b': '256'}
-    everything, main = ('alone', 'kd', *METHODS), ('alone', 'kd', 'joint', 'ekd')
+    main = 'alone', 'kd', 'joint', 'ekd'
+    cut_alike = 'alone', 'kd', *(method for method in METHODS if method != 'ekd_late')
     runs = [
-        *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, everything, seeds),
-        *compare('cifar10_resnet56', 'ddnn_resnet56', 'cifar10', deep, everything, seeds),
+        *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, (*cut_alike, 'alone_late', 'ekd_late'), seeds),
+        *compare('cifar10_resnet56', 'ddnn_resnet56', 'cifar10', deep, cut_alike, seeds),
         *compare('tiny_imagenet_resnet34', 'ddnn_resnet34', 'tiny_imagenet', tiny, main, {}),
         *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny, main, {}),
         *ablations(seeds=3),
