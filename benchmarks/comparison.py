@@ -185,18 +185,20 @@ def explanation(tops, runs):
         runs: See `tops`.
     """
     full = max(tops['ekd'])
-    losses, seeds = final_losses(runs, ('ekd', 'ekd_light', 'alone'), full)
-    if not seeds:
+    losses, seeds = final_losses(runs, [name for name in ('ekd', 'ekd_light', 'alone') if name in tops], full)
+    if 'ekd' not in losses:
         return ''
     listed = ', '.join(f'{loss:.3f} (`{method}`)' for method, loss in losses.items())
     text = (
         f'The cross-entropy of the full-net on its training images, in the last epoch, is {listed}, seed'
-        f'{"s"[:len(seeds) > 1]} {", ".join(map(str, seeds))}; `ekd_light` against training alone has '
-        f'{list_gains(gains_by_depth(tops, "ekd_light"))}.'
+        f'{"s"[:len(seeds) > 1]} {", ".join(map(str, seeds))}'
     )
-    if losses['ekd'] > losses['ekd_light'] and losses['ekd'] > losses['alone']:
-        text += (
-            ' So by EKD the full-net has learned less of the very images that it was trained on, and less is missing '
-            'with lighter sub-nets, which are worse then: at this schedule the depths compete for the shared weights.'
-        )
+    light = losses.get('ekd_light')
+    if light is not None:
+        text += f'; `ekd_light` against training alone has {list_gains(gains_by_depth(tops, "ekd_light"))}'
+    text += '.'
+    if losses['ekd'] > losses['alone'] and (light is None or losses['ekd'] > light):
+        text += ' So by EKD the full-net has learned less of the very images that it was trained on'
+        text += '' if light is None else ', and less is missing with lighter sub-nets, which are worse then'
+        text += ': at this schedule the depths compete for the shared weights.'
     return text + '\n'

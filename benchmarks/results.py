@@ -343,6 +343,12 @@ def summary_table(experiments, experiment):
     table = markdown_table(['depth', 'MACs', *head, 'EKD against alone'], cells)
     parameters = [rows[depth]['parameters'] / 1e6 for depth in rows]
     parts = [table, verdict(tops)]
+    for name, (others, other_runs) in experiments.items():
+        if name not in (experiment, 'ablations') and (judged := judge(others)):
+            arguments = next(iter(other_runs.values()))['arguments']
+            parts.append(
+                f'For `{arguments["model"]}` on {SHORT[arguments["dataset"]]}, {arguments["epochs"]} epochs, it '
+                f'{judged}.\n')
     choice, _ = experiments.get('ablations', ({}, {}))
     elsewhere = [
         f'for `{model}` it {judged}' for name, model in (('few_ekd', 'ddnn_resnet20'), ('few_44_ekd', 'ddnn_resnet44'))

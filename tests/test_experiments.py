@@ -255,7 +255,11 @@ def test_an_explanation_is_given_only_where_the_losses_are_so(modules, losses, c
     listed = '{:.3f} (`ekd`), {:.3f} (`ekd_light`), {:.3f} (`alone`), seed 0;'.format(*losses)
     assert listed in text and '-1.00 (20)' in text
     assert ('compete' in text) is concludes
-    del runs['ekd_light-0']
+    del tops['ekd_light']
+    text = modules.comparison.explanation(tops, runs)
+    assert '{0:.3f} (`ekd`), {2:.3f} (`alone`), seed 0.'.format(*losses) in text and 'light' not in text
+    assert ('compete' in text) is concludes
+    del runs['ekd-0']
     assert modules.comparison.explanation(tops, runs) == ''
 
 
