@@ -145,6 +145,7 @@ ABLATIONS = [
         'few_alone_8': SINGLE | FEW | {'--model-kwargs': 'layers=1,1,1'},
         'few_joint': CE_ONLY | FEW,
         'few_ekd': EKD | FEW,
+        'few_ekd_full_first': EKD | FEW | {'--full-net-updates': '1170'},
     }),
     ('5,000 images, 60 epochs, a deeper net', None, {
         'few_44_alone_44': SINGLE | FEW | DEEPER,
@@ -167,7 +168,7 @@ ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
 # 'alone' is alone_20 at depth 20, and so on.
 AGAINST = {
     'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
-    'few_joint': ['few_alone'], 'few_ekd': ['few_alone'],
+    **dict.fromkeys(('few_joint', 'few_ekd', 'few_ekd_full_first'), ['few_alone']),
     'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
     'ekd_cut_late': ['alone_late', 'alone'],
 }

@@ -11,6 +11,7 @@ The options below are taken, all others are those of train_ekd.py. What turned o
 """
 import runpy
 import sys
+from itertools import product
 from pathlib import Path
 
 import timm
@@ -28,6 +29,8 @@ def parse_args():
     parser.add_argument('--teacher', type=Path, metavar='FOLDER', help='output of a run, whose full-net teaches')
     parser.add_argument('--subnet-ce', type=amount, default=1.0, help='weight of cross-entropy in the sub-nets')
     parser.add_argument('--ramp-updates', type=number(int, 0), default=0, help='steps of linear growth of alpha, beta')
+    parser.add_argument(
+        '--full-net-updates', type=number(int, 0), default=0, help='first updates, in which the full-net trains alone')
     parser.add_argument('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
     return parser.parse_known_args()
 
@@ -39,6 +42,8 @@ class MethodTask(timm_ddnn.EKDTask):
         super().__init__(model, *args, **kwargs)
         self.method = method
         self.full, *self.subnets = model.depths
+        used = {'ce': 1.0, 'kl': self.loss_fn.alpha, 'attention': self.loss_fn.beta}
+        self.parts = [name for name, weight in used.items() if weight]
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))
         self.teacher = ()  # in a tuple: it is not a part of what is trained and saved
         if method.teacher:
@@ -48,7 +53,9 @@ class MethodTask(timm_ddnn.EKDTask):
 
     def forward(self, input, target):
         run = self.subnets
-        if self.method.sample:
+        if self.method.full_net_updates and self.steps < self.method.full_net_updates:
+            run = []
+        elif self.method.sample:
             run = [self.subnets[torch.randint(len(self.subnets), ()).item()]]
         outputs = self.trainable_module(input, depth=(self.full, *run))
         loss_fn = self.loss_fn
@@ -69,12 +76,14 @@ class MethodTask(timm_ddnn.EKDTask):
             kl = timm_ddnn.kl_divergence(outputs[self.full].logits.float(), logits.float(), loss_fn.temperature)
             terms[f'kl_{self.full}'] = kl
             loss = loss + ramp * loss_fn.alpha * kl
-        if self.method.sample:  # such that the means over an epoch are those of the steps that ran
+        if self.method.sample and run:  # such that the means over an epoch are those of the steps that ran
             scale = len(self.subnets)
             for depth in self.subnets:
-                for name in ('ce', 'kl', 'attention'):
-                    if f'{name}_{run[0]}' in terms:
-                        terms[f'{name}_{depth}'] = terms[f'{name}_{run[0]}'] * (scale if depth == run[0] else 0)
+                for name in self.parts:
+                    terms[f'{name}_{depth}'] = terms[f'{name}_{run[0]}'] * (scale if depth == run[0] else 0)
+        if self.method.sample or self.method.full_net_updates:  # the same terms in every step
+            for depth, name in product(self.subnets, self.parts):
+                terms.setdefault(f'{name}_{depth}', terms['loss'].new_zeros(()))
             terms = dict(sorted(terms.items()))
         return {
             **{name: term.detach() for name, term in terms.items()},
