@@ -168,7 +168,7 @@ ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
 # 'alone' is alone_20 at depth 20, and so on.
 AGAINST = {
     'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
-    **dict.fromkeys(('few_joint', 'few_ekd', 'few_ekd_full_first'), ['few_alone']),
+    'few_joint': ['few_alone'], 'few_ekd': ['few_alone'], 'few_ekd_full_first': ['few_alone'],
     'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
     'ekd_cut_late': ['alone_late', 'alone'],
 }
