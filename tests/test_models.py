@@ -155,7 +155,9 @@ def test_reset_classifier_keeps_the_shared_features_at_every_depth(name):
             logits = model(x, depth=depth)
             assert logits.shape == (2, 4)
             assert torch.equal(model.forward_features(x, depth=depth), before[depth])
-            assert torch.equal(model.extract(depth)(x), logits)
+            plain = model.extract(depth)
+            assert torch.equal(plain(x), logits)
+            assert plain.num_classes == plain.pretrained_cfg['num_classes'] == 4
     assert model.get_classifier() is model.fc and model.get_classifier(name_only=True) == 'fc'
 
 
@@ -206,12 +208,14 @@ def test_features_and_intermediates_of_several_depths(name, several):
     with torch.no_grad():
         maps = model.forward_features(x, depth=depth)
         logits = model.forward_head(maps, depth=depth)
+        pooled = model.forward_head(maps, pre_logits=True, depth=depth)
         taps = model.forward_intermediates(x, depth=depth)
         assert tuple(maps) == tuple(logits) == tuple(taps) == tuple(sorted(expected, reverse=True))
         for d in maps:
             plain = model.extract(d)
             assert torch.equal(maps[d], plain.forward_features(x))
             assert torch.equal(logits[d], plain(x))
+            assert torch.equal(pooled[d], plain.forward_head(maps[d], pre_logits=True))
             last, intermediates = plain.forward_intermediates(x)
             assert torch.equal(taps[d][0], last)
             assert all(torch.equal(a, b) for a, b in zip(taps[d][1], intermediates, strict=True))
@@ -219,7 +223,7 @@ def test_features_and_intermediates_of_several_depths(name, several):
 
 @pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 @pytest.mark.parametrize('options', [
-    {}, {'indices': 2}, {'indices': [0, -1]}, {'indices': [1], 'stop_early': True},
+    {}, {'indices': 2}, {'indices': [0, -1]}, {'indices': [1]}, {'indices': [1], 'stop_early': True},
     {'indices': [0], 'stop_early': True}, {'indices': [1, 2], 'intermediates_only': True},
 ])
 def test_forward_intermediates_as_the_plain_net_at_every_depth(name, options):
@@ -277,6 +281,8 @@ def test_prune_intermediate_layers_at_every_depth(name):
             with torch.no_grad():
                 kept = pruned.forward_intermediates(x, indices=[last], depth=depth, intermediates_only=True)[0]
                 assert torch.equal(kept, model.forward_intermediates(x, depth=depth)[1][last])
+        stages = [int(n.split('layer')[1][0]) for n, _ in pruned.named_parameters() if 'layer' in n]
+        assert max(stages, default=0) == last  # map 0 is the stem's
     kept_parameters = {n.split('.')[0] for n, _ in pruned.named_parameters()}
     assert 'fc' not in kept_parameters
 

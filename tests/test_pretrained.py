@@ -1,5 +1,6 @@
 """Configurations and weights from elsewhere, in a folder: what is refused, and what is loaded as timm loads it."""
 import json
+import math
 
 import pytest
 import timm
@@ -31,6 +32,8 @@ def change(folder, **changes):
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(model_args__layers=[10 ** 9, 1, 1]), 'layers in config.json must be at most 1000000, got 1000000000'),
     (dict(model_args__layers=[900, 900, 900]), 'must be of at most 1000 blocks'),
+    (dict(model_args__layers=[100] * 3, model_args__subnets=[[i] * 3 for i in (1, 2, 3)]),
+     'at most 1000 blocks, got 1200'),
     (dict(model_args__layers=[1] * 10_000), 'at most 1000 entries, got 10000'),
     (dict(model_args__layers='many'), "numbers of blocks per stage, got 'many'"),
     (dict(model_args__layers=[3, 3]), 'make no DynamicDepthCifarResNet: layers and channels must be of three stages'),
@@ -43,13 +46,24 @@ def change(folder, **changes):
     (dict(model_args__subnets=5), "subnets in config.json must be a list, got '5'"),
     (dict(pretrained_cfg__first_conv=5), "first_conv in config.json must be text, got '5'"),
     (dict(pretrained_cfg__std=[0, 0, 0]), 'std in config.json must be 3 numbers'),
+    (dict(pretrained_cfg__std=[1, 1, -1]), r'std in config.json must be 3 numbers above 0, got .\[1, 1, -1\]'),
+    (dict(pretrained_cfg__std=[1, 1]), 'std in config.json must be 3 numbers'),
+    (dict(pretrained_cfg__crop_pct=0), "crop_pct in config.json must be a number above 0, at most 2, got '0'"),
+    (dict(pretrained_cfg__test_crop_pct=2.1), 'test_crop_pct in config.json must be a number above 0, at most 2'),
+    (dict(pretrained_cfg__license=5), "license in config.json must be text, got '5'"),
+    (dict(pretrained_cfg__hf_hub_id='me/other'), "got hf_hub_id='me/other'"),
     (dict(pretrained_cfg__crop_pct='x'), "crop_pct in config.json must be a number above 0, at most 2, got 'x'"),
     (dict(pretrained_cfg__hf_hub_filename='../../other.bin'), "got hf_hub_filename='../../other.bin'"),
     (dict(pretrained_cfg__url='http://127.0.0.1/x.pth'), "got url='http://127.0.0.1/x.pth'"),
     (dict(pretrained_cfg__custom_load=True), 'got custom_load=True'),
     (dict(pretrained_cfg__surprise=1), r"got \['surprise'\]"),
     (dict(pretrained_cfg__input_size=[3, 32]), r'input_size .* got .\(3, 32\).'),
+    (dict(pretrained_cfg__input_size=[3, 32, 4097]), 'channels, height and width, of at most 4096 pixels'),
+    (dict(pretrained_cfg__test_input_size=[3, 0, 32]), 'test_input_size in config.json must be'),
+    (dict(pretrained_cfg__mean=[0, 0, math.inf]), 'mean in config.json must be 3 numbers'),
     (dict(pretrained_cfg__mean=['a', 'b', 'c']), 'mean in config.json must be 3 numbers'),
+    (dict(num_classes=-1), "num_classes in config.json must be an integer from 0 to 1000000, got '-1'"),
+    (dict(num_classes=1_000_001), "num_classes .* got '1000001'"),
     (dict(num_classes='ten'), "num_classes .* got 'ten'"),
     (dict(weights_sha256=5), "weights_sha256 in .* must be 64 hexadecimal digits, got '5'"),
 ])

@@ -134,6 +134,9 @@ def test_nearest_depth_is_named(profile):
     with pytest.raises(NoDepthError) as error:
         select_depth(profile, latency_ms=17.5, min_top1=79)
     assert error.value.nearest['depth'] == 26
+    with pytest.raises(NoDepthError) as error:
+        select_depth(profile, latency_ms=0)
+    assert error.value.nearest['depth'] == 14
 
 
 def test_setting_is_that_asked_for(profile):
@@ -153,6 +156,8 @@ def test_accuracies_take_the_place_of_those_in_the_profile(profile):
     """Catches an evaluation without effect, or one that lacks a depth."""
     accuracies = {50: 60.0, 26: 61.0, 14: 50.0}
     assert select_depth(profile, macs=1e10).depth == 50
+    profile['depths'][0]['top1'] = None
+    assert select_depth(profile, macs=1e10).depth == 26  # the best that is known
     assert select_depth(profile, macs=1e10, accuracies=accuracies).depth == 26
     with pytest.raises(ValueError, match=r'\[14\] are not in \[50, 26\]'):
         select_depth(profile, macs=1e10, accuracies={50: 1, 26: 1})

@@ -67,12 +67,12 @@ class _Constraint(NamedTuple):
         return f'{self.name} {"unknown" if value is None else f"{value / self.scale:.4g} {self.unit}"}'
 
     def excess(self, row: Mapping[str, Any]) -> float:
-        """How far a row is beyond the limit, relative to it; at most 0 if it is not."""
+        """How far a row is beyond the limit, relative to it unless that is 0; at most 0 if it is not beyond."""
         value = row.get(self.key)
         if value is None:
             return math.inf
         beyond = self.limit - value if self.least else value - self.limit
-        return beyond / self.limit if self.limit else math.inf if beyond > 0 else 0.0
+        return beyond / (self.limit or 1.0)
 
 
 def percentile_90(values: Sequence[float]) -> float:
