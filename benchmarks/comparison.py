@@ -30,6 +30,7 @@ METHODS = {
     f'{SHALLOW}, others {MIDDLE}',
     'ekd_equal': 'as `ekd`, but all sub-nets with weight 1, so that against `joint` it shows what distillation adds',
     'ekd_private': 'as `ekd`, but with scale and shift of its own for every path',
+    'ekd_full_first': 'as `ekd_equal`, but in the first half of the updates the full-net trains alone',
     'ekd_late': f'as `ekd`, but cut in the late stages, blocks {" and ".join(RIVALS["ekd_late"]["--subnets"].split())}',
     'ekd_light': 'as `ekd`, but with weights {1} and {0}'.format(*SUBNET_WEIGHTS['ekd_light']),
     'kl_only': 'shared weights, sub-nets of weight 1 that learn by KL divergence alone, alpha '

@@ -9,6 +9,7 @@ from timm_ddnn.cli import parse_blocks
 LOADER = '--in-memory', '-j', '0'
 RECIPE = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.4', '--weight-decay': '5e-4', '--warmup-epochs': '2'}
 CE_ONLY = {'--alpha': '0', '--beta': '0'}
+TRAIN_IMAGES = {'cifar10': 50_000, 'tiny_imagenet': 100_000}
 
 
 class Run(NamedTuple):
@@ -55,7 +56,9 @@ def compare(experiment, model, data, recipe, methods, seeds):
             named = {f'kd-{depth}': single[depth] | KD for depth in net.depths[1:]}
         else:
             weights = weigh(net.depths, *SUBNET_WEIGHTS[method]) if method in SUBNET_WEIGHTS else {}
-            named = {method: options | weights}
+            half = int(recipe['--epochs']) * (TRAIN_IMAGES[data] // int(recipe['-b'])) // 2
+            first = {'--full-net-updates': str(half)} if method == 'ekd_full_first' else {}
+            named = {method: options | weights | first}
         for seed, (name, options) in product(range(seeds.get(method, 1)), named.items()):
             runs.append(Run(
                 f'{experiment}/{name}-{seed}',
@@ -87,6 +90,7 @@ METHODS = {
     'ekd_equal': EKD,
     'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
     'ekd_light': EKD,
+    'ekd_full_first': EKD,
     'ekd_late': EKD | {'--subnets': '3,2,1 2,1,1'},
     'joint_weighted': CE_ONLY,
 }
@@ -187,7 +191,7 @@ def ablations(seeds):
 
 
 def all_runs():
-    seeds = {'alone': 3, 'joint': 3, 'ekd': 3, 'ekd_private': 3, 'alone_late': 3, 'ekd_late': 3}
+    seeds = {'alone': 3, 'joint': 3, 'ekd': 3, 'ekd_private': 3, 'ekd_full_first': 3, 'alone_late': 3, 'ekd_late': 3}
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
     tiny = {**RECIPE, '--epochs': '60', '--warmup-epochs': '3', '--img-size': '128', '-b': '256'}
