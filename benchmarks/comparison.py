@@ -153,6 +153,13 @@ def judge(tops, method='ekd', others=('alone',)):
     return f'{", ".join(found)}: {list_gains(gains)}'
 
 
+def judge_variants(tops):
+    """-> (method, what `judge` says) of the other ways of EKD that have several seeds."""
+    full = max(tops['ekd'])
+    names = [name for name in METHODS if name.startswith('ekd_') and len(tops.get(name, {}).get(full, ())) > 1]
+    return [(name, judge(tops, name, ('alone_late', 'alone') if name == 'ekd_late' else ('alone',))) for name in names]
+
+
 def verdict(tops):
     """Say what is promised, sub-nets better than alone and the full-net as good as alone, and what became of it."""
     judged = judge(tops)

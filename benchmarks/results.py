@@ -20,6 +20,7 @@ from comparison import (
     gains_by_depth,
     join_depths,
     judge,
+    judge_variants,
     list_gains,
     load_runs,
     name_seeds,
@@ -48,6 +49,12 @@ SHORT = {
     'cifar10': 'CIFAR-10 (JPEG)',
     'cifar10_part': 'the training split of CIFAR-10 (JPEG)',
     'tiny_imagenet': 'Tiny ImageNet',
+}
+FULL_FIRST = 'sub-nets of weight 1 that train in the second half of the updates only'
+FEW = {
+    'few_ekd': '`ddnn_resnet20`',
+    'few_ekd_full_first': f'the same with {FULL_FIRST}',
+    'few_44_ekd': '`ddnn_resnet44`',
 }
 # What a variant is compared with, the first that has the depth: what it changes, unless the matrix says otherwise
 COMPARED = {
@@ -191,7 +198,9 @@ def write_results(experiments):
         if {'alone', 'ekd'} <= tops.keys():
             draw(experiment, tops, runs)
             parts += [
-                verdict(tops), explanation(tops, runs),
+                verdict(tops),
+                *(f'The same of `{name}`: it {judged}.\n' for name, judged in judge_variants(tops)),
+                explanation(tops, runs),
                 f'![Accuracy of every depth over its multiply-accumulates]({experiment}.png)\n',
             ]
     if choice:
@@ -350,15 +359,15 @@ def summary_table(experiments, experiment):
                 f'For `{arguments["model"]}` on {SHORT[arguments["dataset"]]}, {arguments["epochs"]} epochs, it '
                 f'{judged}.\n')
     choice, _ = experiments.get('ablations', ({}, {}))
-    elsewhere = [
-        f'for `{model}` it {judged}' for name, model in (('few_ekd', 'ddnn_resnet20'), ('few_44_ekd', 'ddnn_resnet44'))
-        if (judged := judge(choice, name, AGAINST[name]))
-    ]
+    judged_few = {text: judge(choice, name, AGAINST[name]) for name, text in FEW.items()}
+    elsewhere = [f'for {text} it {judged}' for text, judged in judged_few.items() if judged]
     if elsewhere:
         parts.append(
             'With fewer images and more epochs, 5,000 of the training split and 60, judged on 30,000 others of it, '
             f'{"; ".join(elsewhere)}.\n'
         )
+    if judged := judge(tops, 'ekd_full_first'):
+        parts.append(f'With all images and {FULL_FIRST}, it {judged}.\n')
     if against_kd := gains_by_depth(tops, others=['kd']):
         parts.append(
             f'Against shallow nets that the full-net, once trained alone, taught one by one, EKD has '

@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import create
 from image_files import CLASS_NAMES, png, write_parquet
+from small_models import make_model
 from timm.data import resolve_data_config
 from training import ROOT
 
@@ -28,7 +29,7 @@ from timm_ddnn.model_card import CITATION
 def modules(monkeypatch, tmp_path):
     """Import modules of benchmarks/ whose files go to a temporary folder."""
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    names = 'comparison', 'experiments', 'make_tag', 'matrix', 'results'
+    names = 'comparison', 'experiments', 'make_tag', 'matrix', 'results', 'train_method'
     modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for module in vars(modules).values():
         for place in {'RESULTS', 'WORK', 'WEIGHTS'} & vars(module).keys():
@@ -242,6 +243,37 @@ def test_the_promise_is_decided_by_the_error_of_the_mean(modules, full, shallow,
     ekd[20] = ekd[20] or {3: 85.0}
     text = modules.comparison.verdict({'alone': alone, 'ekd': ekd}).strip()
     assert text.endswith(expected) and bool(text) == bool(expected)
+
+
+def test_other_ways_of_ekd_are_judged_against_nets_of_their_blocks(modules):
+    """Catches a verdict from one seed, and late cuts that are held against nets of other blocks."""
+    seeds = range(3)
+    tops = {
+        'alone': {20: dict.fromkeys(seeds, 80.0), 14: dict.fromkeys(seeds, 79.0)},
+        'alone_late': {14: dict.fromkeys(seeds, 70.0)},
+        'ekd': {20: {0: 80.0}, 14: {0: 79.0}},
+        'ekd_late': {20: {0: 80.0, 1: 80.1, 2: 80.2}, 14: {0: 75.0, 1: 75.1, 2: 75.2}},
+        'ekd_private': {20: {0: 90.0}, 14: {0: 90.0}},
+    }
+    assert modules.comparison.judge_variants(tops) == [
+        ('ekd_late', 'holds at depths 20 and 14: +0.10 ± 0.06 (20), +5.10 ± 0.06 (14)')]
+
+
+def test_the_full_net_trains_alone_first(modules, monkeypatch):
+    """Catches sub-nets that train from the start or never, and terms that differ between steps of an epoch."""
+    monkeypatch.setattr('sys.argv', ['train_method.py', '--full-net-updates', '2'])
+    method, rest = modules.train_method.parse_args()
+    assert not rest
+    model = make_model().train()
+    task = modules.train_method.MethodTask(model, method=method, alpha=0.3, beta=0.1, verbose=False)
+    images, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    steps = [task(images, target) for _ in range(4)]
+    assert len({tuple(terms) for terms in steps}) == 1
+    for number, terms in enumerate(steps):
+        trained = number >= 2
+        for depth in model.depths[1:]:
+            assert all(bool(terms[f'{name}_{depth}'] > 0) is trained for name in ('ce', 'kl', 'attention'))
+        assert (terms['loss'] > terms[f'ce_{model.depths[0]}']).item() is trained
 
 
 @pytest.mark.parametrize(('losses', 'concludes'), [((0.4, 0.3, 0.2), True), ((0.2, 0.3, 0.2), False)])
