@@ -4,8 +4,9 @@
     # All runs of an experiment that are not done yet, two at a time; it may be stopped and started at any moment
     python benchmarks/experiments.py FOLDER --only 'cifar10_resnet20/*' --jobs 2
 
-    # On a machine that is lent for ten minutes at a time
-    python benchmarks/experiments.py FOLDER --only 'cifar10_resnet56/*' --time-limit 540
+    # On a GPU that is lent for ten minutes at a time; so small nets fill it only several at once, under NVIDIA's MPS
+    nvidia-cuda-mps-control -d
+    python benchmarks/experiments.py FOLDER --only 'cifar10_resnet56/*' --jobs 13 --time-limit 540
 
 FOLDER has the data sets in folders cifar10 and tiny_imagenet, as parquet files. Weights, logs and checkpoints go to
 output/experiments/EXPERIMENT/RUN. Several of these commands may run beside each other.
