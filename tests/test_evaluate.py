@@ -325,7 +325,7 @@ def test_wrong_arguments_are_one_line(folder, surroundings, tmp_path, capsys, ar
 @pytest.mark.parametrize(('name', 'message'), [
     ('ddnn_resnet21', 'must be a dynamic-depth model such as ddnn_resnet'),
     ('resnet18', 'must be a dynamic-depth model'),
-    ('ddnn_resnet56', 'cannot be created'),
+    ('ddnn_resnet110', 'cannot be created'),
     ('local-dir:nowhere', 'cannot be created'),
 ])
 def test_wrong_models_are_one_line(surroundings, capsys, name, message):
