@@ -31,12 +31,15 @@ METHODS = {
     'ekd_equal': 'as `ekd`, but all sub-nets with weight 1, so that against `joint` it shows what distillation adds',
     'ekd_private': 'as `ekd`, but with scale and shift of its own for every path',
     'ekd_full_first': 'as `ekd_equal`, but in the first half of the updates the full-net trains alone',
-    'ekd_late': f'as `ekd`, but cut in the late stages, blocks {" and ".join(RIVALS["ekd_late"]["--subnets"].split())}',
+    'ekd_late': 'as `ekd`, but cut in the late stages, blocks '
+    f'{" and ".join(RIVALS["ekd_late"]["--subnets"].split())}, and held against `alone_late`',
     'ekd_light': 'as `ekd`, but with weights {1} and {0}'.format(*SUBNET_WEIGHTS['ekd_light']),
     'kl_only': 'shared weights, sub-nets of weight 1 that learn by KL divergence alone, alpha '
     f'{RIVALS["kl_only"]["--alpha"]}, temperature {RIVALS["kl_only"]["--temperature"]}',
     'truncation': 'the full-net trained alone, cut to a depth, statistics estimated again',
 }
+# The nets trained alone that a method is compared with, the first that has the depth, where they are not `alone`
+ALONE = {'ekd_late': ('alone_late', 'alone')}
 
 
 def join_depths(name):
@@ -108,7 +111,8 @@ def comparison(tops):
             values = list(tops[method].get(depth, {}).values())
             cells.append(with_error(values) if values else '')
             for other in gains:
-                gain = difference(tops, method, [other], depth) if method != other else []
+                others = ALONE.get(method, (other,)) if other == 'alone' else (other,)
+                gain = difference(tops, method, others, depth) if method != other else []
                 gains[other].append(with_error(gain, sign=True) if gain else '')
         rows.append([method, *cells, *gains['alone'], *gains['joint'], name_seeds(tops[method])])
     versus = [f'{depth} against {other}' for other in ('alone', 'joint') for depth in depths]
@@ -157,7 +161,7 @@ def judge_variants(tops):
     """-> (method, what `judge` says) of the other ways of EKD that have several seeds."""
     full = max(tops['ekd'])
     names = [name for name in METHODS if name.startswith('ekd_') and len(tops.get(name, {}).get(full, ())) > 1]
-    return [(name, judge(tops, name, ('alone_late', 'alone') if name == 'ekd_late' else ('alone',))) for name in names]
+    return [(name, judge(tops, name, ALONE.get(name, ('alone',)))) for name in names]
 
 
 def verdict(tops):

@@ -43,7 +43,7 @@ def compare(experiment, model, data, recipe, methods, seeds):
         options = METHODS.get(method, {})
         cut = METHODS['ekd_late'] if method == 'alone_late' else options
         subnets = [parse_blocks(blocks) for blocks in cut.get('--subnets', '').split()]
-        net = timm.create_model(model, **({'subnets': subnets} if subnets else {}))
+        net = timm.create_model(model, device='meta', **({'subnets': subnets} if subnets else {}))
         single = {
             depth: {'--subnets': '', '--model-kwargs': f'layers={",".join(map(str, net.blocks(depth)))}'}
             for depth in net.depths

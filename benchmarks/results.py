@@ -109,10 +109,11 @@ def spread(tops):
 
 def draw(experiment, tops, runs):
     """Accuracy over multiply-accumulates, EKD against alone, mean and standard error over seeds."""
-    macs = {row['depth']: row['macs'] for run in runs.values() for row in run['depths']}
     figure = Figure(figsize=(6.5, 4.2), layout='constrained')
     axes = figure.add_subplot()
     styles = {'alone': ('tab:gray', 's', '--'), 'joint': ('tab:orange', '^', ':'), 'ekd': ('tab:blue', 'o', '-')}
+    shown = [run for name, run in runs.items() if split_name(name)[0] in styles]
+    macs = {row['depth']: row['macs'] for run in shown for row in run['depths']}
     for method, (color, marker, line) in styles.items():
         if method in tops:
             depths = sorted(tops[method])
@@ -334,11 +335,12 @@ def card_section(tag, experiments):
 def summary_table(experiments, experiment):
     """Table by depth of EKD against training alone, whether the promise holds, and what users would do otherwise."""
     tops, runs = experiments[experiment]
-    rows = {row['depth']: row for run in runs.values() for row in run['depths']}
     columns = {
         'alone': 'trained alone', 'kd': 'alone, the full-net alone as teacher', 'joint': 'shared, cross-entropy only',
         'ekd': 'EKD',
     }
+    shown = [run for name, run in runs.items() if split_name(name)[0] in columns]
+    rows = {row['depth']: row for run in shown for row in run['depths']}
     cells = []
     for depth in sorted(rows, reverse=True):
         values = [list(tops.get(method, {}).get(depth, {}).values()) for method in columns]
