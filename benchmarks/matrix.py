@@ -103,8 +103,10 @@ SUBNET_WEIGHTS = {
 # What options are to be chosen by: (question, variant that is changed, {name: what is changed})
 SINGLE = CE_ONLY | {'--subnets': ''}
 UNEVEN = weigh((20, 14, 8), *SUBNET_WEIGHTS['ekd'])
+HALF_WEIGHTS = weigh((20, 14, 8), '0.5', '0.5')
 START = {'warmup_4': {'--warmup-epochs': '4'}, 'clip_1': {'--clip-grad': '1'}}
 FEW = {'--train-split': 'few', '--epochs': '60', '--warmup-epochs': '6'}
+FULL_FIRST = {'--full-net-updates': '1170'}
 DEEPER = {'--model': 'ddnn_resnet44'}
 ABLATIONS = [
     ('Which terms', None, {
@@ -122,8 +124,8 @@ ABLATIONS = [
     ('Scale and shift', 'joint', {'private': {'--model-kwargs': 'shared_affine=False'}}),
     ('Scale and shift', 'ekd', {'private': {'--model-kwargs': 'shared_affine=False'}}),
     ('Weight of the sub-nets', 'ekd', {
-        'half_weights': {'--weights': '14=0.5 8=0.5'},
-        'half_weights_alpha_1': {'--weights': '14=0.5 8=0.5', '--alpha': '1'},
+        'half_weights': HALF_WEIGHTS,
+        'half_weights_alpha_1': HALF_WEIGHTS | {'--alpha': '1'},
         'uneven_weights': UNEVEN,
         'uneven_weights_alpha_1': UNEVEN | {'--alpha': '1'},
         'light_weights_soft': weigh((20, 14, 8), '0.1', '0.3') | {'--alpha': '1', '--temperature': '4'},
@@ -149,7 +151,9 @@ ABLATIONS = [
         'few_alone_8': SINGLE | FEW | {'--model-kwargs': 'layers=1,1,1'},
         'few_joint': CE_ONLY | FEW,
         'few_ekd': EKD | FEW,
-        'few_ekd_full_first': EKD | FEW | {'--full-net-updates': '1170'},
+        'few_ekd_full_first': EKD | FEW | FULL_FIRST,
+        'few_ekd_full_first_third': EKD | FEW | {'--full-net-updates': '780'},
+        'few_ekd_full_first_soft': EKD | FEW | FULL_FIRST | HALF_WEIGHTS | {'--alpha': '1', '--temperature': '4'},
     }),
     ('5,000 images, 60 epochs, a deeper net', None, {
         'few_44_alone_44': SINGLE | FEW | DEEPER,
@@ -173,6 +177,7 @@ ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
 AGAINST = {
     'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
     'few_joint': ['few_alone'], 'few_ekd': ['few_alone'], 'few_ekd_full_first': ['few_alone'],
+    'few_ekd_full_first_third': ['few_alone'], 'few_ekd_full_first_soft': ['few_alone'],
     'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
     'ekd_cut_late': ['alone_late', 'alone'],
 }
