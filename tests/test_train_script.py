@@ -220,6 +220,7 @@ WRONG = [
     ('--attention foo', "invalid choice: 'foo' .*energy"),
     ('--opt foo', '--opt foo: Optimizer foo'),
     ('--aa foo', '--aa foo: Unknown AA policy foo'),
+    ('--torchcompile foo', '--torchcompile foo: Invalid backend'),
     ('--mixed-precision fp16', "on a CPU there are 'no' and 'bf16'"),
     ('--foo', 'unrecognized arguments: --foo'),
 ]

@@ -29,7 +29,7 @@ def parse_args(description: str) -> argparse.Namespace:
     arg('--subnets', nargs='*', type=parse_blocks,
         help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'; of none: the full-net alone")
     arg('--pretrained', action='store_true', help='start from published or saved weights')
-    arg('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in a file')
+    arg('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in a file, of as many classes')
     arg('--num-classes', type=count, help='classes of the model, those of the data set if not given')
     arg('--img-size', type=count, help="side of the images in pixels, the model's if not given")
     arg('--drop', type=fraction, default=0.0, help='dropout rate before the classifier')

@@ -244,7 +244,8 @@ def main():
             weights=dict(args.weights),
         )
         if args.torchcompile:
-            task.trainable_module = torch.compile(model, backend=args.torchcompile)
+            with named('--torchcompile', args.torchcompile):
+                task.trainable_module = torch.compile(model, backend=args.torchcompile)
         with named('--opt', args.opt):
             optimizer = create_optimizer_v2(
                 model, args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum)

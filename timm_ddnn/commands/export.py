@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         print(f'error: {e}', file=sys.stderr)
         sys.exit(1)
     if not args.json:
-        table = Table(caption=f'{rows[0]["images"]} images; difference of logits, top-1 that agree')
+        folder = Path(rows[0]['file']).parent
+        table = Table(caption=f'in {folder}\n{rows[0]["images"]} images; difference of logits, top-1 that agree')
         for column in ('file', 'MB', 'batch', 'difference', 'allowed', 'top-1 (%)'):
             left = column == 'file'
             table.add_column(column, justify='left' if left else 'right', no_wrap=left, overflow='fold')
