@@ -106,6 +106,8 @@ UNEVEN = weigh((20, 14, 8), *SUBNET_WEIGHTS['ekd'])
 HALF_WEIGHTS = weigh((20, 14, 8), '0.5', '0.5')
 START = {'warmup_4': {'--warmup-epochs': '4'}, 'clip_1': {'--clip-grad': '1'}}
 FEW = {'--train-split': 'few', '--epochs': '60', '--warmup-epochs': '6'}
+SOFT = {'--alpha': '1', '--temperature': '4'}
+AVERAGE = SOFT | {'--average-teacher': '0.998'}
 FULL_FIRST = {'--full-net-updates': '1170'}
 DEEPER = {'--model': 'ddnn_resnet44'}
 ABLATIONS = [
@@ -145,6 +147,11 @@ ABLATIONS = [
         'standardized_all_stages': {'--attention': 'standardized', '--stages': '0 1 2'},
     }),
     ('Linear growth of the terms in the first half', 'ekd', {'ramp': {'--ramp-updates': '460'}}),
+    ('Average of the weights as the teacher', 'ekd', {
+        'average': AVERAGE,
+        'average_kl_only': AVERAGE | {'--subnet-ce': '0'},
+        'average_weighted': AVERAGE | weigh((20, 14, 8), '0.25', '0.5'),
+    }),
     ('5,000 images, 60 epochs', None, {
         'few_alone_20': SINGLE | FEW,
         'few_alone_14': SINGLE | FEW | {'--model-kwargs': 'layers=2,2,2'},
@@ -153,7 +160,7 @@ ABLATIONS = [
         'few_ekd': EKD | FEW,
         'few_ekd_full_first': EKD | FEW | FULL_FIRST,
         'few_ekd_full_first_third': EKD | FEW | {'--full-net-updates': '780'},
-        'few_ekd_full_first_soft': EKD | FEW | FULL_FIRST | HALF_WEIGHTS | {'--alpha': '1', '--temperature': '4'},
+        'few_ekd_full_first_soft': EKD | FEW | FULL_FIRST | HALF_WEIGHTS | SOFT,
     }),
     ('5,000 images, 60 epochs, a deeper net', None, {
         'few_44_alone_44': SINGLE | FEW | DEEPER,

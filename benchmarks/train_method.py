@@ -16,6 +16,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.utils import ModelEmaV3, unwrap_model
 
 import timm_ddnn
 from timm_ddnn.cli import ArgumentParser, number, one_line_errors
@@ -31,6 +32,9 @@ def parse_args():
     parser.add_argument('--ramp-updates', type=number(int, 0), default=0, help='steps of linear growth of alpha, beta')
     parser.add_argument(
         '--full-net-updates', type=number(int, 0), default=0, help='first updates, in which the full-net trains alone')
+    parser.add_argument(
+        '--average-teacher', type=number(float, 0, 1), metavar='DECAY',
+        help='decay of an average of the weights, whose full-net teaches in the place of the one in training')
     parser.add_argument('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
     return parser.parse_known_args()
 
@@ -45,11 +49,21 @@ class MethodTask(timm_ddnn.EKDTask):
         used = {'ce': 1.0, 'kl': self.loss_fn.alpha, 'attention': self.loss_fn.beta}
         self.parts = [name for name, weight in used.items() if weight]
         self.register_buffer('steps', torch.zeros((), dtype=torch.long))
+        self.average = None
+        if method.average_teacher:
+            self.average = ModelEmaV3(model, method.average_teacher, use_warmup=True).requires_grad_(False)
         self.teacher = ()  # in a tuple: it is not a part of what is trained and saved
         if method.teacher:
             teacher = timm.create_model(f'local-dir:{method.teacher}', pretrained=True)
             teacher = teacher.to(next(model.parameters()).device, memory_format=torch.channels_last)
             self.teacher = (teacher.eval().requires_grad_(False),)
+
+    def average_outputs(self, input):
+        if not self.average:
+            return {}
+        self.average.update(unwrap_model(self.trainable_module), step=self.steps.item())
+        with torch.no_grad():
+            return self.average.module(input, depth=(self.full,))
 
     def forward(self, input, target):
         run = self.subnets
@@ -59,7 +73,9 @@ class MethodTask(timm_ddnn.EKDTask):
             run = [self.subnets[torch.randint(len(self.subnets), ()).item()]]
         outputs = self.trainable_module(input, depth=(self.full, *run))
         loss_fn = self.loss_fn
-        terms = loss_fn.terms(outputs, target)
+        terms = loss_fn.terms({**outputs, **self.average_outputs(input)}, target)
+        if self.average:
+            terms[f'ce_{self.full}'] = loss_fn({self.full: outputs[self.full]}, target)
         self.steps += 1
         ramp = torch.clamp(self.steps / max(self.method.ramp_updates, 1), max=1.0)
         loss = terms[f'ce_{self.full}']
