@@ -276,6 +276,34 @@ def test_the_full_net_trains_alone_first(modules, monkeypatch):
         assert (terms['loss'] > terms[f'ce_{model.depths[0]}']).item() is trained
 
 
+def test_an_average_of_the_weights_teaches(modules, monkeypatch):
+    """Catches a teacher that is the net in training, one that stays as it began, and one that is trained itself."""
+    monkeypatch.setattr('sys.argv', ['train_method.py', '--average-teacher', '0.25'])
+    method, _ = modules.train_method.parse_args()
+    model = make_model().train()
+    full, *subnets = model.depths
+    task = modules.train_method.MethodTask(model, method=method, alpha=0.3, beta=0.1, verbose=False)
+    images, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    weight, values = model.get_classifier().weight, []
+    for _ in range(3):  # the average begins as the net at the second update
+        terms = task(images, target)
+        values.append(weight.detach().clone())
+        weight.data = torch.randn_like(weight)
+    teacher = task.average.module
+    torch.testing.assert_close(teacher.get_classifier().weight, 0.25 * values[1] + 0.75 * values[2])
+    weight.data = values[2]
+    with torch.no_grad():
+        outputs = model(images, depth='all')
+        taught = task.loss_fn.terms({**outputs, full: teacher(images, depth=(full,))[full]}, target)
+        alone = task.loss_fn.terms(outputs, target)
+    for depth in subnets:
+        assert terms[f'kl_{depth}'] == pytest.approx(taught[f'kl_{depth}'].item(), rel=1e-4)
+        assert terms[f'kl_{depth}'] != pytest.approx(alone[f'kl_{depth}'].item(), rel=1e-2)
+    assert terms[f'ce_{full}'] == pytest.approx(alone[f'ce_{full}'].item(), rel=1e-4)
+    terms['loss'].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
 @pytest.mark.parametrize(('losses', 'concludes'), [((0.4, 0.3, 0.2), True), ((0.2, 0.3, 0.2), False)])
 def test_an_explanation_is_given_only_where_the_losses_are_so(modules, losses, concludes):
     """Catches a conclusion that stands whatever was measured, and losses of other seeds than those compared."""
