@@ -11,7 +11,6 @@ The options below are taken, all others are those of train_ekd.py. What turned o
 """
 import runpy
 import sys
-from itertools import product
 from pathlib import Path
 
 import timm
@@ -30,8 +29,6 @@ def parse_args():
     parser.add_argument('--teacher', type=Path, metavar='FOLDER', help='output of a run, whose full-net teaches')
     parser.add_argument('--subnet-ce', type=amount, default=1.0, help='weight of cross-entropy in the sub-nets')
     parser.add_argument('--ramp-updates', type=number(int, 0), default=0, help='steps of linear growth of alpha, beta')
-    parser.add_argument(
-        '--full-net-updates', type=number(int, 0), default=0, help='first updates, in which the full-net trains alone')
     parser.add_argument(
         '--average-teacher', type=number(float, 0, 1), metavar='DECAY',
         help='decay of an average of the weights, whose full-net teaches in the place of the one in training')
@@ -66,10 +63,8 @@ class MethodTask(timm_ddnn.EKDTask):
             return self.average.module(input, depth=(self.full,))
 
     def forward(self, input, target):
-        run = self.subnets
-        if self.method.full_net_updates and self.steps < self.method.full_net_updates:
-            run = []
-        elif self.method.sample:
+        run = self.subnets if self.depth == 'all' else []
+        if self.method.sample and run:
             run = [self.subnets[torch.randint(len(self.subnets), ()).item()]]
         outputs = self.trainable_module(input, depth=(self.full, *run))
         loss_fn = self.loss_fn
@@ -97,10 +92,6 @@ class MethodTask(timm_ddnn.EKDTask):
             for depth in self.subnets:
                 for name in self.parts:
                     terms[f'{name}_{depth}'] = terms[f'{name}_{run[0]}'] * (scale if depth == run[0] else 0)
-        if self.method.sample or self.method.full_net_updates:  # the same terms in every step
-            for depth, name in product(self.subnets, self.parts):
-                terms.setdefault(f'{name}_{depth}', terms['loss'].new_zeros(()))
-            terms = dict(sorted(terms.items()))
         return {
             **{name: term.detach() for name, term in terms.items()},
             'loss': loss,

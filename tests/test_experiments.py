@@ -259,23 +259,6 @@ def test_other_ways_of_ekd_are_judged_against_nets_of_their_blocks(modules):
         ('ekd_late', 'holds at depths 20 and 14: +0.10 ± 0.06 (20), +5.10 ± 0.06 (14)')]
 
 
-def test_the_full_net_trains_alone_first(modules, monkeypatch):
-    """Catches sub-nets that train from the start or never, and terms that differ between steps of an epoch."""
-    monkeypatch.setattr('sys.argv', ['train_method.py', '--full-net-updates', '2'])
-    method, rest = modules.train_method.parse_args()
-    assert not rest
-    model = make_model().train()
-    task = modules.train_method.MethodTask(model, method=method, alpha=0.3, beta=0.1, verbose=False)
-    images, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
-    steps = [task(images, target) for _ in range(4)]
-    assert len({tuple(terms) for terms in steps}) == 1
-    for number, terms in enumerate(steps):
-        trained = number >= 2
-        for depth in model.depths[1:]:
-            assert all(bool(terms[f'{name}_{depth}'] > 0) is trained for name in ('ce', 'kl', 'attention'))
-        assert (terms['loss'] > terms[f'ce_{model.depths[0]}']).item() is trained
-
-
 def test_an_average_of_the_weights_teaches(modules, monkeypatch):
     """Catches a teacher that is the net in training, one that stays as it began, and one that is trained itself."""
     monkeypatch.setattr('sys.argv', ['train_method.py', '--average-teacher', '0.25'])

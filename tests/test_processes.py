@@ -167,6 +167,16 @@ def test_other_kinds_of_processes_are_refused(monkeypatch, capfd):
             f'error: several processes must be those of accelerate launch --multi_gpu, got {kind.value}\n')
 
 
+def test_weights_without_a_gradient_are_refused(monkeypatch, capfd):
+    """Catches private scales that get no gradient in some steps, which DistributedDataParallel waits for."""
+    monkeypatch.setattr(Accelerator, 'num_processes', 2)
+    private = [*FAST, '--model-kwargs', 'shared_affine=False']
+    with pytest.raises(SystemExit) as exit_info:
+        run(*private, '--img-size', 32, '--full-net-updates', 3, '--output', 'out')
+    assert exit_info.value.code == 2
+    assert capfd.readouterr().err.startswith('error: --full-net-updates is for one process, or for scale and shift')
+
+
 @pytest.mark.parametrize('name, processes', [('gpu', 1), ('gpus', 8), ('machines', 32)])
 def test_configurations_for_gpus(name, processes):
     """Catches a ready configuration with a key that accelerate does not know."""

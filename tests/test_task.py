@@ -74,6 +74,23 @@ def test_is_a_classification_task(model):
     assert task.get_eval_model() is model
 
 
+def test_the_full_net_trains_alone_on_demand(model, x):
+    """Catches sub-nets that learn, or count as trained, in a step that is the full-net's."""
+    task = make_task(model)
+    task.depth = (12,)
+    norms = [norm for norm in model.path_norms(8) if norm not in model.path_norms(12)]
+    assert norms
+    result = step(task, x)
+    assert result.keys() == {'loss', 'ce_12', 'output'}
+    assert result['loss'] == result['ce_12']
+    assert model.trained_depths == (12,)
+    assert not any(norm.num_batches_tracked for norm in norms)
+    task.depth = 'all'
+    assert step(task, x).keys() == TERMS | {'loss', 'output'}
+    assert model.trained_depths == DEPTHS
+    assert all(norm.num_batches_tracked for norm in norms)
+
+
 @pytest.mark.parametrize(('options', 'missing'), [
     (dict(), set()),
     (dict(alpha=0), {'kl_10', 'kl_8'}),

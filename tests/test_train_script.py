@@ -1,6 +1,7 @@
 """The training script as its users start it: short real runs on digits, and what it says to wrong input."""
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import timm
 import torch
 from image_files import DAMAGED, png, write_images, write_parquet
 from timm.data import Mixup, create_transform
-from training import FAST, MODEL, SCRIPT, history, read, run, top1
+from training import FAST, MODEL, SCRIPT, assert_same_run, history, read, run, top1
 
 from timm_ddnn.data import load_image_data
 
@@ -62,6 +63,29 @@ def test_loss_is_made_of_its_terms(trained):
         ce, kl, attention = (record[f'train_{term}_8'] for term in ('ce', 'kl', 'attention'))
         expected = record['train_ce_14'] + 0.7 * (ce + 0.5 * kl + 0.2 * attention)
         assert record['train_loss'] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_full_net_trains_alone_first():
+    """Catches sub-nets that train from the start or never, and a run that goes on otherwise than it would have."""
+    short = [*FAST, '-b', 128, '--epochs', 3]  # of 33 updates
+    first = ['--full-net-updates', 16, '--checkpoint-interval', 14]
+    run(*short, '--subnets', '--output', 'alone')
+    run(*short, *first, '--checkpoint-hist', 9, '--output', 'out')
+    alone, records = history('alone'), history('out')
+    terms = ['train_loss', 'train_ce_14', 'train_ce_8', 'train_kl_8', 'train_attention_8']
+    for record, expected in zip(records, (terms[:2], terms, terms), strict=True):
+        assert [name for name in record if name.startswith('train_')] == expected
+        loss, *values = (record.get(name, 0) for name in terms)
+        assert loss == pytest.approx(np.dot(values, [1, 1, 0.3, 0.1]), rel=1e-4)
+    for name in (*terms[:2], 'top1_14'):
+        assert records[0][name] == pytest.approx(alone[0][name], rel=1e-4)
+    assert 0 < records[1]['train_ce_8'] < 0.75 * records[1]['train_ce_14']  # it is 0 in 5 of the 11 batches
+    assert Path('out/curves.png').stat().st_size > 10_000
+    for updates in (22, 28, 33):
+        shutil.rmtree(f'out/checkpoints/step-{updates:08d}')
+    shutil.copytree('out/checkpoints', 'again/checkpoints')
+    run(*short, *first, '--resume', 'auto', '--output', 'again')
+    assert_same_run('again', 'out')
 
 
 def test_timm_reloads_the_same_accuracy(trained):
@@ -215,6 +239,7 @@ WRONG = [
     ('--weights 14', "DEPTH=WEIGHT .*, got '14'"),
     ('--weights 20=1', r'sub-nets of \(14, 8\), got \[20\]'),
     ('--weights 8=-1', r'weight of depth 8 must be .* >= 0, got -1'),
+    ('--full-net-updates 22', '--full-net-updates must be less than the 22 updates of the run, got 22'),
     ('--temperature 0', 'temperature must be .* > 0, got 0'),
     ('--stages 3', r'stages must be from -3 to 2, got \[3\]'),
     ('--attention foo', "invalid choice: 'foo' .*energy"),

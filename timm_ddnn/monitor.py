@@ -31,20 +31,21 @@ class LossMeter:
         self.steps = steps
         self.names = list(sums or ())
         mine = [sums[name][accelerator.process_index] for name in self.names]
-        self._sums = torch.tensor(mine, device=accelerator.device) if sums else None
-        self._finite_steps = None
+        self._sums = torch.tensor(mine, dtype=torch.float32, device=accelerator.device)
+        self._finite_steps = torch.full_like(self._sums, steps, dtype=torch.long)
 
     def update(self, terms: Mapping[str, torch.Tensor]) -> None:
         """Add the terms of a step, without waiting for them.
 
         Args:
-            terms: What `EKDTask` returns. Its key 'output' is passed over.
+            terms: What `EKDTask` returns: the terms of the steps before, and maybe others, which have been 0 until
+                now. Its key 'output' is passed over.
         """
-        self.names = [name for name in terms if name != 'output']
+        self.names += [name for name in terms if name not in ('output', *self.names)]
         values = torch.stack([terms[name].detach() for name in self.names])
-        if self._finite_steps is None:
-            self._finite_steps = torch.full_like(values, self.steps, dtype=torch.long)
-        self._sums = values if self._sums is None else self._sums + values
+        new = len(values) - len(self._sums)
+        self._sums = nn.functional.pad(self._sums, (0, new)) + values
+        self._finite_steps = nn.functional.pad(self._finite_steps, (0, new), value=self.steps)
         self._finite_steps += self._sums.isfinite()  # a sum that is not finite never becomes so again
         self.steps += 1
 

@@ -66,6 +66,8 @@ def parse_args(description: str) -> argparse.Namespace:
     arg('--attention', choices=('energy', 'standardized'), default=loss.attention, help='form of the attention')
     arg('--stages', nargs='+', type=int, help='stages whose attention is compared, from 0, all if not given')
     arg('--weights', nargs='+', type=parse_weight, default=[], metavar='DEPTH=WEIGHT', help='loss weights of sub-nets')
+    arg('--full-net-updates', type=number(int, 0), default=0, metavar='N',
+        help='train the full-net alone in the first N updates, and all depths in the others')
     arg('--smoothing', type=fraction, default=0.0, help='label smoothing')
     arg('--bce-loss', action='store_true', help='binary cross-entropy in the place of cross-entropy')
 

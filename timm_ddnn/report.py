@@ -5,7 +5,7 @@ Names of metrics, in `metrics.jsonl` (a line per epoch) and in `history`:
     epoch                 counted from 0
     updates               updates of the weights since the start of the run
     lr                    learning rate at the end of the epoch
-    train_loss            the loss and its terms, means over the epoch's batches:
+    train_loss            the loss and its terms, means over the epoch's batches, 0 in those without the term:
     train_ce_<depth>      criterion of a depth
     train_kl_<depth>      KL divergence of a sub-net from the full-net, times temperature squared, without its weight
     train_attention_<depth>  distance of the attention of a sub-net from the full-net's, without its weight
@@ -20,6 +20,7 @@ A row of results per depth: depth, blocks (per stage), parameters (of the plain 
 """
 import copy
 import json
+import math
 import os
 import platform
 import shutil
@@ -268,9 +269,9 @@ def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequen
     ]
     for axes, metric, style, label in curves:
         for i, depth in enumerate(depths):
-            if f'{metric}_{depth}' in history[0]:
-                axes.plot(epochs, [record[f'{metric}_{depth}'] for record in history], style, color=f'C{i}')
-        if any(f'{metric}_{depth}' in history[0] for depth in depths):
+            values = [record.get(f'{metric}_{depth}', math.nan) for record in history]
+            axes.plot(epochs, values, style, color=f'C{i}')
+        if any(f'{metric}_{depth}' in history[-1] for depth in depths):
             axes.plot([], [], style, color='black', label=label)
     losses.set(title='training, terms of the loss without their weights', xlabel='epoch', yscale='log')
     accuracies.set(title='validation', xlabel='epoch', ylabel='top-1 accuracy (%)')

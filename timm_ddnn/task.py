@@ -1,6 +1,6 @@
 """Embedded knowledge distillation as a task of timm's training scripts; the maths is in `loss.py`."""
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ class EKDTask(ClassificationTask):
         * every term of the loss in the returned dict
         * `ekd_options`, the arguments of `EKDLoss`
         * clipping without the head leaves out the classifier, not the last parameters: they may be a sub-net's
+
+    Attributes:
+        depth: Depths that a step trains, as the model's `forward` takes several: 'all', or a sequence with the
+            full-net. To be set between steps: `(50,)` trains the full-net of a ResNet-50 alone.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class EKDTask(ClassificationTask):
             raise ValueError(f'EKDTask trains dynamic-depth models (ddnn_*), got {type(ddnn).__name__}')
         super().__init__(
             model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
+        self.depth: str | Sequence[int] = 'all'
         self.loss_fn = EKDLoss(criterion=self.criterion, **ekd_options)
         stages = len(ddnn.blocks(None))
         if any(not -stages <= stage < stages for stage in self.loss_fn.stages or ()):
@@ -68,7 +73,7 @@ class EKDTask(ClassificationTask):
             _logger.info(f'{type(self).__name__}: depths={ddnn.depths}, {self.loss_fn.extra_repr()}')
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run all depths and compute the loss.
+        """Run the depths that are trained, and compute the loss.
 
         Args:
             input: Images, [B, C, H, W].
@@ -78,7 +83,7 @@ class EKDTask(ClassificationTask):
             'loss', a scalar with gradient; 'output', the full-net's logits [B, num_classes]; and the terms of
             `EKDLoss.terms` without gradient.
         """
-        outputs = self.trainable_module(input, depth='all')
+        outputs = self.trainable_module(input, depth=self.depth)
         terms = self.loss_fn.terms(outputs, target)
         return {
             **{name: term.detach() for name, term in terms.items()},

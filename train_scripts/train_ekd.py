@@ -269,10 +269,20 @@ def main():
                 )
             images = Images(data, 'train', transform, **image_args)
         train_loader = create_loader(images, args.batch_size, training=True, num_workers=args.workers)
+        ekd_task = task
         task, optimizer, train_loader, val_loader = accelerator.prepare(task, optimizer, train_loader, val_loader)
         if not len(train_loader):
             most = len(data.train) // accelerator.num_processes
             raise ValueError(f'--batch-size must be at most {most} for {len(data.train)} images, got {args.batch_size}')
+        updates_per_epoch = math.ceil(len(train_loader) / args.grad_accum_steps)
+        if args.full_net_updates >= args.epochs * updates_per_epoch:
+            raise ValueError(
+                f'--full-net-updates must be less than the {args.epochs * updates_per_epoch} updates of the run, got '
+                f'{args.full_net_updates}')
+        if args.full_net_updates and accelerator.num_processes > 1 and not model.shared_affine:
+            raise ValueError(
+                '--full-net-updates is for one process, or for scale and shift that the depths share, got '
+                f'{accelerator.num_processes} processes and shared_affine=False')
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -281,7 +291,7 @@ def main():
         warmup_epochs=args.warmup_epochs,
         warmup_lr=args.warmup_lr,
         step_on_epochs=False,
-        updates_per_epoch=math.ceil(len(train_loader) / args.grad_accum_steps),
+        updates_per_epoch=updates_per_epoch,
     )
     ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
 
@@ -350,6 +360,7 @@ def main():
                     with seeded(args.seed, epoch, step, accelerator.process_index + 1):
                         images, target = mixup(images, target)
                 images = images.contiguous(memory_format=memory_format)
+                ekd_task.depth = model.depths[:1] if updates < args.full_net_updates else 'all'
                 with accelerator.accumulate(task):
                     terms = task(images, target)
                     # accelerate divides by --grad-accum-steps, but the last update may be of fewer batches
