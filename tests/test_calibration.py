@@ -99,15 +99,18 @@ def test_bad_loader_leaves_everything_as_it_was(small, loader):
     assert all(m.training for m in small.modules())
 
 
-def test_error_in_the_middle_restores_statistics_and_modes(small):
+@pytest.mark.parametrize('error', [OSError('disk gone'), KeyboardInterrupt()], ids=['error', 'interrupt'])
+def test_error_in_the_middle_restores_statistics_and_modes(small, error):
+    """Catches statistics of half the images, in a notebook after Ctrl-C too."""
     def failing():
         yield from batches(2)
-        raise OSError('disk gone')
+        raise error
 
     before = {k: v.clone() for k, v in small.state_dict().items()}
     momenta = [norm.momentum for norm in find_norms(small)]
-    with pytest.raises(OSError, match='disk gone'):
+    with pytest.raises(type(error)):
         calibrate_bn(small, failing(), depth=14)
+    assert small.trained_depths == ()
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
     assert not any(m.training for m in small.modules())
     assert [norm.momentum for norm in find_norms(small)] == momenta
@@ -126,3 +129,10 @@ def test_drop_path_and_dropout_stay_off():
     first = {k: v.clone() for k, v in model.state_dict().items()}
     calibrate_bn(model, batches(), depth=14)
     assert all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
+
+
+def test_images_are_taken_in_the_models_precision(small):
+    """Catches images in float32 that a model in float64 or bfloat16 cannot take."""
+    small.double()
+    assert calibrate_bn(small, batches(), depth=14) == 24
+    assert {norm.running_mean.dtype for norm in find_norms(small)} == {torch.float64}

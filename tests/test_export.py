@@ -335,6 +335,27 @@ def test_file_that_does_not_run_on_several_images_is_removed(saved, tmp_path, mo
     assert not files(tmp_path)
 
 
+def test_file_that_is_wrong_for_several_images_is_removed(saved, tmp_path, monkeypatch):
+    """Catches a comparison of one image at a time, where a file with a free batch mixes its images."""
+    class Mixing(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            logits = self.net(x)
+            return logits + (logits - logits.mean(0))
+
+    write = exporting._write
+    monkeypatch.setattr(
+        exporting, '_write', lambda file, format, net, *args: write(file, format, Mixing(net).eval(), *args))
+    images = exporting.load_images(saved[0])
+    with pytest.raises(exporting.ExportMismatchError, match='differs from depth 8'):
+        exporting.export(saved[0], 8, tmp_path, format='torchscript', images=images)
+    assert not files(tmp_path)
+    assert exporting.export(saved[0], 8, tmp_path, format='onnx', images=images)  # of one image, which it is right for
+
+
 @pytest.mark.parametrize('shape', [(0, 3, 32, 32), (2, 3, 24, 24), (2, 1, 32, 32)])
 def test_images_of_another_size_are_refused(shape, saved, tmp_path):
     """Catches a file of another size than its metadata says."""

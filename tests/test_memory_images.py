@@ -33,6 +33,15 @@ def test_validation_images_are_those_decoded_one_by_one(data):
     assert torch.equal(labels, targets)
 
 
+def test_grey_images(data):
+    """Catches images of three channels, or of another one, for a model of one."""
+    config = CONFIG | dict(input_size=(1, 16, 24), mean=(0.4,), std=(0.2,))
+    images, _ = one_epoch(MemoryImages(data, 'validation', config))
+    expected, _ = one_epoch(Images(data, 'validation', create_transform(**config), in_chans=1))
+    assert images.shape == (360, 1, 16, 24)
+    assert torch.equal(images, expected)
+
+
 def test_training_images_are_padded_crops_and_flips(data):
     """Catches crops beyond the padding or of one place only, flips of all or none, and images mixed in a batch."""
     memory = MemoryImages(data, 'train', CONFIG, hflip=0.5, seed=3)

@@ -399,6 +399,8 @@ def test_distributed_steps_equal_ordinary_ones(model, x, options, process_group)
     task = make_task(model, **OPTIONS)
     assert task.prepare_distributed(**options) is task
     assert isinstance(task.get_trainable_module(), nn.parallel.DistributedDataParallel)
+    clipped = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+    assert {id(p) for p in model.parameters()} - clipped == {id(p) for p in model.get_classifier().parameters()}
     for _ in range(3):  # from the second on, DDP complains of parameters that the one before left without a gradient
         result, expected = step(task, x), step(expected_task, x)
         assert result['loss'].item() == pytest.approx(expected['loss'].item(), rel=1e-5)
