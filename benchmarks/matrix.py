@@ -213,7 +213,7 @@ def all_runs():
     seeds = {'alone': 3, 'joint': 3, 'ekd': 3, 'ekd_private': 3, 'ekd_full_first': 3, 'alone_late': 3, 'ekd_late': 3}
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
-    tiny = {**RECIPE, '--epochs': '60', '--warmup-epochs': '3', '--img-size': '128', '-b': '256'}
+    tiny = {**deep, '--epochs': '30', '--warmup-epochs': '3', '--img-size': '64'}
     main = 'alone', 'kd', 'joint', 'ekd'
     cut_alike = 'alone', 'kd', *(method for method in METHODS if method != 'ekd_late')
     runs = [
