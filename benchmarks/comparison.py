@@ -30,7 +30,8 @@ METHODS = {
     f'{SHALLOW}, others {MIDDLE}',
     'ekd_equal': 'as `ekd`, but all sub-nets with weight 1, so that against `joint` it shows what distillation adds',
     'ekd_private': 'as `ekd`, but with scale and shift of its own for every path',
-    'ekd_full_first': 'as `ekd_equal`, but in the first half of the updates the full-net trains alone',
+    'ekd_full_first': 'as `ekd_equal`, but in the first half of the updates the full-net trains alone '
+    '(`--full-net-updates`)',
     'ekd_late': 'as `ekd`, but cut in the late stages, blocks '
     f'{" and ".join(RIVALS["ekd_late"]["--subnets"].split())}, and held against `alone_late`',
     'ekd_light': 'as `ekd`, but with weights {1} and {0}'.format(*SUBNET_WEIGHTS['ekd_light']),

@@ -50,7 +50,7 @@ SHORT = {
     'cifar10_part': 'the training split of CIFAR-10 (JPEG)',
     'tiny_imagenet': 'Tiny ImageNet',
 }
-FULL_FIRST = 'sub-nets of weight 1 that train in the second half of the updates only'
+FULL_FIRST = 'sub-nets of weight 1 that train in the second half of the updates only (`--full-net-updates`)'
 FEW = {
     'few_ekd': '`ddnn_resnet20`',
     'few_ekd_full_first': f'the same with {FULL_FIRST}',

@@ -20,7 +20,7 @@ class EKDTask(ClassificationTask):
     """Trains all depths of a dynamic-depth model in every step, the full-net teaching the others.
 
     Modifications against timm's `ClassificationTask`:
-        * one forward with `depth='all'`, and `EKDLoss` around the criterion
+        * one forward of all depths, or of those in `depth`, and `EKDLoss` around the criterion
         * every term of the loss in the returned dict
         * `ekd_options`, the arguments of `EKDLoss`
         * clipping without the head leaves out the classifier, not the last parameters: they may be a sub-net's
