@@ -139,8 +139,12 @@ def enumerate_all(values):
 def judge(tops, method='ekd', others=('alone',)):
     """Say depth by depth whether the promise holds, and by how much: 'fails at depth 20: -0.96 ± 0.23 (20)'."""
     gains = gains_by_depth(tops, method, others)
-    if not gains:
-        return ''
+    return f'{outcome(tops, method, others)}: {list_gains(gains)}' if gains else ''
+
+
+def outcome(tops, method='ekd', others=('alone',)):
+    """Say depth by depth whether the promise holds: 'holds at depth 8, fails at depth 20'."""
+    gains = gains_by_depth(tops, method, others)
     outcomes = {'holds': [], 'fails': [], 'is undecided': []}
     for depth in sorted(tops[method], reverse=True):
         least = -TOLERANCE if depth == max(tops[method]) else 0
@@ -151,11 +155,10 @@ def judge(tops, method='ekd', others=('alone',)):
             outcomes['fails'].append(depth)
         else:
             outcomes['is undecided'].append(depth)
-    found = [
-        f'{outcome} at depth{"s"[:len(depths) > 1]} {enumerate_all(depths)}'
-        for outcome, depths in outcomes.items() if depths
-    ]
-    return f'{", ".join(found)}: {list_gains(gains)}'
+    return ', '.join(
+        f'{text} at depth{"s"[:len(depths) > 1]} {enumerate_all(depths)}'
+        for text, depths in outcomes.items() if depths
+    )
 
 
 def judge_variants(tops):

@@ -334,6 +334,9 @@ def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules,
     error = statistics.stdev(gains) / 3 ** 0.5
     assert f'| {np.mean(gains):+.2f} ± {error:.2f} | +0.50 | 0, 1, 2 |' in text
     assert '| joint | 80.50 | +0.50 |  | 0 |' in text
+    table = results.promise_table(results.load_experiments())
+    gain = f'{np.mean(gains):+.2f} ± {error:.2f} (8)'
+    assert f'| `ddnn_resnet20` | 50,000 | 15 | 0.25, 0.75 | 0 | {gain} | holds at depth 8 (3 seeds) |' in table
     assert (tmp_path / 'results/some.png').stat().st_size > 10_000
 
 
