@@ -285,6 +285,26 @@ def test_a_damaged_configuration_is_repaired_and_not_used(published):
     assert depths == '(20, 14, 8)'
 
 
+def test_weights_are_of_the_commit_of_their_configuration(published, tmp_path):
+    """Catches a publication between two downloads, whose weights would not be those that config.json promises."""
+    other = save(make_model(seed=1), tmp_path / 'other')
+    run(published, f"""
+        from timm_ddnn import hub
+        fetch = hub._fetch
+        def publish_after(*args):
+            found = fetch(*args)
+            hub._fetch = fetch
+            timm_ddnn.push_to_hub({str(other)!r}, {NET!r})
+            return found
+        hub._fetch = publish_after
+        torch.save(load('hf-hub:{NET}')(images, depth=14), {str(tmp_path / 'old.pt')!r})
+        torch.save(load('hf-hub:{NET}')(images, depth=14), {str(tmp_path / 'new.pt')!r})
+    """)
+    assert len(commits(published)) == 1
+    for name, seed in ('old', 0), ('new', 1):
+        assert torch.equal(torch.load(tmp_path / f'{name}.pt'), logits(make_model(seed=seed))[14])
+
+
 def test_weights_of_a_tag_load_offline_without_a_configuration(published, tmp_path):
     """Catches a tag that needs offline what timm alone does not put into the cache."""
     result = run(published, f"""
