@@ -382,8 +382,8 @@ def promise_table(experiments):
     head = ['model', 'images', 'epochs', 'weights of sub-nets', '`--full-net-updates`', 'EKD against alone', 'promise']
     return markdown_table(head, rows) + (
         '\nThe 5,000 images are of the training split, and judged on 30,000 others of it. Settings differ because one '
-        'was looked for in which the promise holds. Where there are six seeds, the first three had left depth 8 undecided, '
-        'and the others were added to decide it.\n')
+        'was looked for in which the promise holds. Where there are six seeds, the first three had left depth 8 '
+        'undecided, and the others were added to decide it.\n')
 
 
 def write_readme(experiments):
