@@ -139,15 +139,19 @@ def enumerate_all(values):
 def judge(tops, method='ekd', others=('alone',)):
     """Say depth by depth whether the promise holds, and by how much: 'fails at depth 20: -0.96 ± 0.23 (20)'."""
     gains = gains_by_depth(tops, method, others)
-    return f'{outcome(tops, method, others)}: {list_gains(gains)}' if gains else ''
+    return f'{outcome(gains, tops[method])}: {list_gains(gains)}' if gains else ''
 
 
-def outcome(tops, method='ekd', others=('alone',)):
-    """Say depth by depth whether the promise holds: 'holds at depth 8, fails at depth 20'."""
-    gains = gains_by_depth(tops, method, others)
+def outcome(gains, depths):
+    """Say depth by depth whether the promise holds: 'holds at depth 8, fails at depth 20'.
+
+    Args:
+        gains: What `gains_by_depth` gives.
+        depths: All depths of the model.
+    """
     outcomes = {'holds': [], 'fails': [], 'is undecided': []}
-    for depth in sorted(tops[method], reverse=True):
-        least = -TOLERANCE if depth == max(tops[method]) else 0
+    for depth in sorted(depths, reverse=True):
+        least = -TOLERANCE if depth == max(depths) else 0
         values = gains.get(depth, ())
         if len(values) > 2 and ttest_1samp(values, least, alternative='greater').pvalue < LEVEL:
             outcomes['holds'].append(depth)
@@ -156,8 +160,8 @@ def outcome(tops, method='ekd', others=('alone',)):
         else:
             outcomes['is undecided'].append(depth)
     return ', '.join(
-        f'{text} at depth{"s"[:len(depths) > 1]} {enumerate_all(depths)}'
-        for text, depths in outcomes.items() if depths
+        f'{text} at depth{"s"[:len(found) > 1]} {enumerate_all(found)}'
+        for text, found in outcomes.items() if found
     )
 
 

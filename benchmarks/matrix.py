@@ -56,8 +56,7 @@ def compare(experiment, model, data, recipe, methods, seeds):
             named = {f'kd-{depth}': single[depth] | KD for depth in net.depths[1:]}
         else:
             weights = weigh(net.depths, *SUBNET_WEIGHTS[method]) if method in SUBNET_WEIGHTS else {}
-            half = int(recipe['--epochs']) * (TRAIN_IMAGES[data] // int(recipe['-b'])) // 2
-            first = {'--full-net-updates': str(half)} if method == 'ekd_full_first' else {}
+            first = full_net_first(TRAIN_IMAGES[data], recipe) if method == 'ekd_full_first' else {}
             named = {method: options | weights | first}
         for seed, (name, options) in product(range(seeds.get(method, 1)), named.items()):
             runs.append(Run(
@@ -75,6 +74,12 @@ def weigh(depths, middle, shallow):
     """Make the option that weighs the sub-nets: the shallowest has least in common with the others, so most weight."""
     *others, last = depths[1:]
     return {'--weights': ' '.join([*(f'{depth}={middle}' for depth in others), f'{last}={shallow}'])}
+
+
+def full_net_first(images, recipe, part=2):
+    """Make the option by which the full-net trains alone in the first half, or third, of the updates."""
+    updates = int(recipe['--epochs']) * (images // int(recipe['-b']))
+    return {'--full-net-updates': str(updates // part)}
 
 
 # The loss of each method; what is known of their choice is in results/README.md.
@@ -106,9 +111,8 @@ UNEVEN = weigh((20, 14, 8), *SUBNET_WEIGHTS['ekd'])
 HALF_WEIGHTS = weigh((20, 14, 8), '0.5', '0.5')
 START = {'warmup_4': {'--warmup-epochs': '4'}, 'clip_1': {'--clip-grad': '1'}}
 FEW = {'--train-split': 'few', '--epochs': '60', '--warmup-epochs': '6'}
-SOFT = {'--alpha': '1', '--temperature': '4'}
-AVERAGE = SOFT | {'--average-teacher': '0.998'}
-FULL_FIRST = {'--full-net-updates': '1170'}
+AVERAGE = KD | {'--average-teacher': '0.998'}
+FULL_FIRST = full_net_first(5_000, RECIPE | FEW)
 DEEPER = {'--model': 'ddnn_resnet44'}
 ABLATIONS = [
     ('Which terms', None, {
@@ -130,7 +134,7 @@ ABLATIONS = [
         'half_weights_alpha_1': HALF_WEIGHTS | {'--alpha': '1'},
         'uneven_weights': UNEVEN,
         'uneven_weights_alpha_1': UNEVEN | {'--alpha': '1'},
-        'light_weights_soft': weigh((20, 14, 8), '0.1', '0.3') | {'--alpha': '1', '--temperature': '4'},
+        'light_weights_soft': weigh((20, 14, 8), '0.1', '0.3') | KD,
         'sampled': {'--sample': None},
     }),
     ('Weight of the sub-nets', 'joint', {'uneven_weights': UNEVEN}),
@@ -159,8 +163,8 @@ ABLATIONS = [
         'few_joint': CE_ONLY | FEW,
         'few_ekd': EKD | FEW,
         'few_ekd_full_first': EKD | FEW | FULL_FIRST,
-        'few_ekd_full_first_third': EKD | FEW | {'--full-net-updates': '780'},
-        'few_ekd_full_first_soft': EKD | FEW | FULL_FIRST | HALF_WEIGHTS | SOFT,
+        'few_ekd_full_first_third': EKD | FEW | full_net_first(5_000, RECIPE | FEW, part=3),
+        'few_ekd_full_first_soft': EKD | FEW | FULL_FIRST | HALF_WEIGHTS | KD,
     }),
     ('5,000 images, 60 epochs, a deeper net', None, {
         'few_44_alone_44': SINGLE | FEW | DEEPER,

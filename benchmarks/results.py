@@ -364,9 +364,13 @@ def promise_table(experiments):
     rows = []
     for experiment in sorted(experiments, key='ablations'.__eq__):
         tops, runs = experiments[experiment]
-        for method in FEW if experiment == 'ablations' else ('ekd', 'ekd_full_first'):
-            others = AGAINST.get(method, ['alone']) if experiment == 'ablations' else ['alone']
-            if method not in tops or not (gains := gains_by_depth(tops, method, others)):
+        if experiment == 'ablations':
+            methods = {name: AGAINST[name] for name in FEW}
+        else:
+            methods = dict.fromkeys(('ekd', 'ekd_full_first'), ('alone',))
+        for method, others in methods.items():
+            gains = gains_by_depth(tops, method, others)
+            if not gains:
                 continue
             run = next(run for stem, run in runs.items() if split_name(stem)[0] == method)
             arguments, first = run['arguments'], run['options'].get('--full-net-updates')
@@ -377,7 +381,7 @@ def promise_table(experiments):
                 ', '.join(f'{weight:g}' for _, weight in arguments['weights']) or '1',
                 f'{first} of {run["history"][-1]["updates"]}' if first else '0',
                 list_gains(gains),
-                f'{outcome(tops, method, others)} ({max(map(len, gains.values()))} seeds)',
+                f'{outcome(gains, tops[method])} ({max(map(len, gains.values()))} seeds)',
             ])
     head = ['model', 'images', 'epochs', 'weights of sub-nets', '`--full-net-updates`', 'EKD against alone', 'promise']
     return markdown_table(head, rows) + (
