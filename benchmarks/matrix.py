@@ -162,6 +162,7 @@ ABLATIONS = [
         'few_alone_8': SINGLE | FEW | {'--model-kwargs': 'layers=1,1,1'},
         'few_joint': CE_ONLY | FEW,
         'few_ekd': EKD | FEW,
+        'few_joint_full_first': CE_ONLY | FEW | FULL_FIRST,
         'few_ekd_full_first': EKD | FEW | FULL_FIRST,
         'few_ekd_full_first_third': EKD | FEW | full_net_first(5_000, RECIPE | FEW, part=3),
         'few_ekd_full_first_soft': EKD | FEW | FULL_FIRST | HALF_WEIGHTS | KD,
@@ -189,8 +190,9 @@ ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
 # 'alone' is alone_20 at depth 20, and so on.
 AGAINST = {
     'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
-    'few_joint': ['few_alone'], 'few_ekd': ['few_alone'], 'few_ekd_full_first': ['few_alone'],
-    'few_ekd_full_first_third': ['few_alone'], 'few_ekd_full_first_soft': ['few_alone'],
+    'few_joint': ['few_alone'], 'few_joint_full_first': ['few_alone'], 'few_ekd': ['few_alone'],
+    'few_ekd_full_first': ['few_alone'], 'few_ekd_full_first_third': ['few_alone'],
+    'few_ekd_full_first_soft': ['few_alone'],
     'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
     'ekd_cut_late': ['alone_late', 'alone'],
 }
@@ -218,7 +220,7 @@ def all_runs():
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
     tiny = {**deep, '--epochs': '30', '--warmup-epochs': '3', '--img-size': '64'}
-    main = 'alone', 'kd', 'joint', 'ekd'
+    main = 'alone', 'kd', 'joint', 'ekd', 'ekd_full_first'
     cut_alike = 'alone', 'kd', *(method for method in METHODS if method != 'ekd_late')
     runs = [
         *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, (*cut_alike, 'alone_late', 'ekd_late'), seeds),
