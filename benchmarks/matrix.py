@@ -172,6 +172,7 @@ ABLATIONS = [
         'few_44_alone_32': SINGLE | FEW | DEEPER | {'--model-kwargs': 'layers=5,5,5'},
         'few_44_joint': CE_ONLY | FEW | DEEPER,
         'few_44_ekd': EKD | FEW | DEEPER,
+        'few_44_ekd_full_first': EKD | FEW | FULL_FIRST | DEEPER,
     }),
     ('Number of sub-nets and where they are cut', None, {
         'alone_late_14': SINGLE | {'--model-kwargs': 'layers=3,2,1'},
@@ -184,7 +185,8 @@ ABLATIONS = [
     }),
 ]
 # More than the others have: after three, the promise was undecided at depth 8
-SEEDS = dict.fromkeys(('few_alone_20', 'few_alone_14', 'few_alone_8', 'few_ekd_full_first'), 6)
+SEEDS = dict.fromkeys((
+    'few_alone_20', 'few_alone_14', 'few_alone_8', 'few_joint_full_first', 'few_ekd_full_first'), 6)
 ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
 # What a variant is compared with at a depth, the first that has it, where that is not the variant which it changes.
 # 'alone' is alone_20 at depth 20, and so on.
@@ -194,6 +196,7 @@ AGAINST = {
     'few_ekd_full_first': ['few_alone'], 'few_ekd_full_first_third': ['few_alone'],
     'few_ekd_full_first_soft': ['few_alone'],
     'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
+    'few_44_ekd_full_first': ['few_44_alone', 'few_alone'],
     'ekd_cut_late': ['alone_late', 'alone'],
 }
 
