@@ -12,7 +12,8 @@ from scipy.stats import ttest_1samp
 
 from timm_ddnn.model_card import markdown_table
 
-RESULTS = Path(__file__).resolve().parent.parent / 'results'
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'results'
 TOLERANCE = 0.2  # points that the full-net may lose
 LEVEL = 0.05  # probability of a verdict that is wrong
 MIDDLE, SHALLOW = SUBNET_WEIGHTS['ekd']
@@ -103,11 +104,12 @@ def name_seeds(by_depth):
 def comparison(tops):
     """Table of the methods, top-1 per depth, and the differences to training alone and to joint training."""
     depths = sorted({depth for method in tops.values() for depth in method}, reverse=True)
+    against = [other for other in ('alone', 'joint') if other in tops and len(tops) > 1]
     rows = []
     for method in METHODS:
         if method not in tops:
             continue
-        cells, gains = [], {'alone': [], 'joint': []}
+        cells, gains = [], {other: [] for other in against}
         for depth in depths:
             values = list(tops[method].get(depth, {}).values())
             cells.append(with_error(values) if values else '')
@@ -115,8 +117,8 @@ def comparison(tops):
                 others = ALONE.get(method, (other,)) if other == 'alone' else (other,)
                 gain = difference(tops, method, others, depth) if method != other else []
                 gains[other].append(with_error(gain, sign=True) if gain else '')
-        rows.append([method, *cells, *gains['alone'], *gains['joint'], name_seeds(tops[method])])
-    versus = [f'{depth} against {other}' for other in ('alone', 'joint') for depth in depths]
+        rows.append([method, *cells, *(cell for other in against for cell in gains[other]), name_seeds(tops[method])])
+    versus = [f'{depth} against {other}' for other in against for depth in depths]
     head = ['method', *map(str, depths), *versus, 'seeds']
     return markdown_table(head, rows)
 
@@ -124,6 +126,22 @@ def comparison(tops):
 def gains_by_depth(tops, method='ekd', others=('alone',)):
     gains = {depth: difference(tops, method, others, depth) for depth in sorted(tops.get(method, ()), reverse=True)}
     return {depth: values for depth, values in gains.items() if values}
+
+
+def distillation_gains(tops, runs, method):
+    """What a way of EKD gains by depth on the same training without distillation; nothing if there is none.
+
+    Args:
+        tops: What `load_runs` gives for an experiment, as `runs`.
+        runs: See `tops`.
+        method: Name of the method or variant.
+    """
+    rival = method.replace('ekd', 'joint')
+    weights = [
+        {run['options'].get('--weights') for stem, run in runs.items() if split_name(stem)[0] == name}
+        for name in (method, rival)
+    ]
+    return gains_by_depth(tops, method, [rival]) if rival != method and weights[0] == weights[1] else {}
 
 
 def list_gains(gains):
@@ -222,3 +240,17 @@ def explanation(tops, runs):
         text += '' if light is None else ', and less is missing with lighter sub-nets, which are worse then'
         text += ': at this schedule the depths compete for the shared weights.'
     return text + '\n'
+
+
+def method_table(tops):
+    return markdown_table(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items() if name in tops])
+
+
+def join_options(options):
+    """{'--alpha': '1', '--sample': None} -> '--alpha 1 --sample'"""
+    return ' '.join(flag if value is None else f'{flag} {value}'.strip() for flag, value in options.items())
+
+
+def name_machine(run):
+    hardware = run['hardware']
+    return ', '.join(hardware['gpus']) or f'a machine with {hardware["cpu_cores"]} cores of {hardware["cpu"]}'

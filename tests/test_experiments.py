@@ -29,7 +29,7 @@ from timm_ddnn.model_card import CITATION
 def modules(monkeypatch, tmp_path):
     """Import modules of benchmarks/ whose files go to a temporary folder."""
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    names = 'comparison', 'experiments', 'make_tag', 'matrix', 'results', 'train_method'
+    names = 'card', 'comparison', 'experiments', 'make_tag', 'matrix', 'results', 'train_method'
     modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for module in vars(modules).values():
         for place in {'RESULTS', 'WORK', 'WEIGHTS'} & vars(module).keys():
@@ -334,10 +334,18 @@ def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules,
     error = statistics.stdev(gains) / 3 ** 0.5
     assert f'| {np.mean(gains):+.2f} ± {error:.2f} | +0.50 | 0, 1, 2 |' in text
     assert '| joint | 80.50 | +0.50 |  | 0 |' in text
+    assert 'There is no result of EKD' not in text
     table = results.promise_table(results.load_experiments())
-    gain = f'{np.mean(gains):+.2f} ± {error:.2f} (8)'
+    gain = f'{np.mean(gains):+.2f} ± {error:.2f} (8) | +0.50 (8)'
     assert f'| `ddnn_resnet20` | 50,000 | 15 | 0.25, 0.75 | 0 | {gain} | holds at depth 8 (3 seeds) |' in table
     assert (tmp_path / 'results/some.png').stat().st_size > 10_000
+
+    for path in (tmp_path / 'results/some').glob('[ej]*.json'):
+        path.unlink()
+    results.write_results(results.load_experiments())
+    text = (tmp_path / 'results/README.md').read_text()
+    assert '| method | 8 | seeds |' in text
+    assert 'There is no result of EKD here yet, so nothing is said of its promise.' in text
 
 
 def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
@@ -349,6 +357,7 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
         ('ekd_cut_late', 0): {20: 70.25, 14: 70.75, 10: 68.0}, ('ekd_sampled', 0): {20: 69.0},
         ('few_44_ekd', 0): {44: 75.0, 32: 74.5, 20: 74.0},
         ('few_44_alone_44', 0): {44: 74.0}, ('few_alone_20', 0): {20: 73.5},
+        ('few_44_joint', 0): {44: 74.75, 20: 73.75},
     })
     modules.results.write_results(modules.results.load_experiments())
     text = (tmp_path / 'results/README.md').read_text()
@@ -359,6 +368,9 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
     assert late in text
     assert 'lie up to 10.0 points apart' in text
     assert '`few_44_ekd` is undecided at depths 44, 32 and 20: +1.00 (44), +0.50 (20).' in text
+    assert 'Distillation adds +0.25 (44), +0.25 (20) to the same training without it.' in text
+    table = modules.results.promise_table(modules.results.load_experiments())
+    assert '| +1.00 (44), +0.50 (20) | +0.25 (44), +0.25 (20) | is undecided at' in table
     runs = {'ekd_sampled-0': {'options': {'--seed': '0', '--sample': None, '--lr': '0.4'}}}
     table = modules.results.ablation_tables({'ekd_sampled': {20: {0: 69.0}}}, runs)[1]
     assert '| `ekd_sampled` | 69.00 | `ekd` |  | 0 | `--sample` |' in table
@@ -367,9 +379,9 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
 def test_texts_are_those_of_the_results(monkeypatch):
     """Catches a text that was edited by hand, or is older than a run."""
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    results = importlib.import_module('results')
+    results, card = map(importlib.import_module, ('results', 'card'))
     written = {}
-    for module in (results, report):
+    for module in (results, card, report):
         monkeypatch.setattr(module, 'write_text', lambda path, text: written.update({path: text}))
     monkeypatch.setattr(results, 'save_figure', lambda *_: None)
     monkeypatch.setattr('sys.argv', ['results.py'])
