@@ -132,7 +132,7 @@ def test_averaged_weights_of_every_depth(monkeypatch):
 @pytest.mark.parametrize('options', [['--mixed-precision', 'fp16'], ['--sync-bn', '--mixed-precision', 'bf16']])
 def test_on_a_gpu(options, plain):
     """Catches a scale of the loss that is not saved, and options of GPUs that do not train."""
-    run(*SHORT, *options, '--checkpoint-interval', 5, '--output', 'out')
+    run(*SHORT, *options, '--checkpoint-interval', 5, '--output', 'out', on_gpu=True)
     assert losses('out') == pytest.approx(losses(plain), rel=0.05)
     scaler = Path('out/checkpoints/step-00000022/scaler.pt')
     assert scaler.exists() == ('fp16' in options)

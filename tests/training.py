@@ -1,9 +1,11 @@
 """Runs of the training script, and what they write."""
 import json
 import multiprocessing
+import os
 import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -19,13 +21,17 @@ MODEL = [
 FAST = [*MODEL, '-b', '32', '--opt', 'adamw', '--lr', '0.02', '--weight-decay', '0', '--warmup-epochs', '0', '-j', '0']
 
 
-def run(*args):
-    """Run the script in this process: importing torch again takes longer than most of these runs."""
+def run(*args, on_gpu=False):
+    """Run the script in this process: importing torch again takes longer than most of these runs.
+
+    It is on the CPU unless a test is of GPUs, since on the CPU alone two runs are equal bit by bit.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     argv, sys.argv = sys.argv, [str(SCRIPT), *map(str, args)]
     try:
-        runpy.run_path(str(SCRIPT), run_name='__main__')
+        with mock.patch.dict(os.environ, {} if on_gpu else {'ACCELERATE_USE_CPU': '1'}):
+            runpy.run_path(str(SCRIPT), run_name='__main__')
     finally:
         sys.argv = argv
         for worker in multiprocessing.active_children():
