@@ -1,11 +1,13 @@
 """Images that are decoded once: the same as those decoded one by one, augmented as a function of seed and epoch."""
 import shutil
+import weakref
 
 import pytest
 import torch
 from timm.data import create_transform
 from training import FAST, assert_same_run, read, run
 
+import timm_ddnn
 from timm_ddnn.data import load_image_data
 from timm_ddnn.images import Images, MemoryImages, create_loader
 
@@ -31,6 +33,22 @@ def test_validation_images_are_those_decoded_one_by_one(data):
     assert images.shape == (360, 3, 16, 24)
     assert torch.equal(images, expected)
     assert torch.equal(labels, targets)
+
+
+def test_decoded_batches_are_not_kept(data, monkeypatch):
+    """Catches batches that are all held until the last: twice the memory, and those of workers are open files."""
+    batches, alive = [], []
+
+    def load(*args, **kwargs):
+        for batch in create_loader(*args, **kwargs):
+            batches.append(weakref.ref(batch[0]))
+            alive.append(sum(ref() is not None for ref in batches))
+            yield batch
+
+    monkeypatch.setattr(timm_ddnn.images, 'create_loader', load)
+    memory = MemoryImages(data, 'train', CONFIG)
+    assert memory.images.shape == (1437, 3, 16, 24) and memory.images.dtype == torch.uint8
+    assert len(batches) == 6 and max(alive) <= 2
 
 
 def test_grey_images(data):

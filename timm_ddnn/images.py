@@ -169,9 +169,13 @@ class MemoryImages(Dataset):
             interpolation = str_to_interp_mode(data_config['interpolation'])
             transform = transforms.Compose([transforms.Resize(size, interpolation), transforms.PILToTensor()])
         images = Images(data, split, transform, in_chans=channels)
-        batches = list(create_loader(images, 256, training=False, num_workers=num_workers))
-        self.images = torch.cat([images for images, _ in batches]).to(device)
-        self.targets = torch.cat([targets for _, targets in batches]).to(device)
+        self.images = torch.empty(len(images), channels, *size, dtype=torch.uint8, device=device)
+        self.targets = torch.empty(len(images), dtype=torch.int64, device=device)
+        start = 0
+        for batch, targets in create_loader(images, 256, training=False, num_workers=num_workers):
+            rows = slice(start, start + len(batch))
+            self.images[rows], self.targets[rows] = batch, targets  # not kept: those of workers are open files
+            start = rows.stop
         self.mean = torch.tensor(data_config['mean'], device=device)[:, None, None]
         self.std = torch.tensor(data_config['std'], device=device)[:, None, None]
         self.padding = [side // 8 if split == 'train' else 0 for side in size]
