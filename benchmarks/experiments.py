@@ -256,9 +256,18 @@ def main():
         timer.start()
     for name in {run.data for run in chosen}:
         data_folder(name, runner.root)
+    futures = {}
+
+    def do_after_its_teacher(run):
+        if run.teacher in futures:
+            futures[run.teacher].result()
+        runner.do(run)
+
     with one_line_errors(ValueError), ThreadPoolExecutor(args.jobs) as pool:
-        for taught in (False, True):  # teachers first
-            list(pool.map(runner.do, [run for run in chosen if bool(run.teacher) is taught]))
+        for run in sorted(chosen, key=lambda run: bool(run.teacher)):  # a teacher has a thread before what waits for it
+            futures[run.name] = pool.submit(do_after_its_teacher, run)
+        for future in futures.values():
+            future.result()
     if runner.stopped.is_set():
         sys.exit(EXIT_STOPPED)
     missing = [run.name for run in chosen if not is_done(run)]

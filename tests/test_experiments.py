@@ -3,6 +3,7 @@ import importlib
 import json
 import os
 import statistics
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -132,6 +133,28 @@ def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd
             experiments.main()
         assert f"{kept} is of another run of this name, it must have {{'--lr': '0.01'}}" in capfd.readouterr().err
         (tmp_path / kept).unlink()
+
+
+def test_a_net_is_taught_as_soon_as_its_teacher_is_done(modules, monkeypatch, tmp_path):
+    """Catches a net that waits for runs which do not teach it, or does not wait for its teacher."""
+    experiments = modules.experiments
+    runs = make_runs(modules.matrix)
+    ended, taught = [], threading.Event()
+
+    def do(runner, run):
+        if run.teacher:
+            taught.set()
+        else:
+            assert run.name != 'some/ekd-0' or taught.wait(30)
+            time.sleep(0.2)
+        ended.append(run.name)
+
+    monkeypatch.setattr(experiments, 'all_runs', lambda: runs)
+    monkeypatch.setattr(experiments.Runner, 'do', do)
+    monkeypatch.setattr('sys.argv', ['experiments.py', str(tmp_path), '--jobs', '3'])
+    with pytest.raises(SystemExit, match='not done'):
+        experiments.main()
+    assert ended == ['some/alone-14-0', 'some/kd-8-0', 'some/ekd-0']
 
 
 def test_training_holds_its_run_when_the_runner_is_gone(modules, monkeypatch, tmp_path):
