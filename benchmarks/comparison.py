@@ -137,11 +137,11 @@ def distillation_gains(tops, runs, method):
         method: Name of the method or variant.
     """
     rival = method.replace('ekd', 'joint')
-    weights = [
+    mine, theirs = (
         {run['options'].get('--weights') for stem, run in runs.items() if split_name(stem)[0] == name}
         for name in (method, rival)
-    ]
-    return gains_by_depth(tops, method, [rival]) if rival != method and weights[0] == weights[1] else {}
+    )
+    return gains_by_depth(tops, method, [rival]) if rival != method and mine == theirs else {}
 
 
 def list_gains(gains):

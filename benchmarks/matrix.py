@@ -184,7 +184,7 @@ ABLATIONS = [
         'cut_late': {'--subnets': '3,2,1 2,1,1'},
     }),
 ]
-# More than the others have: after three, the promise was undecided at depth 8
+# More than the others have: after three, the promise of few_ekd_full_first was undecided at depth 8
 SEEDS = dict.fromkeys((
     'few_alone_20', 'few_alone_14', 'few_alone_8', 'few_joint_full_first', 'few_ekd_full_first'), 6)
 ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}

@@ -1,8 +1,12 @@
-"""What several test files share: models whose depths really differ, and images for them."""
+"""What several test files share: models whose depths really differ, images for them, and the modules of benchmarks."""
+import importlib
+from types import SimpleNamespace
+
 import datasets
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from training import ROOT
 
 import timm_ddnn  # noqa: F401  the import registers the models
@@ -66,3 +70,17 @@ def surroundings(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def modules(monkeypatch, tmp_path):
+    """Import modules of benchmarks/ whose files go to a temporary folder."""
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    names = 'card', 'comparison', 'experiments', 'make_tag', 'matrix', 'results', 'train_method'
+    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for module in vars(modules).values():
+        for place in {'RESULTS', 'WORK', 'WEIGHTS'} & vars(module).keys():
+            monkeypatch.setattr(module, place, tmp_path / place.lower())
+    AcceleratorState._reset_state(reset_partial_state=True)  # precision is set once per process
+    yield modules
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,19 +1,14 @@
-"""The experiment runner does each run once and keeps it, and the texts hold the figures that the runs have."""
-import importlib
+"""The experiment runner does each run once and keeps it, on the images and by the methods that are meant."""
 import json
 import os
-import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import datasets
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import create
 from image_files import CLASS_NAMES, png, write_parquet
 from small_models import make_model
@@ -23,21 +18,6 @@ from training import ROOT
 from timm_ddnn import report
 from timm_ddnn.checkpoint import EXIT_STOPPED
 from timm_ddnn.evaluation import evaluate
-from timm_ddnn.model_card import CITATION
-
-
-@pytest.fixture
-def modules(monkeypatch, tmp_path):
-    """Import modules of benchmarks/ whose files go to a temporary folder."""
-    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    names = 'card', 'comparison', 'experiments', 'make_tag', 'matrix', 'results', 'train_method'
-    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    for module in vars(modules).values():
-        for place in {'RESULTS', 'WORK', 'WEIGHTS'} & vars(module).keys():
-            monkeypatch.setattr(module, place, tmp_path / place.lower())
-    AcceleratorState._reset_state(reset_partial_state=True)  # precision is set once per process
-    yield modules
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_runs(matrix):
@@ -191,15 +171,6 @@ def test_results_are_of_the_runs_that_the_runner_has(modules):
         experiments.check(runs[f'{path.parent.name}/{path.stem}'], path)
 
 
-def write_results(folder, tops):
-    """Write results of made-up runs: {(method, seed): {depth: top-1}}."""
-    template = json.loads((ROOT / 'results/cifar10_resnet20/ekd-0.json').read_text())
-    folder.mkdir(parents=True)
-    for (name, seed), by_depth in tops.items():
-        rows = [dict(depth=d, macs=d * 1_000_000, top1=top1, top5=100.0) for d, top1 in by_depth.items()]
-        (folder / f'{name}-{seed}.json').write_text(json.dumps(template | {'depths': rows}))
-
-
 def test_a_net_is_cut_with_statistics_of_its_own(modules, monkeypatch, tmp_path):
     """Catches a cut net that keeps the statistics of the whole one, or whose calibration changes the full-net."""
     experiments = modules.experiments
@@ -249,39 +220,6 @@ def test_the_images_that_options_are_chosen_on_are_apart(modules, tmp_path):
     assert experiments.data_folder('tiny_imagenet', tmp_path) == tmp_path / 'tiny_imagenet'
 
 
-@pytest.mark.parametrize(('full', 'shallow', 'expected'), [
-    ((0.0, 0.1, -0.1), (1.0, 1.1, 1.2), 'it holds at depths 20 and 8: +0.00 ± 0.06 (20), +1.10 ± 0.06 (8).'),
-    ((-0.9, -1.0, -1.1), (1.0, 1.1, 1.2),
-     'it holds at depth 8, fails at depth 20: -1.00 ± 0.06 (20), +1.10 ± 0.06 (8).'),
-    ((-0.3, -0.2, -0.1), (-1.0, 0.0, 1.3), 'it is undecided at depths 20 and 8: -0.20 ± 0.06 (20), +0.10 ± 0.67 (8).'),
-    ((0.0, 0.1), (-1.0, -1.1), 'it is undecided at depths 20 and 8: +0.05 (20), -1.05 (8).'),
-    ((), (1.0, 1.1, 1.2), 'it holds at depth 8, is undecided at depth 20: +1.10 ± 0.06 (8).'),
-    ((), (), ''),
-])
-def test_the_promise_is_decided_by_the_error_of_the_mean(modules, full, shallow, expected):
-    """Catches a verdict on chance, one that forgets what the full-net may lose, or another sign."""
-    gains = {20: dict(enumerate(full)), 8: dict(enumerate(shallow))}
-    alone = {depth: {seed: 80.0 + seed for seed in by_seed} for depth, by_seed in gains.items()}
-    ekd = {depth: {seed: 80.0 + seed + gain for seed, gain in by_seed.items()} for depth, by_seed in gains.items()}
-    ekd[20] = ekd[20] or {3: 85.0}
-    text = modules.comparison.verdict({'alone': alone, 'ekd': ekd}).strip()
-    assert text.endswith(expected) and bool(text) == bool(expected)
-
-
-def test_other_ways_of_ekd_are_judged_against_nets_of_their_blocks(modules):
-    """Catches a verdict from one seed, and late cuts that are held against nets of other blocks."""
-    seeds = range(3)
-    tops = {
-        'alone': {20: dict.fromkeys(seeds, 80.0), 14: dict.fromkeys(seeds, 79.0)},
-        'alone_late': {14: dict.fromkeys(seeds, 70.0)},
-        'ekd': {20: {0: 80.0}, 14: {0: 79.0}},
-        'ekd_late': {20: {0: 80.0, 1: 80.1, 2: 80.2}, 14: {0: 75.0, 1: 75.1, 2: 75.2}},
-        'ekd_private': {20: {0: 90.0}, 14: {0: 90.0}},
-    }
-    assert modules.comparison.judge_variants(tops) == [
-        ('ekd_late', 'holds at depths 20 and 14: +0.10 ± 0.06 (20), +5.10 ± 0.06 (14)')]
-
-
 def test_an_average_of_the_weights_teaches(modules, monkeypatch):
     """Catches a teacher that is the net in training, one that stays as it began, and one that is trained itself."""
     monkeypatch.setattr('sys.argv', ['train_method.py', '--average-teacher', '0.25'])
@@ -308,108 +246,3 @@ def test_an_average_of_the_weights_teaches(modules, monkeypatch):
     assert terms[f'ce_{full}'] == pytest.approx(alone[f'ce_{full}'].item(), rel=1e-4)
     terms['loss'].backward()
     assert all(p.grad is None for p in teacher.parameters())
-
-
-@pytest.mark.parametrize(('losses', 'concludes'), [((0.4, 0.3, 0.2), True), ((0.2, 0.3, 0.2), False)])
-def test_an_explanation_is_given_only_where_the_losses_are_so(modules, losses, concludes):
-    """Catches a conclusion that stands whatever was measured, and losses of other seeds than those compared."""
-    methods = dict(zip(('ekd', 'ekd_light', 'alone-20'), losses, strict=True))
-    runs = {f'{name}-0': {'history': [{'train_ce_20': 9.0}, {'train_ce_20': loss}]} for name, loss in methods.items()}
-    tops = {'ekd': {20: {0: 80.0}}, 'ekd_light': {20: {0: 81.0}}, 'alone': {20: {0: 82.0}}}
-    runs |= {'ekd-1': {'history': [{'train_ce_20': 5.0}]}, 'alone-8-0': {'history': [{'train_ce_8': 5.0}]}}
-    text = modules.comparison.explanation(tops, runs)
-    listed = '{:.3f} (`ekd`), {:.3f} (`ekd_light`), {:.3f} (`alone`), seed 0;'.format(*losses)
-    assert listed in text and '-1.00 (20)' in text
-    assert ('compete' in text) is concludes
-    del tops['ekd_light']
-    text = modules.comparison.explanation(tops, runs)
-    assert '{0:.3f} (`ekd`), {2:.3f} (`alone`), seed 0.'.format(*losses) in text and 'light' not in text
-    assert ('compete' in text) is concludes
-    del runs['ekd-0']
-    assert modules.comparison.explanation(tops, runs) == ''
-
-
-def test_weights_become_a_tag_by_their_mean_over_depths(modules, tmp_path, capsys):
-    """Catches the weights of the best full-net, or of a method that is no EKD."""
-    write_results(tmp_path / 'results/some', {
-        ('ekd', 0): {20: 85.0, 8: 80.0}, ('ekd', 1): {20: 84.0, 8: 82.0}, ('ekd_light', 0): {20: 90.0, 8: 90.0},
-    })
-    _, runs = modules.comparison.load_runs('some')
-    assert [f'some/{name}' for name in modules.comparison.rank_runs(runs)] == ['some/ekd-1', 'some/ekd-0']
-    make_tag = modules.make_tag
-    with pytest.raises(SystemExit, match='2'):
-        make_tag.best_run('other')
-    assert 'experiment must be one with results of EKD in' in capsys.readouterr().err
-
-
-def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules, tmp_path):
-    """Catches differences of other seeds, and the deviation of runs in the place of the error of their mean."""
-    results = modules.results
-    alone, ekd = [80.0, 81.0, 83.0], [81.0, 81.5, 85.0]
-    write_results(tmp_path / 'results/some', {
-        **{('alone-8', seed): {8: top1} for seed, top1 in enumerate(alone)},
-        **{('ekd', seed): {8: top1} for seed, top1 in enumerate(ekd)},
-        ('joint', 0): {8: 80.5},
-    })
-    results.write_results(results.load_experiments())
-    text = (tmp_path / 'results/README.md').read_text()
-    gains = np.subtract(ekd, alone)
-    error = statistics.stdev(gains) / 3 ** 0.5
-    assert f'| {np.mean(gains):+.2f} ± {error:.2f} | +0.50 | 0, 1, 2 |' in text
-    assert '| joint | 80.50 | +0.50 |  | 0 |' in text
-    assert 'There is no result of EKD' not in text
-    table = results.promise_table(results.load_experiments())
-    gain = f'{np.mean(gains):+.2f} ± {error:.2f} (8) | +0.50 (8)'
-    assert f'| `ddnn_resnet20` | 50,000 | 15 | 0.25, 0.75 | 0 | {gain} | holds at depth 8 (3 seeds) |' in table
-    assert (tmp_path / 'results/some.png').stat().st_size > 10_000
-
-    for path in (tmp_path / 'results/some').glob('[ej]*.json'):
-        path.unlink()
-    results.write_results(results.load_experiments())
-    text = (tmp_path / 'results/README.md').read_text()
-    assert '| method | 8 | seeds |' in text
-    assert 'There is no result of EKD here yet, so nothing is said of its promise.' in text
-
-
-def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
-    """Catches the difference of two means over other seeds, and of two nets that only have the same depth."""
-    write_results(tmp_path / 'results/ablations', {
-        ('ekd', 0): {20: 70.0, 14: 69.0, 8: 68.0}, ('ekd', 1): {20: 60.0, 14: 59.0, 8: 58.0},
-        ('kl', 0): {20: 70.5, 14: 69.5, 8: 68.5}, ('joint', 0): {20: 71.0, 14: 70.0, 8: 69.0},
-        ('alone_20', 0): {20: 72.0}, ('alone_8', 0): {8: 67.0}, ('alone_late_14', 0): {14: 66.0},
-        ('ekd_cut_late', 0): {20: 70.25, 14: 70.75, 10: 68.0}, ('ekd_sampled', 0): {20: 69.0},
-        ('few_44_ekd', 0): {44: 75.0, 32: 74.5, 20: 74.0},
-        ('few_44_alone_44', 0): {44: 74.0}, ('few_alone_20', 0): {20: 73.5},
-        ('few_44_joint', 0): {44: 74.75, 20: 73.75},
-    })
-    modules.results.write_results(modules.results.load_experiments())
-    text = (tmp_path / 'results/README.md').read_text()
-    assert '| `kl` | 70.50 | 69.50 | 68.50 | `joint` | -0.50 | -0.50 | -0.50 | 0 |' in text
-    assert '| `joint` | 71.00 | 70.00 | 69.00 | `alone` | -1.00 |  | +2.00 | 0 |' in text
-    assert '| `ekd` | 65.00 | 64.00 | 63.00 | `joint` | -1.00 | -1.00 | -1.00 | 0, 1 |' in text
-    late = '| `ekd_cut_late` | 70.25 | 70.75 | 68.00 |  | `alone_late`, `alone` | -1.75 | +4.75 |  |  | 0 |'
-    assert late in text
-    assert 'lie up to 10.0 points apart' in text
-    assert '`few_44_ekd` is undecided at depths 44, 32 and 20: +1.00 (44), +0.50 (20).' in text
-    assert 'Distillation adds +0.25 (44), +0.25 (20) to the same training without it.' in text
-    table = modules.results.promise_table(modules.results.load_experiments())
-    assert '| +1.00 (44), +0.50 (20) | +0.25 (44), +0.25 (20) | is undecided at' in table
-    runs = {'ekd_sampled-0': {'options': {'--seed': '0', '--sample': None, '--lr': '0.4'}}}
-    table = modules.results.ablation_tables({'ekd_sampled': {20: {0: 69.0}}}, runs)[1]
-    assert '| `ekd_sampled` | 69.00 | `ekd` |  | 0 | `--sample` |' in table
-
-
-def test_texts_are_those_of_the_results(monkeypatch):
-    """Catches a text that was edited by hand, or is older than a run."""
-    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    results, card = map(importlib.import_module, ('results', 'card'))
-    written = {}
-    for module in (results, card, report):
-        monkeypatch.setattr(module, 'write_text', lambda path, text: written.update({path: text}))
-    monkeypatch.setattr(results, 'save_figure', lambda *_: None)
-    monkeypatch.setattr('sys.argv', ['results.py'])
-    results.main()
-    assert written.keys() == {ROOT / 'results/README.md', ROOT / 'MODEL_CARD.md', ROOT / 'README.md'}
-    for path, text in written.items():
-        assert path.read_text() == text, f'run python benchmarks/results.py: {path.name} is old'
-    assert CITATION in written[ROOT / 'MODEL_CARD.md']
