@@ -222,14 +222,14 @@ def all_runs():
     seeds = {'alone': 3, 'joint': 3, 'ekd': 3, 'ekd_private': 3, 'ekd_full_first': 3, 'alone_late': 3, 'ekd_late': 3}
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
-    tiny = {**deep, '--epochs': '30', '--warmup-epochs': '3', '--img-size': '64'}
+    tiny = {**deep, '--epochs': '20', '--warmup-epochs': '3', '--img-size': '64'}
     main = 'alone', 'kd', 'joint', 'ekd', 'ekd_full_first'
     cut_alike = 'alone', 'kd', *(method for method in METHODS if method != 'ekd_late')
     runs = [
         *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, (*cut_alike, 'alone_late', 'ekd_late'), seeds),
         *compare('cifar10_resnet56', 'ddnn_resnet56', 'cifar10', deep, cut_alike, seeds),
         *compare('tiny_imagenet_resnet34', 'ddnn_resnet34', 'tiny_imagenet', tiny, main, {}),
-        *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny, main, {}),
+        *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny | {'--epochs': '15'}, main, {}),
         *ablations(seeds=3),
     ]
     return {run.name: run for run in runs}
