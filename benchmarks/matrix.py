@@ -184,9 +184,12 @@ ABLATIONS = [
         'cut_late': {'--subnets': '3,2,1 2,1,1'},
     }),
 ]
-# More than the others have: after three, the promise of few_ekd_full_first was undecided at depth 8
-SEEDS = dict.fromkeys((
-    'few_alone_20', 'few_alone_14', 'few_alone_8', 'few_joint_full_first', 'few_ekd_full_first'), 6)
+# More than the others have: after three, the promise was undecided at depth 8 of few_ekd_full_first, and at depth 32 of
+# few_44_ekd_full_first
+SEEDS = {
+    **dict.fromkeys(('few_alone_20', 'few_alone_14', 'few_alone_8', 'few_joint_full_first', 'few_ekd_full_first'), 6),
+    **dict.fromkeys(('few_44_alone_44', 'few_44_alone_32', 'few_44_ekd_full_first'), 4),
+}
 ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
 # What a variant is compared with at a depth, the first that has it, where that is not the variant which it changes.
 # 'alone' is alone_20 at depth 20, and so on.
