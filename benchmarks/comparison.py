@@ -239,7 +239,18 @@ def explanation(tops, runs):
         text += ' So by EKD the full-net has learned less of the very images that it was trained on'
         text += '' if light is None else ', and less is missing with lighter sub-nets, which are worse then'
         text += ': at this schedule the depths compete for the shared weights.'
+    elif losses['ekd'] <= losses['alone'] and mean(difference(tops, 'ekd', ['alone'], full) or [0]) < 0:
+        text += ' So by EKD the full-net has learned no less of the images that it was trained on: what it lacks, it '
+        text += 'lacks on images that are new to it.'
     return text + '\n'
+
+
+def against_teacher(tops):
+    """Say what EKD gains on nets that are taught one by one; nothing if there are none of the same seed."""
+    gains = gains_by_depth(tops, others=['kd'])
+    return gains and (
+        'Against shallow nets that the full-net, once trained alone, taught one by one, EKD has '
+        f'{list_gains(gains)} with the same seed.')
 
 
 def method_table(tops):

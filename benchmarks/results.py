@@ -13,6 +13,7 @@ from card import write_card
 from comparison import (
     RESULTS,
     ROOT,
+    against_teacher,
     comparison,
     difference,
     distillation_gains,
@@ -102,9 +103,10 @@ def draw(experiment, tops, runs):
         if method in tops:
             depths = sorted(tops[method])
             values = [list(tops[method][depth].values()) for depth in depths]
+            errors = [standard_error(v) for v in values]
             axes.errorbar(
                 [macs[depth] for depth in depths], [mean(v) for v in values],
-                yerr=[standard_error(v) or 0 for v in values], color=color, marker=marker, linestyle=line, capsize=3,
+                yerr=None if None in errors else errors, color=color, marker=marker, linestyle=line, capsize=3,
                 label={'alone': 'trained alone', 'joint': 'shared, cross-entropy only', 'ekd': 'EKD'}[method],
             )
     for depth, value in macs.items():
@@ -182,6 +184,7 @@ def write_results(experiments):
                 verdict(tops),
                 *(f'The same of `{name}`: it {judged}.\n' for name, judged in judge_variants(tops)),
                 explanation(tops, runs),
+                *([f'{taught}\n'] if (taught := against_teacher(tops)) else ()),
                 f'![Accuracy of every depth over its multiply-accumulates]({experiment}.png)\n',
             ]
     if choice:
@@ -219,10 +222,9 @@ def summary_table(experiments, experiment):
     table = markdown_table(['depth', 'MACs', *head, 'EKD against alone'], cells)
     parameters = [rows[depth]['parameters'] / 1e6 for depth in rows]
     parts = [table, verdict(tops), promise_table(experiments)]
-    if against_kd := gains_by_depth(tops, others=['kd']):
+    if taught := against_teacher(tops):
         parts.append(
-            f'Against shallow nets that the full-net, once trained alone, taught one by one, EKD has '
-            f'{list_gains(against_kd)} with the same seed. What EKD has over both is one training and one file: '
+            f'{taught} What EKD has over both is one training and one file: '
             f'{max(parameters):.2f} million parameters in the place of {sum(parameters):.2f}.\n'
         )
     return '\n'.join(part for part in parts if part)
@@ -243,18 +245,19 @@ def promise_table(experiments):
                 continue
             run = next(run for stem, run in runs.items() if split_name(stem)[0] == method)
             arguments, first = run['arguments'], run['options'].get('--full-net-updates')
+            seeds = max(map(len, gains.values()))
             rows.append([
                 f'`{arguments["model"]}`',
-                f'{run["training_images"]:,}',
+                f'{run["training_images"]:,} of {SHORT[arguments["dataset"]].removeprefix("the training split of ")}',
                 str(arguments['epochs']),
                 ', '.join(f'{weight:g}' for _, weight in arguments['weights']) or '1',
                 f'{first} of {run["history"][-1]["updates"]}' if first else '0',
                 list_gains(gains),
                 list_gains(distillation_gains(tops, runs, method)),
-                f'{outcome(gains, tops[method])} ({max(map(len, gains.values()))} seeds)',
+                f'{outcome(gains, tops[method])} ({seeds} seed{"s"[:seeds > 1]})',
             ])
     head = [
-        'model', 'images', 'epochs', 'weights of sub-nets', '`--full-net-updates`', 'EKD against alone',
+        'model', 'training images', 'epochs', 'weights of sub-nets', '`--full-net-updates`', 'EKD against alone',
         'what distillation adds', 'promise',
     ]
     return markdown_table(head, rows) + (

@@ -63,7 +63,9 @@ def test_an_explanation_is_given_only_where_the_losses_are_so(modules, losses, c
     text = modules.comparison.explanation(tops, runs)
     listed = '{:.3f} (`ekd`), {:.3f} (`ekd_light`), {:.3f} (`alone`), seed 0;'.format(*losses)
     assert listed in text and '-1.00 (20)' in text
-    assert ('compete' in text) is concludes
+    assert ('compete' in text) is concludes and ('lacks on images that are new' in text) is not concludes
+    tops['ekd'][20][0] = 82.0
+    assert 'lacks on images that are new' not in modules.comparison.explanation(tops, runs)
     del tops['ekd_light']
     text = modules.comparison.explanation(tops, runs)
     assert '{0:.3f} (`ekd`), {2:.3f} (`alone`), seed 0.'.format(*losses) in text and 'light' not in text
@@ -92,7 +94,7 @@ def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules,
     write_results(tmp_path / 'results/some', {
         **{('alone-8', seed): {8: top1} for seed, top1 in enumerate(alone)},
         **{('ekd', seed): {8: top1} for seed, top1 in enumerate(ekd)},
-        ('joint', 0): {8: 80.5},
+        ('joint', 0): {8: 80.5}, ('kd-8', 1): {8: 83.0},
     })
     results.write_results(results.load_experiments())
     text = (tmp_path / 'results/README.md').read_text()
@@ -100,13 +102,15 @@ def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules,
     error = statistics.stdev(gains) / 3 ** 0.5
     assert f'| {np.mean(gains):+.2f} ± {error:.2f} | +0.50 | 0, 1, 2 |' in text
     assert '| joint | 80.50 | +0.50 |  | 0 |' in text
+    assert 'taught one by one, EKD has -1.50 (8) with the same seed.' in text
     assert 'There is no result of EKD' not in text
     table = results.promise_table(results.load_experiments())
+    setting = '| `ddnn_resnet20` | 50,000 of CIFAR-10 (JPEG) | 15 | 0.25, 0.75 | 0'
     gain = f'{np.mean(gains):+.2f} ± {error:.2f} (8) | +0.50 (8)'
-    assert f'| `ddnn_resnet20` | 50,000 | 15 | 0.25, 0.75 | 0 | {gain} | holds at depth 8 (3 seeds) |' in table
+    assert f'{setting} | {gain} | holds at depth 8 (3 seeds) |' in table
     assert (tmp_path / 'results/some.png').stat().st_size > 10_000
 
-    for path in (tmp_path / 'results/some').glob('[ej]*.json'):
+    for path in (tmp_path / 'results/some').glob('[ejk]*.json'):
         path.unlink()
     results.write_results(results.load_experiments())
     text = (tmp_path / 'results/README.md').read_text()
