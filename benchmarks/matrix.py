@@ -112,6 +112,7 @@ HALF_WEIGHTS = weigh((20, 14, 8), '0.5', '0.5')
 START = {'warmup_4': {'--warmup-epochs': '4'}, 'clip_1': {'--clip-grad': '1'}}
 FEW = {'--train-split': 'few', '--epochs': '60', '--warmup-epochs': '6'}
 AVERAGE = KD | {'--average-teacher': '0.998'}
+AVERAGE_ALL = AVERAGE | {'--average-teacher': '0.99', '--teach-full-net': None}
 FULL_FIRST = full_net_first(5_000, RECIPE | FEW)
 DEEPER = {'--model': 'ddnn_resnet44'}
 ABLATIONS = [
@@ -155,6 +156,8 @@ ABLATIONS = [
         'average': AVERAGE,
         'average_kl_only': AVERAGE | {'--subnet-ce': '0'},
         'average_weighted': AVERAGE | weigh((20, 14, 8), '0.25', '0.5'),
+        'average_all': AVERAGE_ALL,
+        'average_all_weighted': AVERAGE_ALL | weigh((20, 14, 8), '0.25', '0.5'),
     }),
     ('5,000 images, 60 epochs', None, {
         'few_alone_20': SINGLE | FEW,

@@ -32,8 +32,13 @@ def parse_args():
     parser.add_argument(
         '--average-teacher', type=number(float, 0, 1), metavar='DECAY',
         help='decay of an average of the weights, whose full-net teaches in the place of the one in training')
+    parser.add_argument(
+        '--teach-full-net', action='store_true', help='the average teaches the full-net as well, by KL divergence')
     parser.add_argument('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
-    return parser.parse_known_args()
+    method, others = parser.parse_known_args()
+    if method.teach_full_net and not (method.average_teacher and not method.teacher):
+        parser.error('--teach-full-net must be with --average-teacher, and without --teacher')
+    return method, others
 
 
 class MethodTask(timm_ddnn.EKDTask):
@@ -68,7 +73,8 @@ class MethodTask(timm_ddnn.EKDTask):
             run = [self.subnets[torch.randint(len(self.subnets), ()).item()]]
         outputs = self.trainable_module(input, depth=(self.full, *run))
         loss_fn = self.loss_fn
-        terms = loss_fn.terms({**outputs, **self.average_outputs(input)}, target)
+        average = self.average_outputs(input)
+        terms = loss_fn.terms({**outputs, **average}, target)
         if self.average:
             terms[f'ce_{self.full}'] = loss_fn({self.full: outputs[self.full]}, target)
         self.steps += 1
@@ -81,9 +87,13 @@ class MethodTask(timm_ddnn.EKDTask):
             if loss_fn.beta:
                 part = part + ramp * loss_fn.beta * terms[f'attention_{depth}']
             loss = loss + loss_fn.weights.get(depth, 1.0) * part
+        teachers = []
+        if self.method.teach_full_net:
+            teachers.append(average[self.full].logits)
         for teacher in self.teacher:
             with torch.no_grad():
-                logits = teacher(input)
+                teachers.append(teacher(input))
+        for logits in teachers:
             kl = timm_ddnn.kl_divergence(outputs[self.full].logits.float(), logits.float(), loss_fn.temperature)
             terms[f'kl_{self.full}'] = kl
             loss = loss + ramp * loss_fn.alpha * kl
