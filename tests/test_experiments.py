@@ -15,6 +15,7 @@ from small_models import make_model
 from timm.data import resolve_data_config
 from training import ROOT
 
+import timm_ddnn
 from timm_ddnn import report
 from timm_ddnn.checkpoint import EXIT_STOPPED
 from timm_ddnn.evaluation import evaluate
@@ -220,9 +221,12 @@ def test_the_images_that_options_are_chosen_on_are_apart(modules, tmp_path):
     assert experiments.data_folder('tiny_imagenet', tmp_path) == tmp_path / 'tiny_imagenet'
 
 
-def test_an_average_of_the_weights_teaches(modules, monkeypatch):
-    """Catches a teacher that is the net in training, one that stays as it began, and one that is trained itself."""
-    monkeypatch.setattr('sys.argv', ['train_method.py', '--average-teacher', '0.25'])
+@pytest.mark.parametrize('all_depths', [False, True])
+def test_an_average_of_the_weights_teaches(modules, monkeypatch, all_depths):
+    """Catches a teacher that is the net in training, one that stays as it began, one that is trained itself, and
+    a full-net that is taught where it must not be, or is not where it must."""
+    options = ['--teach-full-net'] if all_depths else []
+    monkeypatch.setattr('sys.argv', ['train_method.py', '--average-teacher', '0.25', *options])
     method, _ = modules.train_method.parse_args()
     model = make_model().train()
     full, *subnets = model.depths
@@ -244,5 +248,19 @@ def test_an_average_of_the_weights_teaches(modules, monkeypatch):
         assert terms[f'kl_{depth}'] == pytest.approx(taught[f'kl_{depth}'].item(), rel=1e-4)
         assert terms[f'kl_{depth}'] != pytest.approx(alone[f'kl_{depth}'].item(), rel=1e-2)
     assert terms[f'ce_{full}'] == pytest.approx(alone[f'ce_{full}'].item(), rel=1e-4)
+    with torch.no_grad():
+        kl = timm_ddnn.kl_divergence(outputs[full].logits, teacher(images, depth=(full,))[full].logits)
+    loss = taught['loss'] - taught[f'ce_{full}'] + alone[f'ce_{full}'] + (0.3 * kl if all_depths else 0)
+    assert terms['loss'].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert (f'kl_{full}' in terms) is all_depths
     terms['loss'].backward()
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_full_net_is_taught_by_an_average_alone(modules, monkeypatch, capsys):
+    """Catches an option that does nothing, or two teachers at once."""
+    for options in ([], ['--average-teacher', '0.9', '--teacher', 'some']):
+        monkeypatch.setattr('sys.argv', ['train_method.py', '--teach-full-net', *options])
+        with pytest.raises(SystemExit, match='2'):
+            modules.train_method.parse_args()
+        assert '--teach-full-net must be with --average-teacher' in capsys.readouterr().err
