@@ -169,6 +169,8 @@ ABLATIONS = [
         'few_ekd_full_first': EKD | FEW | FULL_FIRST,
         'few_ekd_full_first_third': EKD | FEW | full_net_first(5_000, RECIPE | FEW, part=3),
         'few_ekd_full_first_soft': EKD | FEW | FULL_FIRST | HALF_WEIGHTS | KD,
+        'few_ekd_average_all': EKD | FEW | AVERAGE_ALL,
+        'few_ekd_full_first_average_all': EKD | FEW | FULL_FIRST | AVERAGE_ALL,
     }),
     ('5,000 images, 60 epochs, a deeper net', None, {
         'few_44_alone_44': SINGLE | FEW | DEEPER,
@@ -200,7 +202,8 @@ AGAINST = {
     'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
     'few_joint': ['few_alone'], 'few_joint_full_first': ['few_alone'], 'few_ekd': ['few_alone'],
     'few_ekd_full_first': ['few_alone'], 'few_ekd_full_first_third': ['few_alone'],
-    'few_ekd_full_first_soft': ['few_alone'],
+    'few_ekd_full_first_soft': ['few_alone'], 'few_ekd_average_all': ['few_alone'],
+    'few_ekd_full_first_average_all': ['few_alone'],
     'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
     'few_44_ekd_full_first': ['few_44_alone', 'few_alone'],
     'ekd_cut_late': ['alone_late', 'alone'],
