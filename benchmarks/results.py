@@ -77,7 +77,7 @@ def ablation_tables(tops, runs):
                 name_seeds(tops[name]),
                 f'`{join_options(options)}`' if options else '',
             ])
-            if 'ekd' in name and 'alone' in others[0] and (judged := judge(tops, name, others)):
+            if 'kd' in name and 'alone' in others[0] and (judged := judge(tops, name, others)):
                 verdicts.append(f'Against nets that are trained alone, the promise of `{name}` {judged}.\n')
                 if added := distillation_gains(tops, runs, name):
                     verdicts.append(f'Distillation adds {list_gains(added)} to the same training without it.\n')

@@ -4,6 +4,9 @@
     # The usual distillation: a net that was trained alone teaches one that is trained alone
     python benchmarks/train_method.py --teacher output/alone --subnets --model-kwargs layers=1,1,1 ...
 
+    # The same in shared weights: it teaches all depths
+    python benchmarks/train_method.py --teacher output/alone ...
+
     # The sub-nets learn from the full-net only
     python benchmarks/train_method.py --subnet-ce 0 --beta 0 --alpha 1 ...
 
@@ -26,7 +29,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / 'train_scripts' / 'train_ekd.p
 def parse_args():
     parser = ArgumentParser(__doc__.splitlines()[0], usage='%(prog)s [options] [options of train_ekd.py]')
     amount = number(float, 0)
-    parser.add_argument('--teacher', type=Path, metavar='FOLDER', help='output of a run, whose full-net teaches')
+    parser.add_argument('--teacher', type=Path, metavar='FOLDER', help='output of a run, whose full-net teaches all')
     parser.add_argument('--subnet-ce', type=amount, default=1.0, help='weight of cross-entropy in the sub-nets')
     parser.add_argument('--ramp-updates', type=number(int, 0), default=0, help='steps of linear growth of alpha, beta')
     parser.add_argument(
@@ -36,8 +39,10 @@ def parse_args():
         '--teach-full-net', action='store_true', help='the average teaches the full-net as well, by KL divergence')
     parser.add_argument('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
     method, others = parser.parse_known_args()
-    if method.teach_full_net and not (method.average_teacher and not method.teacher):
-        parser.error('--teach-full-net must be with --average-teacher, and without --teacher')
+    if method.teach_full_net and not method.average_teacher:
+        parser.error('--teach-full-net must be with --average-teacher')
+    if method.teacher and method.average_teacher:
+        parser.error(f'--teacher must be without --average-teacher, got {method.teacher}')
     return method, others
 
 
@@ -60,12 +65,14 @@ class MethodTask(timm_ddnn.EKDTask):
             teacher = teacher.to(next(model.parameters()).device, memory_format=torch.channels_last)
             self.teacher = (teacher.eval().requires_grad_(False),)
 
-    def average_outputs(self, input):
-        if not self.average:
-            return {}
-        self.average.update(unwrap_model(self.trainable_module), step=self.steps.item())
-        with torch.no_grad():
-            return self.average.module(input, depth=(self.full,))
+    def teach(self, input):
+        """Run the teacher that is not the full-net in training, if there is one."""
+        if self.average:
+            self.average.update(unwrap_model(self.trainable_module), step=self.steps.item())
+        for net in (self.average.module,) if self.average else self.teacher:
+            depth = max(net.depths)
+            with torch.no_grad():
+                return net(input, depth=(depth,))[depth]
 
     def forward(self, input, target):
         run = self.subnets if self.depth == 'all' else []
@@ -73,9 +80,9 @@ class MethodTask(timm_ddnn.EKDTask):
             run = [self.subnets[torch.randint(len(self.subnets), ()).item()]]
         outputs = self.trainable_module(input, depth=(self.full, *run))
         loss_fn = self.loss_fn
-        average = self.average_outputs(input)
-        terms = loss_fn.terms({**outputs, **average}, target)
-        if self.average:
+        taught = self.teach(input)
+        terms = loss_fn.terms({**outputs, self.full: taught or outputs[self.full]}, target)
+        if taught:
             terms[f'ce_{self.full}'] = loss_fn({self.full: outputs[self.full]}, target)
         self.steps += 1
         ramp = torch.clamp(self.steps / max(self.method.ramp_updates, 1), max=1.0)
@@ -87,16 +94,10 @@ class MethodTask(timm_ddnn.EKDTask):
             if loss_fn.beta:
                 part = part + ramp * loss_fn.beta * terms[f'attention_{depth}']
             loss = loss + loss_fn.weights.get(depth, 1.0) * part
-        teachers = []
-        if self.method.teach_full_net:
-            teachers.append(average[self.full].logits)
-        for teacher in self.teacher:
-            with torch.no_grad():
-                teachers.append(teacher(input))
-        for logits in teachers:
-            kl = timm_ddnn.kl_divergence(outputs[self.full].logits.float(), logits.float(), loss_fn.temperature)
-            terms[f'kl_{self.full}'] = kl
-            loss = loss + ramp * loss_fn.alpha * kl
+        if self.method.teacher or self.method.teach_full_net:
+            logits = outputs[self.full].logits.float(), taught.logits.float()
+            terms[f'kl_{self.full}'] = timm_ddnn.kl_divergence(*logits, loss_fn.temperature)
+            loss = loss + ramp * loss_fn.alpha * terms[f'kl_{self.full}']
         if self.method.sample and run:  # such that the means over an epoch are those of the steps that ran
             scale = len(self.subnets)
             for depth in self.subnets:

@@ -257,10 +257,35 @@ def test_an_average_of_the_weights_teaches(modules, monkeypatch, all_depths):
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_the_full_net_is_taught_by_an_average_alone(modules, monkeypatch, capsys):
+def test_there_is_one_teacher(modules, monkeypatch, capsys):
     """Catches an option that does nothing, or two teachers at once."""
-    for options in ([], ['--average-teacher', '0.9', '--teacher', 'some']):
-        monkeypatch.setattr('sys.argv', ['train_method.py', '--teach-full-net', *options])
+    for options, message in {
+        ('--teach-full-net',): '--teach-full-net must be with --average-teacher',
+        ('--average-teacher', '0.9', '--teacher', 'some'): '--teacher must be without --average-teacher, got some',
+    }.items():
+        monkeypatch.setattr('sys.argv', ['train_method.py', *options])
         with pytest.raises(SystemExit, match='2'):
             modules.train_method.parse_args()
-        assert '--teach-full-net must be with --average-teacher' in capsys.readouterr().err
+        assert message in capsys.readouterr().err
+
+
+def test_a_net_that_was_trained_before_teaches_all_depths(modules, monkeypatch, tmp_path):
+    """Catches sub-nets that are taught by the full-net in training, or a full-net that is not taught."""
+    teacher, model = make_model(), make_model().train()
+    config = resolve_data_config(model=teacher)
+    report.save_model(teacher, tmp_path, data_config=config, class_names=[*map(str, range(4))], rows=[])
+    monkeypatch.setattr('sys.argv', ['train_method.py', '--teacher', str(tmp_path)])
+    method, _ = modules.train_method.parse_args()
+    options = dict(alpha=0.5, beta=0.0, temperature=4.0, verbose=False)
+    task = modules.train_method.MethodTask(model, method=method, **options)
+    images, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    terms = task(images, target)
+    with torch.no_grad():
+        outputs = model(images, depth='all')
+        logits = teacher.eval()(images)
+        loss = 0
+        for depth in model.depths:
+            kl = timm_ddnn.kl_divergence(outputs[depth].logits, logits, 4.0)
+            assert terms[f'kl_{depth}'].item() == pytest.approx(kl.item(), rel=1e-3)
+            loss += torch.nn.functional.cross_entropy(outputs[depth].logits, target) + 0.5 * kl
+    assert terms['loss'].item() == pytest.approx(loss.item(), rel=1e-4)
