@@ -204,6 +204,8 @@ def test_an_item_is_a_function_of_seed_epoch_and_index(augmented):
     assert not torch.equal(first, augmented[2, 5][0])
     other = Images(load_image_data('digits'), 'train', augmented.transform, seed=4)
     assert not torch.equal(first, other[1, 5][0])
+    unseeded = Images(load_image_data('digits'), 'train', augmented.transform, seed=None)
+    assert not torch.equal(unseeded[1, 5][0], unseeded[1, 5][0])
 
 
 def test_global_generators_are_left_alone(augmented):

@@ -10,7 +10,7 @@ import random
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -82,7 +82,7 @@ class Images(Dataset):
             transform: Callable[[Any], torch.Tensor],
             *,
             in_chans: int = 3,
-            seed: int = 0,
+            seed: int | None = 0,
     ) -> None:
         """Choose a split of a data set and what becomes of its images.
 
@@ -91,7 +91,8 @@ class Images(Dataset):
             split: 'train' or 'validation'.
             transform: Maps a PIL image to a tensor [in_chans, H, W].
             in_chans: Channels that images are converted to, 1 (grey) or 3 (RGB).
-            seed: Seed of the augmentation, >= 0.
+            seed: Seed of the augmentation, >= 0. None if the transform draws nothing: seeding the generators takes as
+                long as decoding a small image.
 
         Raises:
             ValueError: If `in_chans` is neither 1 nor 3.
@@ -123,7 +124,7 @@ class Images(Dataset):
             known = not isinstance(e, PIL.UnidentifiedImageError)
             reason = f'{type(e).__name__}: {" ".join(str(e).split())}' if known else 'unknown format'
             raise ImageReadError(f'image {self._describe(index)} cannot be read: {reason}') from e
-        with seeded(self.seed, epoch, index):
+        with nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
             return self.transform(image), row[self.target_key]
 
     def _describe(self, index: int) -> str:
@@ -168,7 +169,7 @@ class MemoryImages(Dataset):
         if split == 'train':
             interpolation = str_to_interp_mode(data_config['interpolation'])
             transform = transforms.Compose([transforms.Resize(size, interpolation), transforms.PILToTensor()])
-        images = Images(data, split, transform, in_chans=channels)
+        images = Images(data, split, transform, in_chans=channels, seed=None)
         self.images = torch.empty(len(images), channels, *size, dtype=torch.uint8, device=device)
         self.targets = torch.empty(len(images), dtype=torch.int64, device=device)
         start = 0
@@ -309,7 +310,7 @@ def create_loader(
     return DataLoader(
         images,
         batch_size=batch_size,
-        sampler=EpochSampler(len(images), shuffle=training, seed=images.seed),
+        sampler=EpochSampler(len(images), shuffle=training, seed=images.seed or 0),
         collate_fn=_keep if in_memory else None,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

@@ -189,11 +189,11 @@ def main():
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         model = model.to(device, memory_format=memory_format)
         data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
-        image_args = dict(in_chans=data_config['input_size'][0], seed=args.seed)
+        in_chans = data_config['input_size'][0]
         if args.in_memory:
             images = MemoryImages(data, 'validation', data_config, num_workers=args.workers, device=device)
         else:
-            images = Images(data, 'validation', create_transform(**data_config), **image_args)
+            images = Images(data, 'validation', create_transform(**data_config), in_chans=in_chans, seed=None)
         batch_size = args.validation_batch_size or args.batch_size
         val_loader = create_loader(images, batch_size, training=False, num_workers=args.workers)
 
@@ -267,7 +267,7 @@ def main():
                     auto_augment=args.aa,
                     re_prob=args.reprob,
                 )
-            images = Images(data, 'train', transform, **image_args)
+            images = Images(data, 'train', transform, in_chans=in_chans, seed=args.seed)
         train_loader = create_loader(images, args.batch_size, training=True, num_workers=args.workers)
         ekd_task = task
         task, optimizer, train_loader, val_loader = accelerator.prepare(task, optimizer, train_loader, val_loader)

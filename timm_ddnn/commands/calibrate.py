@@ -78,7 +78,8 @@ def calibrate_model(
         data_config = resolve_input_data_config(model)
 
         def load(split: str, batch_size: int) -> DataLoader:
-            images = Images(image_data, split, create_transform(**data_config), in_chans=data_config['input_size'][0])
+            transform = create_transform(**data_config)
+            images = Images(image_data, split, transform, in_chans=data_config['input_size'][0], seed=None)
             return create_loader(images, batch_size, training=split == 'train', num_workers=num_workers)
 
         chosen = np.random.default_rng(seed).permutation(len(image_data.train))[:num_images]

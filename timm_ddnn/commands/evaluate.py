@@ -142,7 +142,7 @@ def evaluate_model(
         data_config = resolve_input_data_config(model)
         input_size = data_config['input_size']
         costs = count_costs(model, input_size)
-        images = Images(image_data, 'validation', create_transform(**data_config), in_chans=input_size[0])
+        images = Images(image_data, 'validation', create_transform(**data_config), in_chans=input_size[0], seed=None)
         if cascade is not None:
             step_costs = Cascade(model, cascade, threshold or 0.0).count_macs(input_size)
             parts = split_images(len(images), holdout) if threshold is None else (None, torch.arange(len(images)))
