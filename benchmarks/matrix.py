@@ -87,6 +87,7 @@ def full_net_first(images, recipe, part=2):
 KD = {'--alpha': '1', '--temperature': '4'}
 KD_SHARED = KD | {'--beta': '0'}
 EKD = {'--alpha': '0.3', '--beta': '0.1', '--attention': 'energy', '--stages': '-1'}
+AVERAGE_ALL = KD | {'--average-teacher': '0.99', '--teach-full-net': None}
 METHODS = {
     'joint': CE_ONLY,
     'kd_shared': KD_SHARED,
@@ -99,6 +100,7 @@ METHODS = {
     'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
     'ekd_light': EKD,
     'ekd_full_first': EKD,
+    'ekd_average_all': EKD | AVERAGE_ALL,
     'ekd_late': EKD | {'--subnets': '3,2,1 2,1,1'},
     'joint_weighted': CE_ONLY,
 }
@@ -115,7 +117,6 @@ HALF_WEIGHTS = weigh((20, 14, 8), '0.5', '0.5')
 START = {'warmup_4': {'--warmup-epochs': '4'}, 'clip_1': {'--clip-grad': '1'}}
 FEW = {'--train-split': 'few', '--epochs': '60', '--warmup-epochs': '6'}
 AVERAGE = KD | {'--average-teacher': '0.998'}
-AVERAGE_ALL = AVERAGE | {'--average-teacher': '0.99', '--teach-full-net': None}
 FULL_FIRST = full_net_first(5_000, RECIPE | FEW)
 DEEPER = {'--model': 'ddnn_resnet44'}
 ABLATIONS = [
@@ -166,6 +167,9 @@ ABLATIONS = [
         'few_alone_20': SINGLE | FEW,
         'few_alone_14': SINGLE | FEW | {'--model-kwargs': 'layers=2,2,2'},
         'few_alone_8': SINGLE | FEW | {'--model-kwargs': 'layers=1,1,1'},
+        'few_alone_average_20': SINGLE | FEW | AVERAGE_ALL,
+        'few_alone_average_14': SINGLE | FEW | AVERAGE_ALL | {'--model-kwargs': 'layers=2,2,2'},
+        'few_alone_average_8': SINGLE | FEW | AVERAGE_ALL | {'--model-kwargs': 'layers=1,1,1'},
         'few_joint': CE_ONLY | FEW,
         'few_ekd': EKD | FEW,
         'few_joint_full_first': CE_ONLY | FEW | FULL_FIRST,
@@ -204,7 +208,7 @@ ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
 # 'alone' is alone_20 at depth 20, and so on.
 AGAINST = {
     'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
-    'few_joint': ['few_alone'], 'few_joint_full_first': ['few_alone'], 'few_ekd': ['few_alone'],
+    'few_alone_average': ['few_alone'], 'few_joint': ['few_alone'], 'few_joint_full_first': ['few_alone'], 'few_ekd': ['few_alone'],
     'few_ekd_full_first': ['few_alone'], 'few_ekd_full_first_third': ['few_alone'],
     'few_ekd_full_first_soft': ['few_alone'], 'few_ekd_average_all': ['few_alone'],
     'few_kd_shared': ['few_alone'],
@@ -234,11 +238,13 @@ def ablations(seeds):
 
 
 def all_runs():
-    seeds = {'alone': 3, 'joint': 3, 'ekd': 3, 'ekd_private': 3, 'ekd_full_first': 3, 'alone_late': 3, 'ekd_late': 3}
+    several = (
+        'alone', 'joint', 'ekd', 'ekd_private', 'ekd_full_first', 'ekd_average_all', 'alone_late', 'ekd_late')
+    seeds = dict.fromkeys(several, 3)
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
     tiny = {**deep, '--epochs': '20', '--warmup-epochs': '3', '--img-size': '64'}
-    main = 'alone', 'kd', 'kd_shared', 'joint', 'ekd', 'ekd_full_first'
+    main = 'alone', 'kd', 'kd_shared', 'joint', 'ekd', 'ekd_full_first', 'ekd_average_all'
     cut_alike = 'alone', 'kd', *(method for method in METHODS if method != 'ekd_late')
     runs = [
         *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, (*cut_alike, 'alone_late', 'ekd_late'), seeds),
