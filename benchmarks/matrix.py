@@ -208,9 +208,9 @@ ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
 # 'alone' is alone_20 at depth 20, and so on.
 AGAINST = {
     'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
-    **dict.fromkeys((
+    **{name: ['few_alone'] for name in (
         'few_alone_average', 'few_joint', 'few_joint_full_first', 'few_ekd', 'few_ekd_full_first',
-        'few_ekd_full_first_third', 'few_ekd_full_first_soft', 'few_ekd_average_all', 'few_kd_shared'), ['few_alone']),
+        'few_ekd_full_first_third', 'few_ekd_full_first_soft', 'few_ekd_average_all', 'few_kd_shared')},
     'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
     'few_44_ekd_full_first': ['few_44_alone', 'few_alone'],
     'ekd_cut_late': ['alone_late', 'alone'],
