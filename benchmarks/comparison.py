@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from matrix import AVERAGE_ALL, EKD, KD, SUBNET_WEIGHTS
+from matrix import EKD, EMA_TEACHER, KD, SUBNET_WEIGHTS
 from matrix import METHODS as RIVALS
 from scipy.stats import ttest_1samp
 
@@ -34,9 +34,9 @@ METHODS = {
     'ekd_private': 'as `ekd`, but with scale and shift of its own for every path',
     'ekd_full_first': 'as `ekd_equal`, but in the first half of the updates the full-net trains alone '
     '(`--full-net-updates`)',
-    'ekd_average_all': 'as `ekd_equal`, but an average of the weights, of decay '
-    f'{AVERAGE_ALL["--average-teacher"]}, teaches in the place of the full-net, and teaches all depths: KL divergence '
-    f'of weight {AVERAGE_ALL["--alpha"]}, temperature {AVERAGE_ALL["--temperature"]}',
+    'ekd_ema_teacher': 'as `ekd_equal`, but an average of the weights (`--ema-teacher`), of decay '
+    f'{EMA_TEACHER["--model-ema-decay"]}, teaches all depths, the full-net too: KL divergence of weight '
+    f'{EMA_TEACHER["--alpha"]}, temperature {EMA_TEACHER["--temperature"]}',
     'ekd_late': 'as `ekd`, but cut in the late stages, blocks '
     f'{" and ".join(RIVALS["ekd_late"]["--subnets"].split())}, and held against `alone_late`',
     'ekd_light': 'as `ekd`, but with weights {1} and {0}'.format(*SUBNET_WEIGHTS['ekd_light']),
@@ -50,7 +50,7 @@ ALONE = {'ekd_late': ('alone_late', 'alone')}
 
 def join_depths(name):
     """'few_alone_14' -> 'few_alone': nets that are trained alone are one method, at several depths."""
-    return re.sub(r'(alone|alone_average|alone_late|kd)[-_]\d+$', r'\1', name)
+    return re.sub(r'(alone|alone_ema|alone_late|kd)[-_]\d+$', r'\1', name)
 
 
 def split_name(stem):

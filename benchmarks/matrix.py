@@ -87,7 +87,8 @@ def full_net_first(images, recipe, part=2):
 KD = {'--alpha': '1', '--temperature': '4'}
 KD_SHARED = KD | {'--beta': '0'}
 EKD = {'--alpha': '0.3', '--beta': '0.1', '--attention': 'energy', '--stages': '-1'}
-AVERAGE_ALL = KD | {'--average-teacher': '0.99', '--teach-full-net': None}
+EMA_TEACHER = KD | {
+    '--model-ema': None, '--model-ema-decay': '0.99', '--model-ema-warmup': None, '--ema-teacher': None}
 METHODS = {
     'joint': CE_ONLY,
     'kd_shared': KD_SHARED,
@@ -100,7 +101,7 @@ METHODS = {
     'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
     'ekd_light': EKD,
     'ekd_full_first': EKD,
-    'ekd_average_all': EKD | AVERAGE_ALL,
+    'ekd_ema_teacher': EKD | EMA_TEACHER,
     'ekd_late': EKD | {'--subnets': '3,2,1 2,1,1'},
     'joint_weighted': CE_ONLY,
 }
@@ -160,23 +161,22 @@ ABLATIONS = [
         'average': AVERAGE,
         'average_kl_only': AVERAGE | {'--subnet-ce': '0'},
         'average_weighted': AVERAGE | weigh((20, 14, 8), '0.25', '0.5'),
-        'average_all': AVERAGE_ALL,
-        'average_all_weighted': AVERAGE_ALL | weigh((20, 14, 8), '0.25', '0.5'),
+        'ema_teacher': EMA_TEACHER,
     }),
     ('5,000 images, 60 epochs', None, {
         'few_alone_20': SINGLE | FEW,
         'few_alone_14': SINGLE | FEW | {'--model-kwargs': 'layers=2,2,2'},
         'few_alone_8': SINGLE | FEW | {'--model-kwargs': 'layers=1,1,1'},
-        'few_alone_average_20': SINGLE | FEW | AVERAGE_ALL,
-        'few_alone_average_14': SINGLE | FEW | AVERAGE_ALL | {'--model-kwargs': 'layers=2,2,2'},
-        'few_alone_average_8': SINGLE | FEW | AVERAGE_ALL | {'--model-kwargs': 'layers=1,1,1'},
+        'few_alone_ema_20': SINGLE | FEW | EMA_TEACHER,
+        'few_alone_ema_14': SINGLE | FEW | EMA_TEACHER | {'--model-kwargs': 'layers=2,2,2'},
+        'few_alone_ema_8': SINGLE | FEW | EMA_TEACHER | {'--model-kwargs': 'layers=1,1,1'},
         'few_joint': CE_ONLY | FEW,
         'few_ekd': EKD | FEW,
         'few_joint_full_first': CE_ONLY | FEW | FULL_FIRST,
         'few_ekd_full_first': EKD | FEW | FULL_FIRST,
         'few_ekd_full_first_third': EKD | FEW | full_net_first(5_000, RECIPE | FEW, part=3),
         'few_ekd_full_first_soft': EKD | FEW | FULL_FIRST | HALF_WEIGHTS | KD,
-        'few_ekd_average_all': EKD | FEW | AVERAGE_ALL,
+        'few_ekd_ema_teacher': EKD | FEW | EMA_TEACHER,
         'few_kd_shared': KD_SHARED | FEW,
     }),
     ('5,000 images, 60 epochs, a deeper net', None, {
@@ -209,8 +209,8 @@ ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
 AGAINST = {
     'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
     **{name: ['few_alone'] for name in (
-        'few_alone_average', 'few_joint', 'few_joint_full_first', 'few_ekd', 'few_ekd_full_first',
-        'few_ekd_full_first_third', 'few_ekd_full_first_soft', 'few_ekd_average_all', 'few_kd_shared')},
+        'few_alone_ema', 'few_joint', 'few_joint_full_first', 'few_ekd', 'few_ekd_full_first',
+        'few_ekd_full_first_third', 'few_ekd_full_first_soft', 'few_ekd_ema_teacher', 'few_kd_shared')},
     'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
     'few_44_ekd_full_first': ['few_44_alone', 'few_alone'],
     'ekd_cut_late': ['alone_late', 'alone'],
@@ -238,12 +238,12 @@ def ablations(seeds):
 
 def all_runs():
     several = (
-        'alone', 'joint', 'ekd', 'ekd_private', 'ekd_full_first', 'ekd_average_all', 'alone_late', 'ekd_late')
+        'alone', 'joint', 'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'alone_late', 'ekd_late')
     seeds = dict.fromkeys(several, 3)
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
     tiny = {**deep, '--epochs': '20', '--warmup-epochs': '3', '--img-size': '64'}
-    main = 'alone', 'kd', 'kd_shared', 'joint', 'ekd', 'ekd_full_first', 'ekd_average_all'
+    main = 'alone', 'kd', 'kd_shared', 'joint', 'ekd', 'ekd_full_first', 'ekd_ema_teacher'
     cut_alike = 'alone', 'kd', *(method for method in METHODS if method != 'ekd_late')
     runs = [
         *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, (*cut_alike, 'alone_late', 'ekd_late'), seeds),

@@ -34,13 +34,9 @@ def parse_args():
     parser.add_argument('--ramp-updates', type=number(int, 0), default=0, help='steps of linear growth of alpha, beta')
     parser.add_argument(
         '--average-teacher', type=number(float, 0, 1), metavar='DECAY',
-        help='decay of an average of the weights, whose full-net teaches in the place of the one in training')
-    parser.add_argument(
-        '--teach-full-net', action='store_true', help='the average teaches the full-net as well, by KL divergence')
+        help='decay of an average of the weights, whose full-net teaches the sub-nets, and not as by --ema-teacher all')
     parser.add_argument('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
     method, others = parser.parse_known_args()
-    if method.teach_full_net and not method.average_teacher:
-        parser.error('--teach-full-net must be with --average-teacher')
     if method.teacher and method.average_teacher:
         parser.error(f'--teacher must be without --average-teacher, got {method.teacher}')
     return method, others
@@ -81,23 +77,21 @@ class MethodTask(timm_ddnn.EKDTask):
         outputs = self.trainable_module(input, depth=(self.full, *run))
         loss_fn = self.loss_fn
         taught = self.teach(input)
-        terms = loss_fn.terms({**outputs, self.full: taught or outputs[self.full]}, target)
+        terms = loss_fn.terms({**outputs, self.full: taught or outputs[self.full]}, target, self.run_teacher(input))
         if taught:
             terms[f'ce_{self.full}'] = loss_fn({self.full: outputs[self.full]}, target)
         self.steps += 1
         ramp = torch.clamp(self.steps / max(self.method.ramp_updates, 1), max=1.0)
-        loss = terms[f'ce_{self.full}']
-        for depth in run:
-            part = self.method.subnet_ce * terms[f'ce_{depth}']
-            if loss_fn.alpha:
-                part = part + ramp * loss_fn.alpha * terms[f'kl_{depth}']
-            if loss_fn.beta:
-                part = part + ramp * loss_fn.beta * terms[f'attention_{depth}']
-            loss = loss + loss_fn.weights.get(depth, 1.0) * part
-        if self.method.teacher or self.method.teach_full_net:
+        if self.method.teacher:
             logits = outputs[self.full].logits.float(), taught.logits.float()
             terms[f'kl_{self.full}'] = timm_ddnn.kl_divergence(*logits, loss_fn.temperature)
-            loss = loss + ramp * loss_fn.alpha * terms[f'kl_{self.full}']
+        loss = 0
+        for depth in (self.full, *run):
+            part = (1.0 if depth == self.full else self.method.subnet_ce) * terms[f'ce_{depth}']
+            for name, weight in (('kl', loss_fn.alpha), ('attention', loss_fn.beta)):
+                if weight and f'{name}_{depth}' in terms:
+                    part = part + ramp * weight * terms[f'{name}_{depth}']
+            loss = loss + loss_fn.weights.get(depth, 1.0) * part
         if self.method.sample and run:  # such that the means over an epoch are those of the steps that ran
             scale = len(self.subnets)
             for depth in self.subnets:

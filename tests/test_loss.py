@@ -382,6 +382,33 @@ def test_terms_in_loops():
             sum(transfer_loop(outputs[d].features[s], outputs[20].features[s], 'energy') for s in range(3)), rel=1e-12)
 
 
+@pytest.mark.parametrize('form', FORMS)
+def test_another_teacher_teaches_all_depths_in_loops(form):
+    outputs, teacher = as_leaves(make_outputs()), as_leaves(make_outputs(depths=(44,), seed=1))[44]
+    loss_fn = EKDLoss(temperature=3.0, alpha=0.5, beta=0.25, attention=form, weights={8: 7.0})
+    terms = loss_fn.terms(outputs, TARGET, teacher)
+    assert set(terms) == {'loss', *(f'{name}_{d}' for name in ('ce', 'kl', 'attention') for d in DEPTHS)}
+    loss = 0.0
+    for d in DEPTHS:
+        kl = kl_loop(outputs[d].logits, teacher.logits, 3.0)
+        attention = sum(transfer_loop(outputs[d].features[s], teacher.features[s], form) for s in range(3))
+        assert terms[f'kl_{d}'].item() == pytest.approx(kl, rel=1e-12)
+        assert terms[f'attention_{d}'].item() == pytest.approx(attention, rel=1e-12)
+        part = cross_entropy_loop(outputs[d].logits, TARGET) + 0.5 * kl + 0.25 * attention
+        loss += part * (7.0 if d == 8 else 1.0)
+    assert terms['loss'].item() == pytest.approx(loss, rel=1e-12)
+    assert torch.equal(loss_fn(outputs, TARGET, teacher), terms['loss'])
+    terms['loss'].backward()
+    assert [t.grad for t in (teacher.logits, *teacher.features)] == [None] * 4
+    assert all(t.grad.any() for output in outputs.values() for t in (output.logits, *output.features))
+
+
+def test_a_teacher_of_other_classes_is_refused():
+    teacher = make_outputs()[20]
+    with pytest.raises(ValueError, match=r'teacher must have logits \(3, 5\), got \(3, 1\)'):
+        EKDLoss()(make_outputs(), TARGET, teacher._replace(logits=teacher.logits[:, :1]))
+
+
 def test_full_net_alone_gives_plain_cross_entropy():
     outputs = make_outputs((20,))
     terms = EKDLoss(alpha=9.0, beta=9.0).terms(outputs, TARGET)
@@ -575,8 +602,8 @@ def test_what_is_not_the_outputs_of_depths_is_refused(outputs):
         EKDLoss()(outputs, TARGET)
 
 
-def test_a_weight_for_the_teacher_is_refused():
-    with pytest.raises(ValueError, match=r'sub-nets.*teacher 20.*\{20: 0.5\}'):
+def test_a_weight_for_the_full_net_is_refused():
+    with pytest.raises(ValueError, match=r'sub-nets.*full-net 20.*\{20: 0.5\}'):
         EKDLoss(weights={20: 0.5})(make_outputs(), TARGET)
 
 

@@ -134,6 +134,33 @@ def test_loss_is_that_of_ekd_loss_with_the_options(model, x, options):
     assert all(result[name] > 1e-4 for name in TERMS), 'depths compute the same, the test shows nothing'
 
 
+def test_another_net_teaches_on_demand(model, x):
+    """Catches a teacher that is trained, saved, put into another mode, or not let go again."""
+    task, teacher, images = make_task(model, **OPTIONS), tiny(seed=1).eval(), x
+    names, plain = list(task.state_dict()), task(images, TARGET)
+    task.set_teacher(teacher)
+    result = task(images, TARGET)
+    with torch.no_grad():
+        expected = task.loss_fn(model(images, depth='all'), TARGET, teacher(images, depth='all')[12])
+    torch.testing.assert_close(result['loss'].detach(), expected)
+    assert result.keys() - plain.keys() == {'kl_12', 'attention_12'}
+    result['loss'].backward()
+    assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in model.parameters())
+    assert list(task.state_dict()) == names and not any(m is teacher for m in task.modules())
+    task.train()
+    assert not teacher.training
+    task.depth = model.depths[:1]
+    assert task(images, TARGET).keys() == {'loss', 'output', 'ce_12', 'kl_12', 'attention_12'}
+    task.depth = 'all'
+    task.set_teacher(None)
+    assert task(images, TARGET).keys() == plain.keys()
+
+
+def test_another_kind_of_teacher_is_refused(model):
+    with pytest.raises(ValueError, match=r'teacher must be a dynamic-depth model .*, got CifarResNet'):
+        make_task(model).set_teacher(model.extract(8))
+
+
 def test_one_forward_runs_all_depths(model, x):
     calls = []
     model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)

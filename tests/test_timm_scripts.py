@@ -122,6 +122,14 @@ def test_other_options_are_passed_on():
     assert log('out')['keys'] == ['ce_14', 'ce_8', 'kl_8', 'loss', 'output']
 
 
+def test_the_average_teaches():
+    """Catches an average that train.py keeps and the task does not ask, and a full-net that it does not teach."""
+    run(TRAIN_TIMM, TRAIN, *OPTIONS, '--ekd-ema-teacher', '--torchcompile', 'aot_eager', '--output', 'out')
+    keys = ['attention_14', 'attention_8', 'ce_14', 'ce_8', 'kl_14', 'kl_8', 'loss', 'output']
+    assert log('out')['keys'] == keys
+    assert min(top1(read('out', ema=True), depth) for depth in (14, 8)) > 60
+
+
 def test_resume_goes_on_as_train_py_does(trained):
     """Catches a checkpoint of the task that train.py's --resume cannot read or reads in part."""
     run(TRAIN_TIMM, TRAIN, *OPTIONS, '--epochs', 1, '--output', 'out')
@@ -175,6 +183,9 @@ def test_export_by_a_script():
     ([TRAIN_TIMM, TRAIN, '--ekd-temperature', 0], 'temperature must be a finite number > 0, got 0'),
     ([TRAIN_TIMM, TRAIN, '--ekd-stages', 'x'], "must be stages such as '2,3', got 'x'"),
     ([TRAIN_TIMM, TRAIN, '--ekd-weights', '8'], "must be DEPTH=WEIGHT such as '26=0.5', got '8'"),
+    ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-ema-teacher'], '--ekd-ema-teacher needs the average: --model-ema'),
+    ([TRAIN_TIMM, TRAIN, *OPTIONS, '--ekd-ema-teacher', '--model-ema-force-cpu'],
+     '--ekd-ema-teacher needs the average where the model is, got --model-ema-force-cpu'),
     ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-weights', '10=1'], r'weights must be for sub-nets of \(8,\), got \[10\]'),
     ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-stages', '3'], r'stages must be from -3 to 2, got \[3\]'),
     ([TRAIN_TIMM, TRAIN, '--model', 'cifar_resnet8'], r'trains dynamic-depth models \(ddnn_\*\), got CifarResNet'),

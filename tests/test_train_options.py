@@ -40,9 +40,10 @@ def seen(monkeypatch):
         seen['weights'] = weight.is_contiguous(**channels_last), weight.is_contiguous()
         return original(task, images, target)
 
-    def terms(loss, outputs, target, original=EKDLoss.terms):
+    def terms(loss, outputs, target, teacher=None, original=EKDLoss.terms):
         seen['logits'] = {output.logits.dtype for output in outputs.values()}
-        return original(loss, outputs, target)
+        seen['teacher'] = teacher
+        return original(loss, outputs, target, teacher)
 
     monkeypatch.setattr(EKDTask, 'forward', forward)
     monkeypatch.setattr(EKDLoss, 'terms', terms)
@@ -126,6 +127,20 @@ def test_averaged_weights_of_every_depth(monkeypatch):
     run('--evaluate', '--pretrained', '--model', 'local-dir:out', '--output', 'out', '-j', 0)
     assert [row['top1'] for row in read('out', 'evaluation.json')['depths']] == [
         record[f'ema_top1_{depth}'] for depth in (14, 8)]
+
+
+def test_the_average_teaches(seen, plain):
+    """Catches a teacher that is not the average, and a run that goes on with another one."""
+    average = ['--model-ema', '--model-ema-decay', 0.5, '--ema-teacher']
+    run(*SHORT, *average, '--output', 'out')
+    assert seen['teacher'] is not None
+    first, last = history('out')
+    assert {'train_kl_14', 'train_attention_14', 'train_kl_8'} <= first.keys()
+    assert last['train_loss'] != history(plain)[-1]['train_loss']
+    shutil.copytree('out', 'expected')
+    shutil.rmtree('out/checkpoints/step-00000022')
+    run(*SHORT, *average, '--resume', 'auto', '--output', 'out')
+    assert_same_run('out', 'expected')
 
 
 @gpu

@@ -137,7 +137,8 @@ class EKDLoss(nn.Module):
 
     That the full-net teaches by KL divergence of the posteriors and by attention on maps of the same resolution is the
     method of arXiv 2103.00793. The forms of the attention, the weights and the temperature are choices of this
-    library: what is at hand of the paper does not give them.
+    library: what is at hand of the paper does not give them. So is another teacher, which `terms` takes: it stands in
+    the place of z_0 and F_0 in the sum, and the sum is over all depths, the full-net with weight 1.
 
     The terms are computed in float32 where autocast is on or the outputs are of a lower precision.
     """
@@ -187,33 +188,47 @@ class EKDLoss(nn.Module):
         self.weights = {d: _check_weight(f'weight of depth {d}', w) for d, w in (weights or {}).items()}
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
 
-    def forward(self, outputs: Mapping[int, SubNetOutput], target: torch.Tensor) -> torch.Tensor:
+    def forward(
+            self,
+            outputs: Mapping[int, SubNetOutput],
+            target: torch.Tensor,
+            teacher: SubNetOutput | None = None,
+    ) -> torch.Tensor:
         """Compute the loss.
 
         Args:
             outputs: What `model(x, depth='all')` returns, or any depths of it. The deepest teaches the others.
             target: Class indices [B] or soft targets [B, num_classes], whichever the criterion takes.
+            teacher: Output of another net for the same images, for instance of the averaged weights. It teaches all
+                depths, the deepest too.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: If the outputs are no dict by depth, there is a weight for the teacher, the criterion does not
-                return a scalar, the maps of a stage differ in resolution, or the model has not the stages asked for.
+            ValueError: If the outputs are no dict by depth, there is a weight for the full-net, the criterion does not
+                return a scalar, the teacher has other classes, the maps of a stage differ in resolution, or the model
+                has not the stages asked for.
         """
-        return self.terms(outputs, target)['loss']
+        return self.terms(outputs, target, teacher)['loss']
 
-    def terms(self, outputs: Mapping[int, SubNetOutput], target: torch.Tensor) -> dict[str, torch.Tensor]:
+    def terms(
+            self,
+            outputs: Mapping[int, SubNetOutput],
+            target: torch.Tensor,
+            teacher: SubNetOutput | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Compute the loss and the terms that it is the sum of.
 
         Args:
             outputs: As for `forward`.
             target: As for `forward`.
+            teacher: As for `forward`.
 
         Returns:
             Scalars with gradient: 'loss'; 'ce_<depth>' for every depth; 'kl_<depth>' (with T^2) and 'attention_<depth>'
-            (summed over stages) for every sub-net unless their weight is 0, such that
-            loss = ce_full + sum_k w_k (ce_k + alpha * kl_k + beta * attention_k).
+            (summed over stages) for every depth that is taught unless their weight is 0, such that
+            loss = sum_k w_k (ce_k + alpha * kl_k + beta * attention_k), with w_0 = 1.
 
         Raises:
             ValueError: As for `forward`.
@@ -222,23 +237,27 @@ class EKDLoss(nn.Module):
             raise ValueError(f"outputs must be what model(x, depth='all') returns, got {type(outputs).__name__}")
         full = max(outputs)
         if full in self.weights:
-            raise ValueError(f'weights are for sub-nets, the teacher {full} has none; got {self.weights}')
+            raise ValueError(f'weights are for sub-nets, the full-net {full} has none; got {self.weights}')
+        taught = [d for d in outputs if d != full or teacher is not None]
+        teacher = outputs[full] if teacher is None else teacher
         with torch.autocast(outputs[full].logits.device.type, enabled=False):
             logits = {d: _full_precision(output.logits) for d, output in outputs.items()}
+            teacher_logits = _full_precision(teacher.logits)
+            if teacher_logits.shape != logits[full].shape:
+                raise ValueError(
+                    f'teacher must have logits {tuple(logits[full].shape)}, got {tuple(teacher_logits.shape)}')
             terms = {f'ce_{d}': self._criterion(z, target) for d, z in logits.items()}
-            loss = terms[f'ce_{full}']
+            parts = {d: terms[f'ce_{d}'] for d in outputs}
             teacher_maps: dict[int, torch.Tensor] = {}
-            for d in outputs:
-                if d == full:
-                    continue
-                part = terms[f'ce_{d}']
+            for d in taught:
                 if self.alpha:
-                    terms[f'kl_{d}'] = kl_divergence(logits[d], logits[full], self.temperature)
-                    part = part + self.alpha * terms[f'kl_{d}']
+                    terms[f'kl_{d}'] = kl_divergence(logits[d], teacher_logits, self.temperature)
+                    parts[d] = parts[d] + self.alpha * terms[f'kl_{d}']
                 if self.beta:
-                    terms[f'attention_{d}'] = self._attention(
-                        outputs[d].features, outputs[full].features, teacher_maps)
-                    part = part + self.beta * terms[f'attention_{d}']
+                    terms[f'attention_{d}'] = self._attention(outputs[d].features, teacher.features, teacher_maps)
+                    parts[d] = parts[d] + self.beta * terms[f'attention_{d}']
+            loss = parts.pop(full)
+            for d, part in parts.items():
                 loss = loss + self.weights.get(d, 1.0) * part
         return {'loss': loss, **terms}
 

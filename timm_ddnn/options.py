@@ -86,6 +86,8 @@ def parse_args(description: str) -> argparse.Namespace:
     arg('--model-ema', action='store_true', help='average the weights; the average is reported and saved')
     arg('--model-ema-decay', type=fraction, default=0.9998, help='decay of the average')
     arg('--model-ema-warmup', action='store_true', help='let the decay rise to its value')
+    arg('--ema-teacher', action='store_true',
+        help='the average teaches all depths, the full-net too, in the place of the full-net')
 
     arg = parser.add_argument_group('run').add_argument
     arg('--evaluate', action='store_true', help='report the accuracy of every depth, without training')
@@ -116,6 +118,8 @@ def parse_args(description: str) -> argparse.Namespace:
         for name in filter(other.get, other):
             flag = '--' + name.replace('_', '-')
             parser.error(f'--in-memory goes with --train-crop-mode pad and --hflip alone, got {flag} {other[name]}')
+    if args.ema_teacher and not args.model_ema:
+        parser.error('--ema-teacher needs the average: --model-ema')
     if args.evaluate and args.resume:
         parser.error(f'--resume is for training, not for --evaluate, got {args.resume!r}')
     if args.resume == 'auto' and not args.output:

@@ -7,8 +7,8 @@ Names of metrics, in `metrics.jsonl` (a line per epoch) and in `history`:
     lr                    learning rate at the end of the epoch
     train_loss            the loss and its terms, means over the epoch's batches, 0 in those without the term:
     train_ce_<depth>      criterion of a depth
-    train_kl_<depth>      KL divergence of a sub-net from the full-net, times temperature squared, without its weight
-    train_attention_<depth>  distance of the attention of a sub-net from the full-net's, without its weight
+    train_kl_<depth>      KL divergence from the teacher, times temperature squared, without its weight
+    train_attention_<depth>  distance of the attention from the teacher's, without its weight
     top1_<depth>          accuracy on the validation split in percent, likewise top5_<depth> (best k if k < 5 classes)
     ema_top1_<depth>      the same of the averaged weights, where there are any
     top1                  mean top-1 of all depths, of the averaged weights if any, highest in the best checkpoint

@@ -8,7 +8,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from .dynamic_depth import DynamicDepthMixin
+from .dynamic_depth import DynamicDepthMixin, SubNetOutput
 from .loss import EKDLoss
 
 __all__ = ['EKDTask']
@@ -23,6 +23,7 @@ class EKDTask(ClassificationTask):
         * one forward of all depths, or of those in `depth`, and `EKDLoss` around the criterion
         * every term of the loss in the returned dict
         * `ekd_options`, the arguments of `EKDLoss`
+        * `set_teacher`, for a net that teaches in the place of the full-net
         * clipping without the head leaves out the classifier, not the last parameters: they may be a sub-net's
 
     Attributes:
@@ -62,6 +63,7 @@ class EKDTask(ClassificationTask):
         super().__init__(
             model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.depth: str | Sequence[int] = 'all'
+        self.set_teacher(None)
         self.loss_fn = EKDLoss(criterion=self.criterion, **ekd_options)
         stages = len(ddnn.blocks(None))
         if any(not -stages <= stage < stages for stage in self.loss_fn.stages or ()):
@@ -71,6 +73,33 @@ class EKDTask(ClassificationTask):
             raise ValueError(f'weights must be for sub-nets of {ddnn.depths[1:]}, got {unknown}')
         if verbose:
             _logger.info(f'{type(self).__name__}: depths={ddnn.depths}, {self.loss_fn.extra_repr()}')
+
+    def set_teacher(self, teacher: nn.Module | None) -> None:
+        """Let another net teach all depths, the full-net too, in the place of the full-net in training.
+
+        Args:
+            teacher: Dynamic-depth model whose full-net teaches, for instance an average of the weights,
+                `timm.utils.ModelEmaV3(model).module`. It is run as it is, in its own mode and on its own device, and
+                is no part of what the task trains, moves or saves. None lets the full-net in training teach again.
+
+        Raises:
+            ValueError: If it is another kind of model.
+        """
+        if not (teacher is None or isinstance(teacher, DynamicDepthMixin)):
+            raise ValueError(f'teacher must be a dynamic-depth model (ddnn_*), got {type(teacher).__name__}')
+        self._teacher = () if teacher is None else (teacher,)  # in a tuple, it is no module of the task
+
+    def run_teacher(self, input: torch.Tensor) -> SubNetOutput | None:
+        """Run the net of `set_teacher` without gradient; None if the full-net in training teaches.
+
+        Args:
+            input: Images, [B, C, H, W].
+        """
+        for net in self._teacher:
+            full = max(net.depths)
+            with torch.no_grad():
+                return net(input, depth=(full,))[full]
+        return None
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the depths that are trained, and compute the loss.
@@ -84,7 +113,7 @@ class EKDTask(ClassificationTask):
             `EKDLoss.terms` without gradient.
         """
         outputs = self.trainable_module(input, depth=self.depth)
-        terms = self.loss_fn.terms(outputs, target)
+        terms = self.loss_fn.terms(outputs, target, self.run_teacher(input))
         return {
             **{name: term.detach() for name, term in terms.items()},
             'loss': terms['loss'],

@@ -294,6 +294,8 @@ def main():
         updates_per_epoch=updates_per_epoch,
     )
     ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    if args.ema_teacher:
+        ekd_task.set_teacher(ema.module)
 
     # Go on from a checkpoint, or begin
     with one_line_errors(CheckpointError, OSError, ValueError):

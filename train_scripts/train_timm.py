@@ -14,6 +14,7 @@ import sys
 
 import timm.task
 from timm.task import classification
+from timm.utils import unwrap_model
 
 import timm_ddnn
 from timm_ddnn.cli import ArgumentParser, fail, integers, number, one_line_errors, parse_weight, run_script
@@ -32,6 +33,8 @@ def parse_args():
         help='stages compared, from 0, or from the last as in --ekd-stages=-1; all if not given')
     arg('--ekd-weights', type=lambda text: dict(parse_weight(pair) for pair in text.split(',')),
         metavar='DEPTH=WEIGHT,...', help='loss weights of sub-nets')
+    arg('--ekd-ema-teacher', action='store_true',
+        help='the averaged weights (--model-ema) teach all depths, the full-net too, in the place of the full-net')
     options, arguments = parser.parse_known_args()
     if not arguments or {'-h', '--help'} & set(arguments):
         parser.print_help()
@@ -41,11 +44,16 @@ def parse_args():
     if unknown:
         known = ', '.join('--' + name.replace('_', '-') for name in vars(options))
         parser.error(f'options that begin with --ekd- must be of {known}, got {unknown[0]}')
+    if options.ekd_ema_teacher and '--model-ema' not in arguments:
+        parser.error('--ekd-ema-teacher needs the average: --model-ema')
+    if options.ekd_ema_teacher and '--model-ema-force-cpu' in arguments:
+        parser.error('--ekd-ema-teacher needs the average where the model is, got --model-ema-force-cpu')
     return arguments[0], arguments[1:], {name.removeprefix('ekd_'): value for name, value in vars(options).items()}
 
 
 def main():
     script, arguments, options = parse_args()
+    ema_teacher = options.pop('ema_teacher')
     with one_line_errors(ValueError):
         timm_ddnn.EKDLoss(**options)  # an error better now than after the data was loaded
 
@@ -53,6 +61,12 @@ def main():
         def __init__(self, *args, **kwargs):
             with one_line_errors(ValueError):
                 super().__init__(*args, **kwargs, **options)
+
+        def setup_ema(self, *args, **kwargs):
+            ema = super().setup_ema(*args, **kwargs)
+            if ema_teacher:
+                self.set_teacher(unwrap_model(ema))
+            return ema
 
     def initialize(task, *args, original=timm.task.TrainingTask.__init__, **kwargs):
         if not isinstance(task, Task):
