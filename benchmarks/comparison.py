@@ -140,7 +140,7 @@ def distillation_gains(tops, runs, method):
         runs: See `tops`.
         method: Name of the method or variant.
     """
-    rival = method.replace('ekd', 'joint')
+    rival = method.replace('ekd', 'joint').removesuffix('_ema_teacher')
     mine, theirs = (
         {run['options'].get('--weights') for stem, run in runs.items() if split_name(stem)[0] == name}
         for name in (method, rival)

@@ -105,7 +105,7 @@ def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules,
     assert 'taught one by one, EKD has -1.50 (8) with the same seed.' in text
     assert 'There is no result of EKD' not in text
     table = results.promise_table(results.load_experiments())
-    setting = '| `ddnn_resnet20` | 50,000 of CIFAR-10 (JPEG) | 15 | 0.25, 0.75 | 0'
+    setting = '| `ddnn_resnet20` | 50,000 of CIFAR-10 (JPEG) | 15 | 0.25, 0.75 | 0 | full-net'
     gain = f'{np.mean(gains):+.2f} ± {error:.2f} (8) | +0.50 (8)'
     assert f'{setting} | {gain} | holds at depth 8 (3 seeds) |' in table
     assert (tmp_path / 'results/some.png').stat().st_size > 10_000
@@ -127,7 +127,8 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
         ('ekd_cut_late', 0): {20: 70.25, 14: 70.75, 10: 68.0}, ('ekd_sampled', 0): {20: 69.0},
         ('few_44_ekd', 0): {44: 75.0, 32: 74.5, 20: 74.0},
         ('few_44_alone_44', 0): {44: 74.0}, ('few_alone_20', 0): {20: 73.5},
-        ('few_44_joint', 0): {44: 74.75, 20: 73.75},
+        ('few_44_joint', 0): {44: 74.75, 20: 73.75}, ('few_alone_ema_20', 0): {20: 73.75},
+        ('few_ekd_ema_teacher', 0): {20: 74.5}, ('few_joint', 0): {20: 74.25},
     })
     modules.results.write_results(modules.results.load_experiments())
     text = (tmp_path / 'results/README.md').read_text()
@@ -141,6 +142,8 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
     assert 'Distillation adds +0.25 (44), +0.25 (20) to the same training without it.' in text
     table = modules.results.promise_table(modules.results.load_experiments())
     assert '| +1.00 (44), +0.50 (20) | +0.25 (44), +0.25 (20) | is undecided at' in table
+    assert '| +1.00 (20) | +0.25 (20) | is undecided at depth 20 (1 seed) |' in table
+    assert '| `few_alone_ema` | 73.75 ' in text
     runs = {'ekd_sampled-0': {'options': {'--seed': '0', '--sample': None, '--lr': '0.4'}}}
     table = modules.results.ablation_tables({'ekd_sampled': {20: {0: 69.0}}}, runs)[1]
     assert '| `ekd_sampled` | 69.00 | `ekd` |  | 0 | `--sample` |' in table

@@ -218,6 +218,7 @@ WRONG = [
     ('--model output/nowhere', "must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got 'output/nowhere'"),
     ('--num-classes 5', 'must have the 10 classes of the data set, or more by --num-classes, got 5'),
     ('--evaluate', '--evaluate needs weights'),
+    ('--ema-teacher', '--ema-teacher needs the average: --model-ema'),
     ('--dataset nowhere', "no data set 'nowhere': not 'digits', not a folder here"),
     ('--dataset empty', "'empty' has neither SPLIT"),
     ('--dataset text', "data set 'text' cannot be read: .*no data"),
