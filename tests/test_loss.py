@@ -403,8 +403,10 @@ def test_another_teacher_teaches_all_depths_in_loops(form):
     assert all(t.grad.any() for output in outputs.values() for t in (output.logits, *output.features))
 
 
-def test_a_teacher_of_other_classes_is_refused():
+def test_a_teacher_of_other_classes_or_stages_is_refused():
     teacher = make_outputs()[20]
+    with pytest.raises(ValueError, match='teacher must have maps of 3 stages, got 2'):
+        EKDLoss()(make_outputs(), TARGET, teacher._replace(features=teacher.features[:2]))
     with pytest.raises(ValueError, match=r'teacher must have logits \(3, 5\), got \(3, 1\)'):
         EKDLoss()(make_outputs(), TARGET, teacher._replace(logits=teacher.logits[:, :1]))
 

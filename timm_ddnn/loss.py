@@ -207,8 +207,8 @@ class EKDLoss(nn.Module):
 
         Raises:
             ValueError: If the outputs are no dict by depth, there is a weight for the full-net, the criterion does not
-                return a scalar, the teacher has other classes, the maps of a stage differ in resolution, or the model
-                has not the stages asked for.
+                return a scalar, the teacher has other classes or stages, the maps of a stage differ in resolution, or
+                the model has not the stages asked for.
         """
         return self.terms(outputs, target, teacher)['loss']
 
@@ -277,6 +277,8 @@ class EKDLoss(nn.Module):
             teacher_maps: dict[int, torch.Tensor],
     ) -> torch.Tensor:
         """Sum the distances over the stages; `teacher_maps` keeps the teacher's attention for the next sub-net."""
+        if len(features) != len(teacher):
+            raise ValueError(f'teacher must have maps of {len(features)} stages, got {len(teacher)}')
         stages = range(len(teacher)) if self.stages is None else self.stages
         if any(not -len(teacher) <= s < len(teacher) for s in stages):
             raise ValueError(f'stages must be from {-len(teacher)} to {len(teacher) - 1}, got {self.stages}')
