@@ -252,9 +252,10 @@ def explanation(tops, runs):
 def against_teacher(tops):
     """Say what EKD gains on nets that are taught one by one; nothing if there are none of the same seed."""
     gains = gains_by_depth(tops, others=['kd'])
-    return gains and (
+    return (
         'Against shallow nets that the full-net, once trained alone, taught one by one, EKD has '
-        f'{list_gains(gains)} with the same seed.')
+        f'{list_gains(gains)} with the same seed.'
+    ) if gains else ''
 
 
 def method_table(tops):

@@ -184,7 +184,7 @@ def write_results(experiments):
                 verdict(tops),
                 *(f'The same of `{name}`: it {judged}.\n' for name, judged in judge_variants(tops)),
                 explanation(tops, runs),
-                *([f'{taught}\n'] if (taught := against_teacher(tops)) else ()),
+                (taught := against_teacher(tops)) and f'{taught}\n',
                 f'![Accuracy of every depth over its multiply-accumulates]({experiment}.png)\n',
             ]
     if choice:

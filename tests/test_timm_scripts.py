@@ -178,7 +178,8 @@ def test_export_by_a_script():
 
 @pytest.mark.parametrize('arguments, message', [
     ([TRAIN_TIMM, 'nowhere.py'], "the first argument must be a script, got 'nowhere.py'"),
-    ([TRAIN_TIMM, TRAIN, '--ekd-gamma', 1], '--ekd- must be of .*--ekd-ema-teacher, got --ekd-gamma'),
+    ([TRAIN_TIMM, TRAIN, '--ekd-gamma', 1],
+     '--ekd- must be of --ekd-temperature, .*--ekd-weights, --ekd-ema-teacher, got --ekd-gamma'),
     ([TRAIN_TIMM, TRAIN, '--ekd-alpha', -1], "--ekd-alpha: must be a number of at least 0, got '-1'"),
     ([TRAIN_TIMM, TRAIN, '--ekd-temperature', 0], 'temperature must be a finite number > 0, got 0'),
     ([TRAIN_TIMM, TRAIN, '--ekd-stages', 'x'], "must be stages such as '2,3', got 'x'"),

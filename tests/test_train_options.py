@@ -130,7 +130,7 @@ def test_averaged_weights_of_every_depth(monkeypatch):
 
 
 def test_the_average_teaches(seen, plain):
-    """Catches a teacher that is not the average, and a run that goes on with another one."""
+    """Catches an option that does nothing, and a run that goes on with another teacher."""
     average = ['--model-ema', '--model-ema-decay', 0.5, '--ema-teacher']
     run(*SHORT, *average, '--output', 'out')
     assert seen['teacher'] is not None
