@@ -162,8 +162,9 @@ class Runner:
                 summary |= evaluate_test(folder, data_folder(run.data, self.root))
             else:
                 return
-            summary['arguments'] = {  # places on this machine are left out
-                name: value for name, value in summary['arguments'].items() if name not in ('output', 'resume')
+            places = 'output', 'resume', 'teacher'  # on this machine
+            summary['arguments'] = {
+                name: value for name, value in summary['arguments'].items() if name not in places
             } | {'dataset': run.data}
             result = RESULTS / f'{run.name}.json'
             result.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,8 @@ class Runner:
 
     def train(self, run, folder, teacher, lock):
         command = [
-            sys.executable, '-W', 'ignore', SCRIPT, *(('--teacher', teacher) if teacher else ()),
+            sys.executable, '-W', 'ignore', SCRIPT,
+            *(('--teacher', os.path.relpath(teacher, ROOT), '--beta', '0') if teacher else ()),
             '--dataset', os.path.relpath(data_folder(run.data, self.root), ROOT), *LOADER,
             '--checkpoint-hist', '1', '--seed', run.seed, '--output', folder, '--resume', 'auto',
             '--log-interval', '1000000', *flatten(run.options),

@@ -1,12 +1,6 @@
 #!/usr/bin/env python3
 """Run train_scripts/train_ekd.py with another method in the place of EKD, for comparison.
 
-    # The usual distillation: a net that was trained alone teaches one that is trained alone
-    python benchmarks/train_method.py --teacher output/alone --subnets --model-kwargs layers=1,1,1 ...
-
-    # The same in shared weights: it teaches all depths
-    python benchmarks/train_method.py --teacher output/alone ...
-
     # The sub-nets learn from the full-net only
     python benchmarks/train_method.py --subnet-ce 0 --beta 0 --alpha 1 ...
 
@@ -16,7 +10,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import timm
 import torch
 from timm.utils import ModelEmaV3, unwrap_model
 
@@ -29,7 +22,6 @@ SCRIPT = Path(__file__).resolve().parent.parent / 'train_scripts' / 'train_ekd.p
 def parse_args():
     parser = ArgumentParser(__doc__.splitlines()[0], usage='%(prog)s [options] [options of train_ekd.py]')
     amount = number(float, 0)
-    parser.add_argument('--teacher', type=Path, metavar='FOLDER', help='output of a run, whose full-net teaches all')
     parser.add_argument('--subnet-ce', type=amount, default=1.0, help='weight of cross-entropy in the sub-nets')
     parser.add_argument('--ramp-updates', type=number(int, 0), default=0, help='steps of linear growth of alpha, beta')
     parser.add_argument(
@@ -37,13 +29,13 @@ def parse_args():
         help='decay of an average of the weights, whose full-net teaches the sub-nets, and not as by --ema-teacher all')
     parser.add_argument('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
     method, others = parser.parse_known_args()
-    if method.teacher and method.average_teacher:
-        parser.error(f'--teacher must be without --average-teacher, got {method.teacher}')
+    if method.average_teacher and '--teacher' in others:
+        parser.error(f'--average-teacher must be without --teacher, got {method.average_teacher}')
     return method, others
 
 
 class MethodTask(timm_ddnn.EKDTask):
-    """`EKDTask` with further options of the loss, and the frozen teacher of ordinary distillation."""
+    """`EKDTask` with further options of the loss, and an average that teaches the sub-nets alone."""
 
     def __init__(self, model, *args, method, **kwargs):
         super().__init__(model, *args, **kwargs)
@@ -55,20 +47,7 @@ class MethodTask(timm_ddnn.EKDTask):
         self.average = None
         if method.average_teacher:
             self.average = ModelEmaV3(model, method.average_teacher, use_warmup=True).requires_grad_(False)
-        self.teacher = ()  # in a tuple: it is not a part of what is trained and saved
-        if method.teacher:
-            teacher = timm.create_model(f'local-dir:{method.teacher}', pretrained=True)
-            teacher = teacher.to(next(model.parameters()).device, memory_format=torch.channels_last)
-            self.teacher = (teacher.eval().requires_grad_(False),)
-
-    def teach(self, input):
-        """Run the teacher that is not the full-net in training, if there is one."""
-        if self.average:
-            self.average.update(unwrap_model(self.trainable_module), step=self.steps.item())
-        for net in (self.average.module,) if self.average else self.teacher:
-            depth = max(net.depths)
-            with torch.no_grad():
-                return net(input, depth=(depth,))[depth]
+            self.set_teacher(self.average.module)
 
     def forward(self, input, target):
         run = self.subnets if self.depth == 'all' else []
@@ -76,15 +55,14 @@ class MethodTask(timm_ddnn.EKDTask):
             run = [self.subnets[torch.randint(len(self.subnets), ()).item()]]
         outputs = self.trainable_module(input, depth=(self.full, *run))
         loss_fn = self.loss_fn
-        taught = self.teach(input)
-        terms = loss_fn.terms({**outputs, self.full: taught or outputs[self.full]}, target, self.run_teacher(input))
-        if taught:
-            terms[f'ce_{self.full}'] = loss_fn({self.full: outputs[self.full]}, target)
+        if self.average:
+            self.average.update(unwrap_model(self.trainable_module), step=self.steps.item())
+        terms = loss_fn.terms(outputs, target, self.run_teacher(input))
+        if self.average:
+            for name in ('kl', 'attention'):
+                terms.pop(f'{name}_{self.full}', None)
         self.steps += 1
         ramp = torch.clamp(self.steps / max(self.method.ramp_updates, 1), max=1.0)
-        if self.method.teacher:
-            logits = outputs[self.full].logits.float(), taught.logits.float()
-            terms[f'kl_{self.full}'] = timm_ddnn.kl_divergence(*logits, loss_fn.temperature)
         loss = 0
         for depth in (self.full, *run):
             part = (1.0 if depth == self.full else self.method.subnet_ce) * terms[f'ce_{depth}']

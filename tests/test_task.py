@@ -156,9 +156,37 @@ def test_another_net_teaches_on_demand(model, x):
     assert task(images, TARGET).keys() == plain.keys()
 
 
-def test_another_kind_of_teacher_is_refused(model):
-    with pytest.raises(ValueError, match=r'teacher must be a dynamic-depth model .*, got CifarResNet'):
-        make_task(model).set_teacher(model.extract(8))
+def test_any_net_teaches_without_attention(model, x):
+    """Catches a teacher that is given images of the model's mean and std, not of its own."""
+    teacher = timm.create_model('resnet18', num_classes=CLASSES).eval()
+    assert teacher.pretrained_cfg['mean'] != tuple(model.pretrained_cfg['mean'])
+    task = make_task(model, beta=0)
+    task.set_teacher(teacher)
+    result = task(x, TARGET)
+    (mean, std), (own_mean, own_std) = (
+        [torch.tensor(net.pretrained_cfg[name])[:, None, None] for name in ('mean', 'std')] for net in (model, teacher))
+    with torch.no_grad():
+        logits = teacher((x * std + mean - own_mean) / own_std)
+        expected = task.loss_fn(model(x, depth='all'), TARGET, SubNetOutput(logits, []))
+    torch.testing.assert_close(result['loss'].detach(), expected)
+    assert {name for name in result if name.startswith('kl')} == {'kl_12', 'kl_10', 'kl_8'}
+
+
+def test_a_teacher_without_the_classes_or_maps_of_the_model_is_refused(model, x):
+    """Catches a teacher that is refused too late, in the first step, or leaves the task without the one before."""
+    task, teacher = make_task(model), tiny(seed=1)
+    task.set_teacher(teacher)
+    expected = task(x, TARGET)
+    other = create('ddnn_resnet18', num_classes=CLASSES)
+    maps = r'for beta > 0, teacher must be .* the reductions \[1, 1, 2, 4\], got '
+    for wrong, message in [
+        (tiny(num_classes=3), 'teacher must have 5 classes, got 3'),
+        (model.extract(8), maps + r'CifarResNet and beta=0\.1'),
+        (other, maps + r'\[2, 4, 8, 16, 32\] and beta=0\.1'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            task.set_teacher(wrong)
+        assert torch.equal(task(x, TARGET)['kl_12'], expected['kl_12'])
 
 
 def test_one_forward_runs_all_depths(model, x):

@@ -130,6 +130,12 @@ def test_the_average_teaches():
     assert min(top1(read('out', ema=True), depth) for depth in (14, 8)) > 60
 
 
+def test_a_net_that_was_trained_before_teaches():
+    """Catches a teacher whose name does not arrive, or that is asked on another device."""
+    run(TRAIN_TIMM, TRAIN, *MODEL, '--ekd-teacher', 'ddnn_resnet20.ekd_cifar10', '--epochs', 1, '--output', 'out')
+    assert log('out')['keys'] == ['attention_14', 'attention_8', 'ce_14', 'ce_8', 'kl_14', 'kl_8', 'loss', 'output']
+
+
 def test_resume_goes_on_as_train_py_does(trained):
     """Catches a checkpoint of the task that train.py's --resume cannot read or reads in part."""
     run(TRAIN_TIMM, TRAIN, *OPTIONS, '--epochs', 1, '--output', 'out')
@@ -179,7 +185,7 @@ def test_export_by_a_script():
 @pytest.mark.parametrize('arguments, message', [
     ([TRAIN_TIMM, 'nowhere.py'], "the first argument must be a script, got 'nowhere.py'"),
     ([TRAIN_TIMM, TRAIN, '--ekd-gamma', 1],
-     '--ekd- must be of --ekd-temperature, .*--ekd-weights, --ekd-ema-teacher, got --ekd-gamma'),
+     '--ekd- must be of --ekd-temperature, .*--ekd-weights, --ekd-teacher, --ekd-ema-teacher, got --ekd-gamma'),
     ([TRAIN_TIMM, TRAIN, '--ekd-alpha', -1], "--ekd-alpha: must be a number of at least 0, got '-1'"),
     ([TRAIN_TIMM, TRAIN, '--ekd-temperature', 0], 'temperature must be a finite number > 0, got 0'),
     ([TRAIN_TIMM, TRAIN, '--ekd-stages', 'x'], "must be stages such as '2,3', got 'x'"),
@@ -187,6 +193,10 @@ def test_export_by_a_script():
     ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-ema-teacher'], '--ekd-ema-teacher needs the average: --model-ema'),
     ([TRAIN_TIMM, TRAIN, *OPTIONS, '--ekd-ema-teacher', '--model-ema-force-cpu'],
      '--ekd-ema-teacher needs the average where the model is, got --model-ema-force-cpu'),
+    ([TRAIN_TIMM, TRAIN, *OPTIONS, '--ekd-ema-teacher', '--ekd-teacher', 'some'],
+     '--ekd-ema-teacher must be without --ekd-teacher, got some'),
+    ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-teacher', 'some/where'],
+     "model 'some/where' cannot be created: .*'local-dir:some/where' to load from a local folder"),
     ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-weights', '10=1'], r'weights must be for sub-nets of \(8,\), got \[10\]'),
     ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-stages', '3'], r'stages must be from -3 to 2, got \[3\]'),
     ([TRAIN_TIMM, TRAIN, '--model', 'cifar_resnet8'], r'trains dynamic-depth models \(ddnn_\*\), got CifarResNet'),

@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.models import save_for_hf
 from training import FAST, assert_same_run, history, read, run
 
 from timm_ddnn import EKDLoss, EKDTask
@@ -36,6 +37,7 @@ def seen(monkeypatch):
     def forward(task, images, target, original=EKDTask.forward):
         channels_last = dict(memory_format=torch.channels_last)
         seen['images'] = images.is_contiguous(**channels_last), images.is_contiguous()
+        seen['input'] = images
         weight = task.trainable_module.layer2[0].conv1.weight
         seen['weights'] = weight.is_contiguous(**channels_last), weight.is_contiguous()
         return original(task, images, target)
@@ -141,6 +143,31 @@ def test_the_average_teaches(seen, plain):
     shutil.rmtree('out/checkpoints/step-00000022')
     run(*SHORT, *average, '--resume', 'auto', '--output', 'out')
     assert_same_run('out', 'expected')
+
+
+def test_a_net_that_was_trained_before_teaches(seen, plain):
+    """Catches a teacher that is not asked, is not the one of the weights, and a run that goes on with another."""
+    run(*SHORT, '--teacher', plain, '--output', 'out')
+    record = history('out')[-1]
+    assert {'train_kl_14', 'train_attention_14', 'train_kl_8', 'train_attention_8'} <= record.keys()
+    assert not [name for name in load_file('out/model.safetensors') if 'teacher' in name]
+    shutil.copytree('out', 'expected')
+    shutil.rmtree('out/checkpoints/step-00000022')
+    run(*SHORT, '--teacher', plain, '--resume', 'auto', '--output', 'out')
+    assert_same_run('out', 'expected')
+    teacher = timm.create_model(f'local-dir:{plain}', pretrained=True).eval()
+    with torch.no_grad():
+        logits = teacher(seen['input'])
+    torch.testing.assert_close(seen['teacher'].logits, logits)
+
+
+def test_any_net_of_timm_teaches_without_attention(seen):
+    """Catches a teacher that must be of this library."""
+    teacher = timm.create_model('test_resnet.r160_in1k', num_classes=10).eval()
+    save_for_hf(teacher, 'teacher')
+    run(*SHORT, '--epochs', 1, '--teacher', 'teacher', '--beta', 0, '--output', 'out')
+    assert {name for name in history('out')[-1] if 'kl' in name} == {'train_kl_14', 'train_kl_8'}
+    assert seen['teacher'].features == []
 
 
 @gpu

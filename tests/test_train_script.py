@@ -12,6 +12,7 @@ import timm
 import torch
 from image_files import DAMAGED, png, write_images, write_parquet
 from timm.data import Mixup, create_transform
+from timm.models import save_for_hf
 from training import FAST, MODEL, SCRIPT, assert_same_run, history, read, run, top1
 
 from timm_ddnn.data import load_image_data
@@ -219,6 +220,12 @@ WRONG = [
     ('--num-classes 5', 'must have the 10 classes of the data set, or more by --num-classes, got 5'),
     ('--evaluate', '--evaluate needs weights'),
     ('--ema-teacher', '--ema-teacher needs the average: --model-ema'),
+    ('--model-ema --ema-teacher --teacher some', '--ema-teacher must be without --teacher, got some'),
+    ('--teacher nowhere', "--teacher nowhere: model 'nowhere' cannot be created: Unknown model"),
+    ('--teacher ddnn_resnet110', '--teacher ddnn_resnet110: .*No pretrained weights exist for ddnn_resnet110'),
+    ('--teacher stock', r'--teacher stock: teacher must have 10 classes, got 3'),
+    ('--teacher ddnn_resnet20.ekd_cifar10',
+     '--teacher .*: its classes must be those of the data in their order, got .airplane. in place of .0.'),
     ('--dataset nowhere', "no data set 'nowhere': not 'digits', not a folder here"),
     ('--dataset empty', "'empty' has neither SPLIT"),
     ('--dataset text', "data set 'text' cannot be read: .*no data"),
@@ -257,6 +264,7 @@ def test_wrong_input_is_one_line_and_status_2(arguments, message, capfd):
     """Catches a traceback, a status of 0 or 1, or a message without what is allowed and what was received."""
     Path('file').write_text('neither a folder nor weights')
     Path('empty').mkdir()
+    save_for_hf(timm.create_model('test_resnet.r160_in1k', num_classes=3), 'stock')
     for split in ('train', 'test'):
         Path(f'text/{split}/a').mkdir(parents=True)
         Path(f'text/{split}/a/a.txt').write_text('no image')

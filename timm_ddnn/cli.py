@@ -23,8 +23,9 @@ from .dynamic_depth import DynamicDepthMixin
 from .hub import fetch, read_config
 
 __all__ = [
-    'ArgumentParser', 'create_ddnn', 'fail', 'integers', 'load_model', 'number', 'one_line_errors', 'parse_blocks',
-    'parse_option', 'parse_weight', 'resolve_name', 'run_script', 'saved_results', 'staged_folder', 'warn_of_untrained',
+    'ArgumentParser', 'create_ddnn', 'fail', 'integers', 'load_model', 'load_teacher', 'number', 'one_line_errors',
+    'parse_blocks', 'parse_option', 'parse_weight', 'resolve_name', 'run_script', 'saved_results', 'staged_folder',
+    'warn_of_untrained',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -170,6 +171,17 @@ def resolve_name(name: str) -> str:
     return f'local-dir:{name}' if os.path.isdir(name) and not timm.is_model(name.split('.')[0]) else name
 
 
+@contextmanager
+def _creation_errors(name: str, checkpoint_path: str = '') -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # timm and its loaders raise many types, and none that they share
+        weights = f' with the weights in {checkpoint_path!r}' if checkpoint_path else ''
+        pickled = isinstance(e.__cause__, pickle.UnpicklingError)  # timm's advice is to execute what stands there
+        reason = 'it is no file of weights alone' if pickled else e
+        raise ValueError(f'model {name!r} cannot be created{weights}: {textwrap.shorten(str(reason), 600)}') from e
+
+
 def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Module:
     """Create a dynamic-depth model by `timm.create_model`, every failure being an error of the user's input.
 
@@ -189,15 +201,10 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
         if '/' in name:
             raise ValueError(f"model must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got {name!r}")
         raise wrong
-    try:
+    with _creation_errors(name, checkpoint_path):
         if name.startswith(('local-dir:', 'hf-hub:')):
             read_config(name, kwargs.get('cache_dir'))
         model = timm.create_model(name, checkpoint_path=checkpoint_path, **kwargs)
-    except Exception as e:  # timm and its loaders raise many types, and none that they share
-        weights = f' with the weights in {checkpoint_path!r}' if checkpoint_path else ''
-        pickled = isinstance(e.__cause__, pickle.UnpicklingError)  # timm's advice is to execute what stands there
-        reason = 'it is no file of weights alone' if pickled else e
-        raise ValueError(f'model {name!r} cannot be created{weights}: {textwrap.shorten(str(reason), 600)}') from e
     if not isinstance(model, DynamicDepthMixin):  # classes of timm have an attribute `depths`, too
         raise wrong
     return model
@@ -213,6 +220,20 @@ def load_model(name: str) -> nn.Module:
         ValueError: If there is no such model or it has no weights.
     """
     return create_ddnn(name, pretrained=True).eval()
+
+
+def load_teacher(name: str) -> nn.Module:
+    """Load any trained net of timm, dynamic-depth models among them, in eval mode.
+
+    Args:
+        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
+
+    Raises:
+        ValueError: If there is no such net or it has no weights.
+    """
+    name = resolve_name(name)
+    with _creation_errors(name):
+        return timm.create_model(name, pretrained=True).eval()
 
 
 def saved_results(model: nn.Module) -> list[dict[str, Any]]:

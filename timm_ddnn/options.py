@@ -68,6 +68,9 @@ def parse_args(description: str) -> argparse.Namespace:
     arg('--weights', nargs='+', type=parse_weight, default=[], metavar='DEPTH=WEIGHT', help='loss weights of sub-nets')
     arg('--full-net-updates', type=number(int, 0), default=0, metavar='N',
         help='train the full-net alone in the first N updates, and all depths in the others')
+    arg('--teacher', metavar='MODEL',
+        help="timm's name, the folder or hf-hub:ID of a trained net that teaches all depths, the full-net too, in the "
+             "place of the full-net; for one without the maps of the model: --beta 0")
     arg('--smoothing', type=fraction, default=0.0, help='label smoothing')
     arg('--bce-loss', action='store_true', help='binary cross-entropy in the place of cross-entropy')
 
@@ -118,6 +121,8 @@ def parse_args(description: str) -> argparse.Namespace:
         for name in filter(other.get, other):
             flag = '--' + name.replace('_', '-')
             parser.error(f'--in-memory goes with --train-crop-mode pad and --hflip alone, got {flag} {other[name]}')
+    if args.ema_teacher and args.teacher:
+        parser.error(f'--ema-teacher must be without --teacher, got {args.teacher}')
     if args.ema_teacher and not args.model_ema:
         parser.error('--ema-teacher needs the average: --model-ema')
     if args.evaluate and args.resume:

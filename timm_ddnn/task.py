@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, DistillationTeacher
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -63,8 +63,8 @@ class EKDTask(ClassificationTask):
         super().__init__(
             model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.depth: str | Sequence[int] = 'all'
-        self.set_teacher(None)
         self.loss_fn = EKDLoss(criterion=self.criterion, **ekd_options)
+        self.set_teacher(None)
         stages = len(ddnn.blocks(None))
         if any(not -stages <= stage < stages for stage in self.loss_fn.stages or ()):
             raise ValueError(f'stages must be from {-stages} to {stages - 1}, got {list(self.loss_fn.stages)}')
@@ -78,16 +78,39 @@ class EKDTask(ClassificationTask):
         """Let another net teach all depths, the full-net too, in the place of the full-net in training.
 
         Args:
-            teacher: Dynamic-depth model whose full-net teaches, for instance an average of the weights,
-                `timm.utils.ModelEmaV3(model).module`. It is run as it is, in its own mode and on its own device, and
-                is no part of what the task trains, moves or saves. None lets the full-net in training teach again.
+            teacher: timm model, of which the full-net teaches if it is of dynamic depth. It may be an average of the
+                weights, `timm.utils.ModelEmaV3(model).module`, or have been trained before on the same classes; images
+                are normalized anew if its `pretrained_cfg` has another mean or std. It is put into eval mode, stays on
+                its own device, and is no part of what the task trains, moves or saves. None lets the full-net in
+                training teach again.
 
         Raises:
-            ValueError: If it is another kind of model.
+            ValueError: If it has another number of classes, or attention is to be compared (`beta` is not 0), and its
+                maps are not those of a dynamic-depth model of the same resolutions.
         """
-        if not (teacher is None or isinstance(teacher, DynamicDepthMixin)):
-            raise ValueError(f'teacher must be a dynamic-depth model (ddnn_*), got {type(teacher).__name__}')
-        self._teacher = () if teacher is None else (teacher,)  # in a tuple, it is no module of the task
+        if teacher is None:
+            self._teacher: tuple[DistillationTeacher, ...] = ()
+            return
+        model = unwrap_model(self.trainable_module)
+        if teacher.num_classes != model.num_classes:
+            raise ValueError(f'teacher must have {model.num_classes} classes, got {teacher.num_classes}')
+        if self.loss_fn.beta:
+            got = type(teacher).__name__
+            if isinstance(teacher, DynamicDepthMixin):
+                got = [stage['reduction'] for stage in teacher.feature_info]
+            reductions = [stage['reduction'] for stage in model.feature_info]
+            if got != reductions:
+                raise ValueError(
+                    'for beta > 0, teacher must be a dynamic-depth model (ddnn_*) whose maps have the reductions '
+                    f'{reductions}, got {got} and beta={self.loss_fn.beta}')
+        device = next(teacher.parameters()).device
+        wrapped = DistillationTeacher(teacher, device=device)
+        mean, std = (
+            torch.tensor(model.pretrained_cfg[name], device=device).view(1, -1, 1, 1) for name in ('mean', 'std'))
+        same = torch.equal(mean, wrapped.mean_kd) and torch.equal(std, wrapped.std_kd)
+        self._teacher = (wrapped,)  # in a tuple, it is no module of the task
+        # Compared once: timm does it in every step, where it waits for the GPU
+        self._normalization = () if same else (mean, std)
 
     def run_teacher(self, input: torch.Tensor) -> SubNetOutput | None:
         """Run the net of `set_teacher` without gradient; None if the full-net in training teaches.
@@ -95,10 +118,14 @@ class EKDTask(ClassificationTask):
         Args:
             input: Images, [B, C, H, W].
         """
-        for net in self._teacher:
-            full = max(net.depths)
+        for teacher in self._teacher:
+            net = teacher.model
             with torch.no_grad():
-                return net(input, depth=(full,))[full]
+                input = teacher.normalize_input(input, *self._normalization)
+                if isinstance(net, DynamicDepthMixin):
+                    full = max(net.depths)
+                    return net(input, depth=(full,))[full]
+                return SubNetOutput(net(input), [])
         return None
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:

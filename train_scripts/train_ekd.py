@@ -50,7 +50,7 @@ from timm.utils import ModelEmaV3, distribute_bn, get_outdir
 
 import timm_ddnn
 from timm_ddnn.checkpoint import EXIT_STOPPED, CheckpointError, Checkpoints, stop_signals
-from timm_ddnn.cli import create_ddnn, one_line_errors, resolve_name
+from timm_ddnn.cli import create_ddnn, load_teacher, one_line_errors, resolve_name
 from timm_ddnn.data import align_labels, load_image_data, quiet_datasets
 from timm_ddnn.evaluation import evaluate
 from timm_ddnn.images import ImageReadError, Images, MemoryImages, create_loader, create_train_transform, seeded
@@ -78,6 +78,12 @@ def named(flag, value):
         yield
     except (AssertionError, ValueError, RuntimeError) as e:  # timm's, of names that it does not know
         raise ValueError(f'{flag} {value}: {e}') from e
+
+
+def check_classes(teacher, class_names):
+    for name, got in zip(class_names, teacher.pretrained_cfg.get('label_names') or (), strict=False):
+        if name != got:
+            raise ValueError(f'its classes must be those of the data in their order, got {got!r} in place of {name!r}')
 
 
 def make_output(folder):
@@ -243,6 +249,13 @@ def main():
             stages=args.stages,
             weights=dict(args.weights),
         )
+        if args.teacher:
+            with named('--teacher', args.teacher):
+                teacher = load_teacher(args.teacher)
+                check_classes(teacher, data.class_names)
+                task.set_teacher(teacher.to(device, memory_format=memory_format))
+                with torch.no_grad():
+                    task.run_teacher(torch.zeros(1, *data_config['input_size'], device=device))
         if args.torchcompile:
             with named('--torchcompile', args.torchcompile):
                 task.trainable_module = torch.compile(model, backend=args.torchcompile)

@@ -17,7 +17,16 @@ from timm.task import classification
 from timm.utils import unwrap_model
 
 import timm_ddnn
-from timm_ddnn.cli import ArgumentParser, fail, integers, number, one_line_errors, parse_weight, run_script
+from timm_ddnn.cli import (
+    ArgumentParser,
+    fail,
+    integers,
+    load_teacher,
+    number,
+    one_line_errors,
+    parse_weight,
+    run_script,
+)
 
 
 def parse_args():
@@ -33,6 +42,9 @@ def parse_args():
         help='stages compared, from 0, or from the last as in --ekd-stages=-1; all if not given')
     arg('--ekd-weights', type=lambda text: dict(parse_weight(pair) for pair in text.split(',')),
         metavar='DEPTH=WEIGHT,...', help='loss weights of sub-nets')
+    arg('--ekd-teacher', metavar='MODEL',
+        help="timm's name, the folder or hf-hub:ID of a trained net that teaches all depths, the full-net too, in the "
+             "place of the full-net; for one without the maps of the model: --ekd-beta 0")
     arg('--ekd-ema-teacher', action='store_true',
         help='the averaged weights (--model-ema) teach all depths, the full-net too, in the place of the full-net')
     options, arguments = parser.parse_known_args()
@@ -44,6 +56,8 @@ def parse_args():
     if unknown:
         known = ', '.join('--' + name.replace('_', '-') for name in vars(options))
         parser.error(f'options that begin with --ekd- must be of {known}, got {unknown[0]}')
+    if options.ekd_ema_teacher and options.ekd_teacher:
+        parser.error(f'--ekd-ema-teacher must be without --ekd-teacher, got {options.ekd_teacher}')
     if options.ekd_ema_teacher and '--model-ema' not in arguments:
         parser.error('--ekd-ema-teacher needs the average: --model-ema')
     if options.ekd_ema_teacher and '--model-ema-force-cpu' in arguments:
@@ -53,14 +67,17 @@ def parse_args():
 
 def main():
     script, arguments, options = parse_args()
-    ema_teacher = options.pop('ema_teacher')
+    ema_teacher, teacher = options.pop('ema_teacher'), options.pop('teacher')
     with one_line_errors(ValueError):
         timm_ddnn.EKDLoss(**options)  # an error better now than after the data was loaded
+        teacher = load_teacher(teacher) if teacher else None
 
     class Task(timm_ddnn.EKDTask):
         def __init__(self, *args, **kwargs):
             with one_line_errors(ValueError):
                 super().__init__(*args, **kwargs, **options)
+                if teacher:
+                    self.set_teacher(teacher.to(self.device, self.dtype))
 
         def setup_ema(self, *args, **kwargs):
             ema = super().setup_ema(*args, **kwargs)
