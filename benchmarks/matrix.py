@@ -238,7 +238,8 @@ def ablations(seeds):
 
 def all_runs():
     several = (
-        'alone', 'joint', 'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'alone_late', 'ekd_late')
+        'alone', 'kd_shared', 'joint', 'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'alone_late',
+        'ekd_late')
     seeds = dict.fromkeys(several, 3)
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
