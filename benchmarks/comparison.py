@@ -140,7 +140,7 @@ def distillation_gains(tops, runs, method):
         runs: See `tops`.
         method: Name of the method or variant.
     """
-    rival = method.replace('ekd', 'joint').removesuffix('_ema_teacher')
+    rival = re.sub('kd_shared|ekd', 'joint', method.removesuffix('_ema_teacher'))
     mine, theirs = (
         {run['options'].get('--weights') for stem, run in runs.items() if split_name(stem)[0] == name}
         for name in (method, rival)
@@ -188,9 +188,10 @@ def outcome(gains, depths):
 
 
 def judge_variants(tops):
-    """-> (method, what `judge` says) of the other ways of EKD that have several seeds."""
+    """-> (method, what `judge` says) of the other ways to train all depths by distillation that have several seeds."""
     full = max(tops['ekd'])
-    names = [name for name in METHODS if name.startswith('ekd_') and len(tops.get(name, {}).get(full, ())) > 1]
+    ways = [name for name in METHODS if name.startswith(('ekd_', 'kd_shared'))]
+    names = [name for name in ways if len(tops.get(name, {}).get(full, ())) > 1]
     return [(name, judge(tops, name, ALONE.get(name, ('alone',)))) for name in names]
 
 

@@ -46,7 +46,9 @@ SHORT = {
     'cifar10_part': 'the training split of CIFAR-10 (JPEG)',
     'tiny_imagenet': 'Tiny ImageNet',
 }
-FEW = 'few_ekd', 'few_ekd_full_first', 'few_ekd_ema_teacher', 'few_44_ekd', 'few_44_ekd_full_first'
+# Ways of training that are held against the promise, and those of the ablations
+WAYS = 'ekd', 'ekd_full_first', 'ekd_ema_teacher', 'kd_shared'
+FEW = *(f'few_{way}' for way in WAYS), 'few_44_ekd', 'few_44_ekd_full_first'
 # What a variant is compared with, the first that has the depth: what it changes, unless the matrix says otherwise
 COMPARED = {
     f'{base}_{name}': [join_depths(base)] for _, base, changes in ABLATIONS if base for name in changes} | AGAINST
@@ -238,7 +240,7 @@ def promise_table(experiments):
         if experiment == 'ablations':
             methods = {name: AGAINST[name] for name in FEW}
         else:
-            methods = dict.fromkeys(('ekd', 'ekd_full_first', 'ekd_ema_teacher'), ('alone',))
+            methods = dict.fromkeys(WAYS, ('alone',))
         for method, others in methods.items():
             gains = gains_by_depth(tops, method, others)
             if not gains:
@@ -252,6 +254,7 @@ def promise_table(experiments):
                 str(arguments['epochs']),
                 ', '.join(f'{weight:g}' for _, weight in arguments['weights']) or '1',
                 f'{first} of {run["history"][-1]["updates"]}' if first else '0',
+                'full-net trained alone before' if run['teacher'] else
                 'averaged weights' if '--ema-teacher' in run['options'] else 'full-net',
                 list_gains(gains),
                 list_gains(distillation_gains(tops, runs, method)),

@@ -17,7 +17,8 @@ def write_results(folder, tops):
     folder.mkdir(parents=True)
     for (name, seed), by_depth in tops.items():
         rows = [dict(depth=d, macs=d * 1_000_000, top1=top1, top5=100.0) for d, top1 in by_depth.items()]
-        (folder / f'{name}-{seed}.json').write_text(json.dumps(template | {'depths': rows}))
+        teacher = 'few_alone_20' if name == 'few_kd_shared' else None
+        (folder / f'{name}-{seed}.json').write_text(json.dumps(template | {'depths': rows, 'teacher': teacher}))
 
 
 @pytest.mark.parametrize(('full', 'shallow', 'expected'), [
@@ -48,8 +49,10 @@ def test_other_ways_of_ekd_are_judged_against_nets_of_their_blocks(modules):
         'ekd': {20: {0: 80.0}, 14: {0: 79.0}},
         'ekd_late': {20: {0: 80.0, 1: 80.1, 2: 80.2}, 14: {0: 75.0, 1: 75.1, 2: 75.2}},
         'ekd_private': {20: {0: 90.0}, 14: {0: 90.0}},
+        'kd_shared': {20: {0: 80.0, 1: 80.1, 2: 80.2}},
     }
     assert modules.comparison.judge_variants(tops) == [
+        ('kd_shared', 'holds at depth 20: +0.10 ± 0.06 (20)'),
         ('ekd_late', 'holds at depths 20 and 14: +0.10 ± 0.06 (20), +5.10 ± 0.06 (14)')]
 
 
@@ -128,7 +131,7 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
         ('few_44_ekd', 0): {44: 75.0, 32: 74.5, 20: 74.0},
         ('few_44_alone_44', 0): {44: 74.0}, ('few_alone_20', 0): {20: 73.5},
         ('few_44_joint', 0): {44: 74.75, 20: 73.75}, ('few_alone_ema_20', 0): {20: 73.75},
-        ('few_ekd_ema_teacher', 0): {20: 74.5}, ('few_joint', 0): {20: 74.25},
+        ('few_ekd_ema_teacher', 0): {20: 74.5}, ('few_joint', 0): {20: 74.25}, ('few_kd_shared', 0): {20: 76.0},
     })
     modules.results.write_results(modules.results.load_experiments())
     text = (tmp_path / 'results/README.md').read_text()
@@ -143,6 +146,7 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
     table = modules.results.promise_table(modules.results.load_experiments())
     assert '| +1.00 (44), +0.50 (20) | +0.25 (44), +0.25 (20) | is undecided at' in table
     assert '| +1.00 (20) | +0.25 (20) | is undecided at depth 20 (1 seed) |' in table
+    assert '| full-net trained alone before | +2.50 (20) | +1.75 (20) | is undecided at depth 20 (1 seed) |' in table
     assert '| `few_alone_ema` | 73.75 ' in text
     runs = {'ekd_sampled-0': {'options': {'--seed': '0', '--sample': None, '--lr': '0.4'}}}
     table = modules.results.ablation_tables({'ekd_sampled': {20: {0: 69.0}}}, runs)[1]
