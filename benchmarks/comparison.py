@@ -22,7 +22,8 @@ METHODS = {
     'alone_late': 'the depths of `ekd_late` trained alone',
     'kd': 'each depth trained alone, taught by the full-net that was trained alone: KL divergence of weight '
     f'{KD["--alpha"]}, temperature {KD["--temperature"]}',
-    'kd_shared': 'all depths in shared weights, each taught as by `kd`, the full-net too',
+    'kd_shared': 'all depths in shared weights, each taught as by `kd`, the full-net too (`--teacher`)',
+    'kd_shared_weighted': f'as `kd_shared`, but the shallowest sub-net with weight {SHALLOW}, others {MIDDLE}',
     'joint': 'all depths in shared weights, the cross-entropy of each with weight 1',
     'joint_weighted': 'as `ekd`, without KL divergence and attention',
     'kl': 'as `ekd`, without attention',

@@ -38,7 +38,7 @@ def compare(experiment, model, data, recipe, methods, seeds):
         methods: Methods, see below.
         seeds: Number of seeds by method.
     """
-    taught = 'kd', 'kd_shared', 'truncation'
+    taught = 'kd', 'kd_shared', 'kd_shared_weighted', 'truncation'
     runs = []
     for method in methods:
         options = METHODS.get(method, {})
@@ -92,6 +92,7 @@ EMA_TEACHER = KD | {
 METHODS = {
     'joint': CE_ONLY,
     'kd_shared': KD_SHARED,
+    'kd_shared_weighted': KD_SHARED,
     'ekd': EKD,
     'kl': {'--alpha': EKD['--alpha'], '--beta': '0'},
     'attention': EKD | {'--alpha': '0'},
@@ -107,7 +108,8 @@ METHODS = {
 }
 # Weights of their sub-nets, see `weigh`; of the other methods all are 1.
 SUBNET_WEIGHTS = {
-    **dict.fromkeys(('ekd', 'kl', 'attention', 'ekd_private', 'ekd_late', 'joint_weighted'), ('0.25', '0.75')),
+    **dict.fromkeys(
+        ('kd_shared_weighted', 'ekd', 'kl', 'attention', 'ekd_private', 'ekd_late', 'joint_weighted'), ('0.25', '0.75')),
     'ekd_light': ('0.05', '0.15'),
 }
 
@@ -238,13 +240,13 @@ def ablations(seeds):
 
 def all_runs():
     several = (
-        'alone', 'kd_shared', 'joint', 'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'alone_late',
+        'alone', 'kd_shared', 'kd_shared_weighted', 'joint', 'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'alone_late',
         'ekd_late')
     seeds = dict.fromkeys(several, 3)
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
     tiny = {**deep, '--epochs': '20', '--warmup-epochs': '3', '--img-size': '64'}
-    main = 'alone', 'kd', 'kd_shared', 'joint', 'ekd', 'ekd_full_first', 'ekd_ema_teacher'
+    main = 'alone', 'kd', 'kd_shared', 'kd_shared_weighted', 'joint', 'ekd', 'ekd_full_first', 'ekd_ema_teacher'
     cut_alike = 'alone', 'kd', *(method for method in METHODS if method != 'ekd_late')
     runs = [
         *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, (*cut_alike, 'alone_late', 'ekd_late'), seeds),

@@ -47,8 +47,8 @@ SHORT = {
     'tiny_imagenet': 'Tiny ImageNet',
 }
 # Ways of training that are held against the promise, and those of the ablations
-WAYS = 'ekd', 'ekd_full_first', 'ekd_ema_teacher', 'kd_shared'
-FEW = *(f'few_{way}' for way in WAYS), 'few_44_ekd', 'few_44_ekd_full_first'
+WAYS = 'ekd', 'ekd_full_first', 'ekd_ema_teacher', 'kd_shared', 'kd_shared_weighted'
+FEW = 'few_ekd', 'few_ekd_full_first', 'few_ekd_ema_teacher', 'few_kd_shared', 'few_44_ekd', 'few_44_ekd_full_first'
 # What a variant is compared with, the first that has the depth: what it changes, unless the matrix says otherwise
 COMPARED = {
     f'{base}_{name}': [join_depths(base)] for _, base, changes in ABLATIONS if base for name in changes} | AGAINST
