@@ -229,7 +229,8 @@ def explanation(tops, runs):
         runs: See `tops`.
     """
     full = max(tops['ekd'])
-    losses, seeds = final_losses(runs, [name for name in ('ekd', 'ekd_light', 'alone') if name in tops], full)
+    methods = [name for name in ('ekd', 'ekd_light', 'ekd_ema_teacher', 'alone') if name in tops]
+    losses, seeds = final_losses(runs, methods, full)
     if 'ekd' not in losses:
         return ''
     listed = ', '.join(f'{loss:.3f} (`{method}`)' for method, loss in losses.items())
@@ -248,6 +249,8 @@ def explanation(tops, runs):
     elif losses['ekd'] <= losses['alone'] and mean(difference(tops, 'ekd', ['alone'], full) or [0]) < 0:
         text += ' So by EKD the full-net has learned no less of the images that it was trained on: what it lacks, it '
         text += 'lacks on images that are new to it.'
+    if losses.get('ekd_ema_teacher', 0) > losses['ekd']:
+        text += ' An average of the net itself as the teacher restrains what it learns of them.'
     return text + '\n'
 
 

@@ -107,11 +107,8 @@ METHODS = {
     'joint_weighted': CE_ONLY,
 }
 # Weights of their sub-nets, see `weigh`; of the other methods all are 1.
-SUBNET_WEIGHTS = {
-    **dict.fromkeys(
-        ('kd_shared_weighted', 'ekd', 'kl', 'attention', 'ekd_private', 'ekd_late', 'joint_weighted'), ('0.25', '0.75')),
-    'ekd_light': ('0.05', '0.15'),
-}
+WEIGHTED = 'kd_shared_weighted', 'ekd', 'kl', 'attention', 'ekd_private', 'ekd_late', 'joint_weighted'
+SUBNET_WEIGHTS = dict.fromkeys(WEIGHTED, ('0.25', '0.75')) | {'ekd_light': ('0.05', '0.15')}
 
 # What options are to be chosen by: (question, variant that is changed, {name: what is changed})
 SINGLE = CE_ONLY | {'--subnets': ''}
@@ -240,8 +237,8 @@ def ablations(seeds):
 
 def all_runs():
     several = (
-        'alone', 'kd_shared', 'kd_shared_weighted', 'joint', 'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'alone_late',
-        'ekd_late')
+        'alone', 'kd_shared', 'kd_shared_weighted', 'joint', 'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher',
+        'alone_late', 'ekd_late')
     seeds = dict.fromkeys(several, 3)
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}

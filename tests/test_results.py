@@ -69,6 +69,12 @@ def test_an_explanation_is_given_only_where_the_losses_are_so(modules, losses, c
     assert ('compete' in text) is concludes and ('lacks on images that are new' in text) is not concludes
     tops['ekd'][20][0] = 82.0
     assert 'lacks on images that are new' not in modules.comparison.explanation(tops, runs)
+    assert 'restrains' not in text
+    for loss in losses[0] + 0.1, losses[0] - 0.1:
+        averaged = {'ekd_ema_teacher-0': {'history': [{'train_ce_20': loss}]}}
+        text = modules.comparison.explanation(tops | {'ekd_ema_teacher': {}}, runs | averaged)
+        assert f'{loss:.3f} (`ekd_ema_teacher`)' in text
+        assert ('restrains what it learns' in text) is (loss > losses[0])
     del tops['ekd_light']
     text = modules.comparison.explanation(tops, runs)
     assert '{0:.3f} (`ekd`), {2:.3f} (`alone`), seed 0.'.format(*losses) in text and 'light' not in text
