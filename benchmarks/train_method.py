@@ -29,7 +29,7 @@ def parse_args():
         help='decay of an average of the weights, whose full-net teaches the sub-nets, and not as by --ema-teacher all')
     parser.add_argument('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
     method, others = parser.parse_known_args()
-    if method.average_teacher and '--teacher' in others:
+    if method.average_teacher and any(option.split('=')[0] == '--teacher' for option in others):
         parser.error(f'--average-teacher must be without --teacher, got {method.average_teacher}')
     return method, others
 
@@ -47,6 +47,7 @@ class MethodTask(timm_ddnn.EKDTask):
         self.average = None
         if method.average_teacher:
             self.average = ModelEmaV3(model, method.average_teacher, use_warmup=True).requires_grad_(False)
+            # It is a module of the task, too, and so in the mode of the net in training
             self.set_teacher(self.average.module)
 
     def forward(self, input, target):

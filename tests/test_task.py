@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from conftest import create, images, logits_by_depth
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models.resnet import BasicBlock
 from timm.task import ClassificationTask
+from timm.utils import ModelEmaV3
 from torch import nn
 
-from timm_ddnn import EKDLoss, EKDTask, SubNetOutput
+from timm_ddnn import DynamicDepthCifarResNet, EKDLoss, EKDTask, SubNetOutput
 
 DEPTHS = (12, 10, 8)
 CLASSES = 5
@@ -178,15 +180,41 @@ def test_a_teacher_without_the_classes_or_maps_of_the_model_is_refused(model, x)
     task.set_teacher(teacher)
     expected = task(x, TARGET)
     other = create('ddnn_resnet18', num_classes=CLASSES)
+    gray = tiny(in_chans=1)
     maps = r'for beta > 0, teacher must be .* the reductions \[1, 1, 2, 4\], got '
     for wrong, message in [
         (tiny(num_classes=3), 'teacher must have 5 classes, got 3'),
         (model.extract(8), maps + r'CifarResNet and beta=0\.1'),
         (other, maps + r'\[2, 4, 8, 16, 32\] and beta=0\.1'),
+        (gray, 'teacher must take images of 3 channels, got 1'),
+        (ModelEmaV3(model), 'teacher must be a model of timm, got ModelEmaV3'),
     ]:
         with pytest.raises(ValueError, match=message):
             task.set_teacher(wrong)
         assert torch.equal(task(x, TARGET)['kl_12'], expected['kl_12'])
+    with pytest.raises(ValueError, match='a teacher needs alpha or beta to be > 0, got 0 for both'):
+        make_task(model, alpha=0, beta=0).set_teacher(teacher)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'ddnn_resnet18'])
+def test_a_teacher_of_lower_precision_and_of_gray_images(name):
+    """Catches images that leave the precision of the weights, or become three channels, on their way to the teacher."""
+    model = tiny(in_chans=1).bfloat16()
+    teacher = timm.create_model(name, num_classes=CLASSES, in_chans=1).bfloat16()
+    gray = images(model, batch=len(TARGET), size=8).bfloat16()
+    task = make_task(model, beta=0)
+    task.set_teacher(teacher)
+    assert task._scale_shift
+    assert torch.isfinite(task(gray, TARGET)['loss'])
+
+
+def test_a_model_without_a_configuration_is_taught_by_its_average(x):
+    """Catches a teacher that is refused because nothing is known of the images."""
+    model = DynamicDepthCifarResNet(BasicBlock, (2, 2, 1), subnets=((1, 1, 1),), num_classes=CLASSES).train()
+    task = make_task(model)
+    task.set_teacher(ModelEmaV3(model).module)
+    assert not task._scale_shift
+    assert task(x, TARGET)['kl_12'] >= 0
 
 
 def test_one_forward_runs_all_depths(model, x):

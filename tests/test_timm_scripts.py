@@ -131,7 +131,7 @@ def test_the_average_teaches():
 
 
 def test_a_net_that_was_trained_before_teaches():
-    """Catches a teacher whose name does not arrive, or that is asked on another device."""
+    """Catches a teacher whose name does not arrive."""
     run(TRAIN_TIMM, TRAIN, *MODEL, '--ekd-teacher', 'ddnn_resnet20.ekd_cifar10', '--epochs', 1, '--output', 'out')
     assert log('out')['keys'] == ['attention_14', 'attention_8', 'ce_14', 'ce_8', 'kl_14', 'kl_8', 'loss', 'output']
 
@@ -195,6 +195,8 @@ def test_export_by_a_script():
      '--ekd-ema-teacher needs the average where the model is, got --model-ema-force-cpu'),
     ([TRAIN_TIMM, TRAIN, *OPTIONS, '--ekd-ema-teacher', '--ekd-teacher', 'some'],
      '--ekd-ema-teacher must be without --ekd-teacher, got some'),
+    ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-teacher', 'some', '--mean', 0.5],
+     "--ekd-teacher needs images of the model's own mean and std, got --mean"),
     ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-teacher', 'some/where'],
      "model 'some/where' cannot be created: .*'local-dir:some/where' to load from a local folder"),
     ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-weights', '10=1'], r'weights must be for sub-nets of \(8,\), got \[10\]'),

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask, DistillationTeacher
+from timm.data import resolve_input_data_config
+from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -79,21 +80,26 @@ class EKDTask(ClassificationTask):
 
         Args:
             teacher: timm model, of which the full-net teaches if it is of dynamic depth. It may be an average of the
-                weights, `timm.utils.ModelEmaV3(model).module`, or have been trained before on the same classes; images
-                are normalized anew if its `pretrained_cfg` has another mean or std. It is put into eval mode, stays on
-                its own device, and is no part of what the task trains, moves or saves. None lets the full-net in
-                training teach again.
+                weights, `timm.utils.ModelEmaV3(model).module`, or have been trained before on the same classes; if its
+                mean or std is another than the model's, by timm's `resolve_input_data_config`, images are normalized
+                anew. It is put into eval mode, stays on its own device, and is no part of what the task trains, moves
+                or saves. None lets the full-net in training teach again.
 
         Raises:
-            ValueError: If it has another number of classes, or attention is to be compared (`beta` is not 0), and its
-                maps are not those of a dynamic-depth model of the same resolutions.
+            ValueError: If it is no timm model, has other numbers of classes or channels, or has nothing to teach by:
+                `alpha` and `beta` are 0, or `beta` is not, and its maps are not those of a dynamic-depth model of the
+                same resolutions.
         """
         if teacher is None:
-            self._teacher: tuple[DistillationTeacher, ...] = ()
+            self._teacher: tuple[nn.Module, ...] = ()
             return
         model = unwrap_model(self.trainable_module)
+        if not hasattr(teacher, 'num_classes'):
+            raise ValueError(f'teacher must be a model of timm, got {type(teacher).__name__}')
         if teacher.num_classes != model.num_classes:
             raise ValueError(f'teacher must have {model.num_classes} classes, got {teacher.num_classes}')
+        if not (self.loss_fn.alpha or self.loss_fn.beta):
+            raise ValueError('a teacher needs alpha or beta to be > 0, got 0 for both')
         if self.loss_fn.beta:
             got = type(teacher).__name__
             if isinstance(teacher, DynamicDepthMixin):
@@ -103,25 +109,29 @@ class EKDTask(ClassificationTask):
                 raise ValueError(
                     'for beta > 0, teacher must be a dynamic-depth model (ddnn_*) whose maps have the reductions '
                     f'{reductions}, got {got} and beta={self.loss_fn.beta}')
-        device = next(teacher.parameters()).device
-        wrapped = DistillationTeacher(teacher, device=device)
-        mean, std = (
-            torch.tensor(model.pretrained_cfg[name], device=device).view(1, -1, 1, 1) for name in ('mean', 'std'))
-        same = torch.equal(mean, wrapped.mean_kd) and torch.equal(std, wrapped.std_kd)
-        self._teacher = (wrapped,)  # in a tuple, it is no module of the task
-        # Compared once: timm does it in every step, where it waits for the GPU
-        self._normalization = () if same else (mean, std)
+        config, own = map(resolve_input_data_config, (model, teacher))
+        channels, got = config['input_size'][0], own['input_size'][0]
+        if got != channels:
+            raise ValueError(f'teacher must take images of {channels} channels, got {got}')
+        weight = next(teacher.parameters())
+        mean, std, own_mean, own_std = (
+            weight.new_tensor(values).view(1, -1, 1, 1)
+            for values in (config['mean'], config['std'], own['mean'], own['std']))
+        same = torch.equal(mean, own_mean) and torch.equal(std, own_std)
+        self._scale_shift = () if same else (std / own_std, (mean - own_mean) / own_std)
+        self._teacher = (teacher.eval(),)  # in a tuple, it is no module of the task
 
     def run_teacher(self, input: torch.Tensor) -> SubNetOutput | None:
         """Run the net of `set_teacher` without gradient; None if the full-net in training teaches.
 
         Args:
-            input: Images, [B, C, H, W].
+            input: Images, [B, C, H, W], as the model in training takes them.
         """
-        for teacher in self._teacher:
-            net = teacher.model
+        for net in self._teacher:
             with torch.no_grad():
-                input = teacher.normalize_input(input, *self._normalization)
+                if self._scale_shift:
+                    scale, shift = self._scale_shift
+                    input = input * scale + shift
                 if isinstance(net, DynamicDepthMixin):
                     full = max(net.depths)
                     return net(input, depth=(full,))[full]

@@ -254,8 +254,7 @@ def main():
                 teacher = load_teacher(args.teacher)
                 check_classes(teacher, data.class_names)
                 task.set_teacher(teacher.to(device, memory_format=memory_format))
-                with torch.no_grad():
-                    task.run_teacher(torch.zeros(1, *data_config['input_size'], device=device))
+                task.run_teacher(torch.zeros(1, *data_config['input_size'], device=device))
         if args.torchcompile:
             with named('--torchcompile', args.torchcompile):
                 task.trainable_module = torch.compile(model, backend=args.torchcompile)

@@ -58,6 +58,9 @@ def parse_args():
         parser.error(f'options that begin with --ekd- must be of {known}, got {unknown[0]}')
     if options.ekd_ema_teacher and options.ekd_teacher:
         parser.error(f'--ekd-ema-teacher must be without --ekd-teacher, got {options.ekd_teacher}')
+    other = [argument for argument in arguments if argument.split('=')[0] in ('--mean', '--std')]
+    if options.ekd_teacher and other:
+        parser.error(f"--ekd-teacher needs images of the model's own mean and std, got {other[0]}")
     if options.ekd_ema_teacher and '--model-ema' not in arguments:
         parser.error('--ekd-ema-teacher needs the average: --model-ema')
     if options.ekd_ema_teacher and '--model-ema-force-cpu' in arguments:
@@ -78,6 +81,10 @@ def main():
                 super().__init__(*args, **kwargs, **options)
                 if teacher:
                     self.set_teacher(teacher.to(self.device, self.dtype))
+
+        def run_teacher(self, input):
+            with one_line_errors(AssertionError, RuntimeError):  # of images that the teacher does not take
+                return super().run_teacher(input)
 
         def setup_ema(self, *args, **kwargs):
             ema = super().setup_ema(*args, **kwargs)
