@@ -175,6 +175,7 @@ class Runner:
     def train(self, run, folder, teacher, lock):
         command = [
             sys.executable, '-W', 'ignore', SCRIPT,
+            # Without attention, which the options of `kd` do not say
             *(('--teacher', os.path.relpath(teacher, ROOT), '--beta', '0') if teacher else ()),
             '--dataset', os.path.relpath(data_folder(run.data, self.root), ROOT), *LOADER,
             '--checkpoint-hist', '1', '--seed', run.seed, '--output', folder, '--resume', 'auto',

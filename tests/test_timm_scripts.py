@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from sklearn.datasets import load_digits
-from timm.models import load_checkpoint
+from timm.models import load_checkpoint, save_for_hf
 from training import ROOT
 
 from timm_ddnn import EKDLoss
@@ -199,6 +199,8 @@ def test_export_by_a_script():
      "--ekd-teacher needs images of the model's own mean and std, got --mean"),
     ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-teacher', 'some/where'],
      "model 'some/where' cannot be created: .*'local-dir:some/where' to load from a local folder"),
+    ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-teacher', 'vit', '--ekd-beta', 0],
+     r"Input height \(16\) doesn't match model \(160\)"),
     ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-weights', '10=1'], r'weights must be for sub-nets of \(8,\), got \[10\]'),
     ([TRAIN_TIMM, TRAIN, *MODEL, '--ekd-stages', '3'], r'stages must be from -3 to 2, got \[3\]'),
     ([TRAIN_TIMM, TRAIN, '--model', 'cifar_resnet8'], r'trains dynamic-depth models \(ddnn_\*\), got CifarResNet'),
@@ -211,6 +213,7 @@ def test_export_by_a_script():
 ])
 def test_wrong_input_is_one_line_and_status_2(arguments, message):
     """Catches a traceback, or options that are passed over in silence."""
+    save_for_hf(timm.create_model('test_vit', num_classes=10), 'vit', model_args=dict(dynamic_img_size=False))
     Path('plain').mkdir()
     Path('plain/config.json').write_text('{"architecture": "resnet18"}')
     process = start(*arguments)

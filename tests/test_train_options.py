@@ -163,7 +163,7 @@ def test_a_net_that_was_trained_before_teaches(seen, plain):
 
 def test_any_net_of_timm_teaches_without_attention(seen):
     """Catches a teacher that must be of this library."""
-    teacher = timm.create_model('test_resnet.r160_in1k', num_classes=10).eval()
+    teacher = timm.create_model('test_resnet', num_classes=10)
     save_for_hf(teacher, 'teacher')
     run(*SHORT, '--epochs', 1, '--teacher', 'teacher', '--beta', 0, '--output', 'out')
     assert {name for name in history('out')[-1] if 'kl' in name} == {'train_kl_14', 'train_kl_8'}

@@ -224,6 +224,7 @@ WRONG = [
     ('--teacher nowhere', "--teacher nowhere: model 'nowhere' cannot be created: Unknown model"),
     ('--teacher ddnn_resnet110', '--teacher ddnn_resnet110: .*No pretrained weights exist for ddnn_resnet110'),
     ('--teacher stock', r'--teacher stock: teacher must have 10 classes, got 3'),
+    ('--teacher vit --beta 0', r"--teacher vit: Input height \(32\) doesn't match model \(160\)"),
     ('--teacher ddnn_resnet20.ekd_cifar10',
      '--teacher .*: its classes must be those of the data in their order, got .airplane. in place of .0.'),
     ('--dataset nowhere', "no data set 'nowhere': not 'digits', not a folder here"),
@@ -264,7 +265,8 @@ def test_wrong_input_is_one_line_and_status_2(arguments, message, capfd):
     """Catches a traceback, a status of 0 or 1, or a message without what is allowed and what was received."""
     Path('file').write_text('neither a folder nor weights')
     Path('empty').mkdir()
-    save_for_hf(timm.create_model('test_resnet.r160_in1k', num_classes=3), 'stock')
+    save_for_hf(timm.create_model('test_resnet', num_classes=3), 'stock')
+    save_for_hf(timm.create_model('test_vit', num_classes=10), 'vit', model_args=dict(dynamic_img_size=False))
     for split in ('train', 'test'):
         Path(f'text/{split}/a').mkdir(parents=True)
         Path(f'text/{split}/a/a.txt').write_text('no image')

@@ -223,7 +223,7 @@ def load_model(name: str) -> nn.Module:
 
 
 def load_teacher(name: str) -> nn.Module:
-    """Load any trained net of timm, dynamic-depth models among them, in eval mode.
+    """Load any trained net of timm, dynamic-depth models among them, for `EKDTask.set_teacher`.
 
     Args:
         name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
@@ -233,7 +233,7 @@ def load_teacher(name: str) -> nn.Module:
     """
     name = resolve_name(name)
     with _creation_errors(name):
-        return timm.create_model(name, pretrained=True).eval()
+        return timm.create_model(name, pretrained=True)
 
 
 def saved_results(model: nn.Module) -> list[dict[str, Any]]:

@@ -86,9 +86,9 @@ class EKDTask(ClassificationTask):
                 or saves. None lets the full-net in training teach again.
 
         Raises:
-            ValueError: If it is no timm model, has other numbers of classes or channels, or has nothing to teach by:
-                `alpha` and `beta` are 0, or `beta` is not, and its maps are not those of a dynamic-depth model of the
-                same resolutions.
+            ValueError: If it is no timm model, has another number of classes or channels, has nothing to teach (`alpha`
+                and `beta` are 0), or has not the maps whose attention is to be compared (`beta` is not 0): those of a
+                dynamic-depth model, of the same resolutions.
         """
         if teacher is None:
             self._teacher: tuple[nn.Module, ...] = ()
@@ -101,18 +101,17 @@ class EKDTask(ClassificationTask):
         if not (self.loss_fn.alpha or self.loss_fn.beta):
             raise ValueError('a teacher needs alpha or beta to be > 0, got 0 for both')
         if self.loss_fn.beta:
-            got = type(teacher).__name__
-            if isinstance(teacher, DynamicDepthMixin):
-                got = [stage['reduction'] for stage in teacher.feature_info]
-            reductions = [stage['reduction'] for stage in model.feature_info]
-            if got != reductions:
+            reductions, own_reductions = (
+                [stage['reduction'] for stage in net.feature_info] if isinstance(net, DynamicDepthMixin) else
+                type(net).__name__ for net in (model, teacher))
+            if own_reductions != reductions:
                 raise ValueError(
                     'for beta > 0, teacher must be a dynamic-depth model (ddnn_*) whose maps have the reductions '
-                    f'{reductions}, got {got} and beta={self.loss_fn.beta}')
+                    f'{reductions}, got {own_reductions} and beta={self.loss_fn.beta}')
         config, own = map(resolve_input_data_config, (model, teacher))
-        channels, got = config['input_size'][0], own['input_size'][0]
-        if got != channels:
-            raise ValueError(f'teacher must take images of {channels} channels, got {got}')
+        channels, own_channels = config['input_size'][0], own['input_size'][0]
+        if own_channels != channels:
+            raise ValueError(f'teacher must take images of {channels} channels, got {own_channels}')
         weight = next(teacher.parameters())
         mean, std, own_mean, own_std = (
             weight.new_tensor(values).view(1, -1, 1, 1)

@@ -83,7 +83,7 @@ def main():
                     self.set_teacher(teacher.to(self.device, self.dtype))
 
         def run_teacher(self, input):
-            with one_line_errors(AssertionError, RuntimeError):  # of images that the teacher does not take
+            with one_line_errors(AssertionError):  # by which timm says that the net takes images of another size
                 return super().run_teacher(input)
 
         def setup_ema(self, *args, **kwargs):
