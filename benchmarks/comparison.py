@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from matrix import EKD, EMA_TEACHER, KD, SUBNET_WEIGHTS
+from matrix import EKD, EMA_TEACHER, KD, KD_DEEP, SUBNET_WEIGHTS
 from matrix import METHODS as RIVALS
 from scipy.stats import ttest_1samp
 
@@ -24,6 +24,9 @@ METHODS = {
     f'{KD["--alpha"]}, temperature {KD["--temperature"]}',
     'kd_shared': 'all depths in shared weights, each taught as by `kd`, the full-net too (`--teacher`)',
     'kd_shared_weighted': f'as `kd_shared`, but the shallowest sub-net with weight {SHALLOW}, others {MIDDLE}',
+    'kd_deep': f'each depth trained alone, taught as by `kd`, but by a deeper net, `{KD_DEEP["--teacher"]}`',
+    'kd_shared_deep': 'as `kd_shared_weighted`, but taught by the net of `kd_deep`, and with scale and shift of its '
+    'own for every path',
     'joint': 'all depths in shared weights, the cross-entropy of each with weight 1',
     'joint_weighted': 'as `ekd`, without KL divergence and attention',
     'kl': 'as `ekd`, without attention',
@@ -51,7 +54,7 @@ ALONE = {'ekd_late': ('alone_late', 'alone')}
 
 def join_depths(name):
     """'few_alone_14' -> 'few_alone': nets that are trained alone are one method, at several depths."""
-    return re.sub(r'(alone|alone_ema|alone_late|kd)[-_]\d+$', r'\1', name)
+    return re.sub(r'(alone|alone_ema|alone_late|kd|kd_deep)[-_]\d+$', r'\1', name)
 
 
 def split_name(stem):

@@ -55,6 +55,8 @@ def compare(experiment, model, data, recipe, methods, seeds):
             named = {f'alone_late-{depth}': single[depth] | CE_ONLY for depth in net.depths[1:]}
         elif method == 'kd':
             named = {f'kd-{depth}': single[depth] | KD for depth in net.depths[1:]}
+        elif method == 'kd_deep':
+            named = {f'kd_deep-{depth}': single[depth] | KD_DEEP for depth in net.depths}
         else:
             weights = weigh(net.depths, *SUBNET_WEIGHTS[method]) if method in SUBNET_WEIGHTS else {}
             first = full_net_first(TRAIN_IMAGES[data], recipe) if method == 'ekd_full_first' else {}
@@ -86,6 +88,7 @@ def full_net_first(images, recipe, part=2):
 # The loss of each method; what is known of their choice is in results/README.md.
 KD = {'--alpha': '1', '--temperature': '4'}
 KD_SHARED = KD | {'--beta': '0'}
+KD_DEEP = KD_SHARED | {'--teacher': 'ddnn_resnet56.ekd_cifar10'}
 EKD = {'--alpha': '0.3', '--beta': '0.1', '--attention': 'energy', '--stages': '-1'}
 EMA_TEACHER = KD | {
     '--model-ema': None, '--model-ema-decay': '0.99', '--model-ema-warmup': None, '--ema-teacher': None}
@@ -93,6 +96,7 @@ METHODS = {
     'joint': CE_ONLY,
     'kd_shared': KD_SHARED,
     'kd_shared_weighted': KD_SHARED,
+    'kd_shared_deep': KD_DEEP | {'--model-kwargs': 'shared_affine=False'},
     'ekd': EKD,
     'kl': {'--alpha': EKD['--alpha'], '--beta': '0'},
     'attention': EKD | {'--alpha': '0'},
@@ -107,7 +111,8 @@ METHODS = {
     'joint_weighted': CE_ONLY,
 }
 # Weights of their sub-nets, see `weigh`; of the other methods all are 1.
-WEIGHTED = 'kd_shared_weighted', 'ekd', 'kl', 'attention', 'ekd_private', 'ekd_late', 'joint_weighted'
+WEIGHTED = (
+    'kd_shared_weighted', 'kd_shared_deep', 'ekd', 'kl', 'attention', 'ekd_private', 'ekd_late', 'joint_weighted')
 SUBNET_WEIGHTS = dict.fromkeys(WEIGHTED, ('0.25', '0.75')) | {'ekd_light': ('0.05', '0.15')}
 
 # What options are to be chosen by: (question, variant that is changed, {name: what is changed})
@@ -237,16 +242,17 @@ def ablations(seeds):
 
 def all_runs():
     several = (
-        'alone', 'kd_shared', 'kd_shared_weighted', 'joint', 'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher',
-        'alone_late', 'ekd_late')
+        'alone', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep', 'joint', 'ekd', 'ekd_private', 'ekd_full_first',
+        'ekd_ema_teacher', 'alone_late', 'ekd_late')
     seeds = dict.fromkeys(several, 3)
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
     tiny = {**deep, '--epochs': '20', '--warmup-epochs': '3', '--img-size': '64'}
     main = 'alone', 'kd', 'kd_shared', 'kd_shared_weighted', 'joint', 'ekd', 'ekd_full_first', 'ekd_ema_teacher'
-    cut_alike = 'alone', 'kd', *(method for method in METHODS if method != 'ekd_late')
+    only_shallow = 'alone_late', 'ekd_late', 'kd_deep', 'kd_shared_deep'
+    cut_alike = 'alone', 'kd', *(method for method in METHODS if method not in only_shallow)
     runs = [
-        *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, (*cut_alike, 'alone_late', 'ekd_late'), seeds),
+        *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, (*cut_alike, *only_shallow), seeds),
         *compare('cifar10_resnet56', 'ddnn_resnet56', 'cifar10', deep, cut_alike, seeds),
         *compare('tiny_imagenet_resnet34', 'ddnn_resnet34', 'tiny_imagenet', tiny, main, {}),
         *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny | {'--epochs': '15'}, main, {}),
