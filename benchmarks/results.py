@@ -47,7 +47,8 @@ SHORT = {
     'tiny_imagenet': 'Tiny ImageNet',
 }
 # Ways of training that are held against the promise, and those of the ablations
-WAYS = 'ekd', 'ekd_full_first', 'ekd_ema_teacher', 'kd_shared', 'kd_shared_weighted'
+WAYS = (
+    'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep')
 FEW = 'few_ekd', 'few_ekd_full_first', 'few_ekd_ema_teacher', 'few_kd_shared', 'few_44_ekd', 'few_44_ekd_full_first'
 # What a variant is compared with, the first that has the depth: what it changes, unless the matrix says otherwise
 COMPARED = {
@@ -156,8 +157,7 @@ def load_experiments():
 
 def write_results(experiments):
     kept = [run for _, runs in experiments.values() for run in runs.values()]
-    choice, chosen_by = experiments.get('ablations', ({}, {}))
-    experiments = {name: experiment for name, experiment in experiments.items() if name != 'ablations'}
+    compared = {name for experiment, (tops, _) in experiments.items() if experiment != 'ablations' for name in tops}
     parts = [
         '# Results\n',
         'Written by `python benchmarks/results.py` from the JSON files beside it, one per run of '
@@ -165,10 +165,14 @@ def write_results(experiments):
         'three on with its standard error over seeds, and differences are those of runs with the same seed. Each file '
         'names the commit that its run began with, and whether the code was that of the commit: '
         f'in {sum(bool(run["git"]) and not run["git"]["dirty"] for run in kept)} of {len(kept)} it was.\n',
-        method_table({name for tops, _ in experiments.values() for name in tops}),
+        method_table(compared),
         'Options were chosen on other images, see below. Temperature and weight of `kd` and weight of `kl_only` are '
         'usual in the literature and were not tuned.\n',
+        '## Where the promise holds\n',
+        promise_table(experiments),
     ]
+    choice, chosen_by = experiments.get('ablations', ({}, {}))
+    experiments = {name: experiment for name, experiment in experiments.items() if name != 'ablations'}
     for experiment, (tops, runs) in experiments.items():
         trained = {name: run for name, run in runs.items() if run['history']}
         run = next(iter(runs.values()))
@@ -223,7 +227,7 @@ def summary_table(experiments, experiment):
     head = [f'{text} ({seeds[name]} seed{"s"[:seeds[name] > 1]})' for name, text in columns.items() if name in seeds]
     table = markdown_table(['depth', 'MACs', *head, 'EKD against alone'], cells)
     parameters = [rows[depth]['parameters'] / 1e6 for depth in rows]
-    parts = [table, verdict(tops), promise_table(experiments)]
+    parts = [table, verdict(tops), promise_table(experiments, seeds=3)]
     if taught := against_teacher(tops):
         parts.append(
             f'{taught} What EKD has over both is one training and one file: '
@@ -232,8 +236,13 @@ def summary_table(experiments, experiment):
     return '\n'.join(part for part in parts if part)
 
 
-def promise_table(experiments):
-    """Table of what EKD gains on training alone, and whether the promise holds, in every setting it was trained in."""
+def promise_table(experiments, seeds=1):
+    """Table of what all depths at once gain on training alone, and whether the promise holds, by setting.
+
+    Args:
+        experiments: What `load_experiments` gives.
+        seeds: How many a setting must have at some depth to be in the table.
+    """
     rows = []
     for experiment in sorted(experiments, key='ablations'.__eq__):
         tops, runs = experiments[experiment]
@@ -243,26 +252,28 @@ def promise_table(experiments):
             methods = dict.fromkeys(WAYS, ('alone',))
         for method, others in methods.items():
             gains = gains_by_depth(tops, method, others)
-            if not gains:
+            trained = max(map(len, gains.values()), default=0)
+            if trained < seeds:
                 continue
             run = next(run for stem, run in runs.items() if split_name(stem)[0] == method)
             arguments, first = run['arguments'], run['options'].get('--full-net-updates')
-            seeds = max(map(len, gains.values()))
+            private = 'shared_affine=False' in run['options'].get('--model-kwargs', '')
             rows.append([
-                f'`{arguments["model"]}`',
+                f'`{arguments["model"]}`{", private scale and shift" if private else ""}',
                 f'{run["training_images"]:,} of {SHORT[arguments["dataset"]].removeprefix("the training split of ")}',
                 str(arguments['epochs']),
                 ', '.join(f'{weight:g}' for _, weight in arguments['weights']) or '1',
                 f'{first} of {run["history"][-1]["updates"]}' if first else '0',
+                f'`{run["options"]["--teacher"]}`' if '--teacher' in run['options'] else
                 'full-net trained alone before' if run['teacher'] else
                 'averaged weights' if '--ema-teacher' in run['options'] else 'full-net',
                 list_gains(gains),
                 list_gains(distillation_gains(tops, runs, method)),
-                f'{outcome(gains, tops[method])} ({seeds} seed{"s"[:seeds > 1]})',
+                f'{outcome(gains, tops[method])} ({trained} seed{"s"[:trained > 1]})',
             ])
     head = [
         'model', 'training images', 'epochs', 'weights of sub-nets', '`--full-net-updates`', 'teacher',
-        'EKD against alone', 'what distillation adds', 'promise',
+        'against alone', 'what distillation adds', 'promise',
     ]
     return markdown_table(head, rows) + (
         '\nWhat distillation adds is the difference to the same training without it, where that was done. The 5,000 '

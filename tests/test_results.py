@@ -113,7 +113,7 @@ def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules,
     assert '| joint | 80.50 | +0.50 |  | 0 |' in text
     assert 'taught one by one, EKD has -1.50 (8) with the same seed.' in text
     assert 'There is no result of EKD' not in text
-    table = results.promise_table(results.load_experiments())
+    table = results.promise_table(results.load_experiments(), seeds=3)
     setting = '| `ddnn_resnet20` | 50,000 of CIFAR-10 (JPEG) | 15 | 0.25, 0.75 | 0 | full-net'
     gain = f'{np.mean(gains):+.2f} ± {error:.2f} (8) | +0.50 (8)'
     assert f'{setting} | {gain} | holds at depth 8 (3 seeds) |' in table
@@ -153,6 +153,7 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
     assert '| +1.00 (44), +0.50 (20) | +0.25 (44), +0.25 (20) | is undecided at' in table
     assert '| +1.00 (20) | +0.25 (20) | is undecided at depth 20 (1 seed) |' in table
     assert '| full-net trained alone before | +2.50 (20) | +1.75 (20) | is undecided at depth 20 (1 seed) |' in table
+    assert '| `ddnn_resnet' not in modules.results.promise_table(modules.results.load_experiments(), seeds=2)
     assert '| `few_alone_ema` | 73.75 ' in text
     runs = {'ekd_sampled-0': {'options': {'--seed': '0', '--sample': None, '--lr': '0.4'}}}
     table = modules.results.ablation_tables({'ekd_sampled': {20: {0: 69.0}}}, runs)[1]
