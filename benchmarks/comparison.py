@@ -25,8 +25,8 @@ METHODS = {
     'kd_shared': 'all depths in shared weights, each taught as by `kd`, the full-net too (`--teacher`)',
     'kd_shared_weighted': f'as `kd_shared`, but the shallowest sub-net with weight {SHALLOW}, others {MIDDLE}',
     'kd_deep': f'each depth trained alone, taught as by `kd`, but by a deeper net, `{KD_DEEP["--teacher"]}`',
-    'kd_shared_deep': 'as `kd_shared_weighted`, but taught by the net of `kd_deep`, and with scale and shift of its '
-    'own for every path',
+    'kd_shared_deep': 'as `kd_shared_weighted`, but taught by the net of `kd_deep`',
+    'kd_shared_deep_private': 'as `kd_shared_deep`, but with scale and shift of its own for every path',
     'joint': 'all depths in shared weights, the cross-entropy of each with weight 1',
     'joint_weighted': 'as `ekd`, without KL divergence and attention',
     'kl': 'as `ekd`, without attention',

@@ -96,7 +96,8 @@ METHODS = {
     'joint': CE_ONLY,
     'kd_shared': KD_SHARED,
     'kd_shared_weighted': KD_SHARED,
-    'kd_shared_deep': KD_DEEP | {'--model-kwargs': 'shared_affine=False'},
+    'kd_shared_deep': KD_DEEP,
+    'kd_shared_deep_private': KD_DEEP | {'--model-kwargs': 'shared_affine=False'},
     'ekd': EKD,
     'kl': {'--alpha': EKD['--alpha'], '--beta': '0'},
     'attention': EKD | {'--alpha': '0'},
@@ -112,7 +113,8 @@ METHODS = {
 }
 # Weights of their sub-nets, see `weigh`; of the other methods all are 1.
 WEIGHTED = (
-    'kd_shared_weighted', 'kd_shared_deep', 'ekd', 'kl', 'attention', 'ekd_private', 'ekd_late', 'joint_weighted')
+    'kd_shared_weighted', 'kd_shared_deep', 'kd_shared_deep_private', 'ekd', 'kl', 'attention', 'ekd_private',
+    'ekd_late', 'joint_weighted')
 SUBNET_WEIGHTS = dict.fromkeys(WEIGHTED, ('0.25', '0.75')) | {'ekd_light': ('0.05', '0.15')}
 
 # What options are to be chosen by: (question, variant that is changed, {name: what is changed})
@@ -242,14 +244,14 @@ def ablations(seeds):
 
 def all_runs():
     several = (
-        'alone', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep', 'joint', 'ekd', 'ekd_private', 'ekd_full_first',
-        'ekd_ema_teacher', 'alone_late', 'ekd_late')
+        'alone', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep', 'kd_shared_deep_private', 'joint', 'ekd',
+        'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'alone_late', 'ekd_late')
     seeds = dict.fromkeys(several, 3)
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
     tiny = {**deep, '--epochs': '20', '--warmup-epochs': '3', '--img-size': '64'}
     main = 'alone', 'kd', 'kd_shared', 'kd_shared_weighted', 'joint', 'ekd', 'ekd_full_first', 'ekd_ema_teacher'
-    only_shallow = 'alone_late', 'ekd_late', 'kd_deep', 'kd_shared_deep'
+    only_shallow = 'alone_late', 'ekd_late', 'kd_deep', 'kd_shared_deep', 'kd_shared_deep_private'
     cut_alike = 'alone', 'kd', *(method for method in METHODS if method not in only_shallow)
     runs = [
         *compare('cifar10_resnet20', 'ddnn_resnet20', 'cifar10', small, (*cut_alike, *only_shallow), seeds),

@@ -48,7 +48,8 @@ SHORT = {
 }
 # Ways of training that are held against the promise, and those of the ablations
 WAYS = (
-    'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep')
+    'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep',
+    'kd_shared_deep_private')
 FEW = 'few_ekd', 'few_ekd_full_first', 'few_ekd_ema_teacher', 'few_kd_shared', 'few_44_ekd', 'few_44_ekd_full_first'
 # What a variant is compared with, the first that has the depth: what it changes, unless the matrix says otherwise
 COMPARED = {
