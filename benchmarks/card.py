@@ -1,7 +1,7 @@
 """MODEL_CARD.md: what is known of each tag whose weights come with the library. `results.py` writes it."""
 import json
 
-from comparison import RESULTS, ROOT, comparison, join_options, method_table, name_machine, rank_runs
+from comparison import RESULTS, ROOT, comparison, join_options, method_table, name_machine, rank_runs, split_name
 from matrix import LOADER
 
 from timm_ddnn.ddnn_resnet import WEIGHTS
@@ -25,7 +25,7 @@ logits = model(images, depth={shallow})  # model(images) is the same with depth=
 ```
 
 One set of {parameters:.3f} million weights, {size:,} bytes, that holds depths {depths}, for images of {side} px and the
-classes {classes}. It was trained by embedded knowledge distillation ([arXiv 2103.00793]({paper})).
+classes {classes}. {trained}
 
 {results}
 Top-1, top-5 and expected calibration error of {images:,} validation images in float32, in percent. Parameters and
@@ -37,18 +37,14 @@ of {chip}, {runtime}, torch {torch}, all depths in turn.
 ### Against other methods
 
 {comparison}
-{methods}
-Top-1 in percent; where there are several seeds, mean ± standard error, and differences are those of runs with the same
-seed. What is known of the choice of these options, and on which images it was made, is in [results](results/README.md).
-
 ### Training
 
-- **Data:** {data}; {training_images:,} images to train and {images:,} to validate. No other data, no pretrained
-  weights.
+- **Data:** {data}; {training_images:,} images to train and {images:,} to validate. No other data, and no pretrained
+  weights{but_teacher}.
 - **Recipe:** `train_scripts/train_ekd.py --dataset FOLDER {options}`, where FOLDER holds the images
   as `train.parquet` and `validation.parquet`, columns `image` and `label`.
-- **Choice:** number {place} of {seeds} EKD runs by mean top-1 on the images of the table above. What a run of your own
-  may be expected to reach are the means in the table of methods.
+- **Choice:** `{method}`, number {place} of {seeds} by mean top-1 on the images of the table above. What a run of your
+  own may be expected to reach are the means in the table of methods.
 - **Hardware and cost:** {hours:.1f} hours of training for {epochs} epochs on {training_machine}. The weights
   show what depth costs after a short schedule, and are not the best nets of their size.
 
@@ -60,6 +56,11 @@ seed. What is known of the choice of these options, and on which images it was m
 - The confidence is what training left, without calibration afterwards: see the table.
 - {bias}
 """
+COMPARISON = """{comparison}
+{methods}
+Top-1 in percent; where there are several seeds, mean ± standard error, and differences are those of runs with the same
+seed. What is known of the choice of these options, and on which images it was made, is in [results](results/README.md).
+"""
 BIAS = {
     'cifar10': 'CIFAR-10 was collected from the Internet by search terms as a part of 80 Million Tiny Images, which '
     'its authors withdrew in 2020 for offensive labels among its other classes. Whom and what its pictures show was '
@@ -69,8 +70,14 @@ BIAS = {
 }
 
 
-def card_section(tag, experiments):
-    """The part of MODEL_CARD.md on the weights in a folder: what they reach, cost, and come from."""
+def card_section(tag, experiments, compared):
+    """The part of MODEL_CARD.md on the weights in a folder: what they reach, cost, and come from.
+
+    Args:
+        tag: Folder of the weights.
+        experiments: What `results.load_experiments` gives.
+        compared: Tags by experiment whose parts have the comparison with other methods; this one is added.
+    """
     measurements = RESULTS / 'weights' / tag.name
     config, evaluation, profile = (
         json.loads(path.read_text())
@@ -78,7 +85,11 @@ def card_section(tag, experiments):
     )
     experiment, _, name = evaluation['run'].partition('/')
     tops, runs = experiments[experiment]
-    run, ranked = runs[name], rank_runs(runs)
+    run, (method, _) = runs[name], split_name(name)
+    ranked, teacher = rank_runs(runs, method), run['options'].get('--teacher')
+    first = compared.setdefault(experiment, tag.name)
+    comparison_text = f'The table of `{first}` above holds for these weights too.\n' if first != tag.name else (
+        COMPARISON.format(comparison=comparison(tops), methods=method_table(tops)))
     measured = {row['depth']: row for row in profile['measurements']}
     full, *_, shallow = depths = [row['depth'] for row in evaluation['depths']]
     extremes = []
@@ -96,7 +107,8 @@ def card_section(tag, experiments):
         depths=', '.join(map(str, depths)),
         side=evaluation['input_size'][-1],
         classes=', '.join(config['label_names']),
-        paper=PAPER,
+        trained=f'`{teacher}` taught all depths (`--teacher`).' if teacher else
+        f'It was trained by embedded knowledge distillation ([arXiv 2103.00793]({PAPER})).',
         results=markdown_table(
             ['depth', 'blocks', 'parameters (M)', 'MACs (M)', 'top-1', 'top-5', 'calibration error', 'latency (ms)'],
             [
@@ -114,13 +126,14 @@ def card_section(tag, experiments):
         runtime=setting['runtime'],
         torch=profile['versions']['torch'],
         experiment=experiment,
-        comparison=comparison(tops),
-        methods=method_table(tops),
+        comparison=comparison_text,
         data=DATA[evaluation['data']],
         training_images=run['training_images'],
         options=' '.join([*LOADER, join_options(run['options'])]),
         hours=sum(record['seconds'] for record in run['history']) / 3600,
         training_machine=name_machine(run),
+        but_teacher=' but those of the teacher, which has seen the same images' if teacher else '',
+        method=method,
         place=1 + ranked.index(name),
         seeds=len(ranked),
         epochs=run['arguments']['epochs'],
@@ -131,11 +144,12 @@ def card_section(tag, experiments):
 
 def write_card(experiments):
     tags = [path.parent for path in sorted(WEIGHTS.glob('*/config.json'))]
+    compared = {}
     parts = [
         '# Model card\n',
         'Weights that come with timm_ddnn, under Apache-2.0. Written by `python benchmarks/results.py` from the JSON '
         'files in `results/` and beside the weights: change those, not this.\n',
-        *(card_section(tag, experiments) for tag in tags),
+        *(card_section(tag, experiments, compared) for tag in tags),
         f'## Citation\n\nThe method:\n\n```bibtex\n{CITATION}\n```\n\nThis library: [CITATION.cff](CITATION.cff).\n',
     ]
     if tags:

@@ -74,9 +74,9 @@ def load_runs(experiment):
     return {name: dict(by_depth) for name, by_depth in tops.items()}, runs
 
 
-def rank_runs(runs):
-    """-> Names of the EKD runs among those of an experiment, that with the highest top-1, mean over depths, first."""
-    names = sorted(name for name in runs if split_name(name)[0] == 'ekd')
+def rank_runs(runs, method):
+    """-> Names of a method's runs among those of an experiment, the one of the highest mean top-1 over depths first."""
+    names = sorted(name for name in runs if split_name(name)[0] == method)
     return sorted(names, key=lambda name: -mean(row['top1'] for row in runs[name]['depths']))
 
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Make the best EKD weights of an experiment a pretrained tag that comes with the library.
+"""Make the best weights of a method in an experiment a pretrained tag that comes with the library.
 
-    python benchmarks/make_tag.py FOLDER cifar10_resnet20    # -> timm_ddnn/weights/ddnn_resnet20.ekd_cifar10
+    # -> timm_ddnn/weights/ddnn_resnet20.ekd_cifar10, and ddnn_resnet20.kd_cifar10
+    python benchmarks/make_tag.py FOLDER cifar10_resnet20
+    python benchmarks/make_tag.py FOLDER cifar10_resnet20 kd_shared_deep
 
 The best are those of the seed with the highest top-1, mean over depths. The accuracy of every depth is measured anew in
 float32, as `timm-ddnn evaluate` measures it, and stands in config.json. What it measures besides goes to
@@ -23,16 +25,16 @@ from timm_ddnn.hub import file_sum
 from timm_ddnn.report import save_model, write_json
 
 
-def best_run(experiment):
-    """Find the EKD run of an experiment with the highest top-1, mean over depths, and that its weights are there.
+def best_run(experiment, method):
+    """Find a method's run in an experiment with the highest top-1, mean over depths, and that its weights are there.
 
     Raises:
         ValueError: If the weights in the run's folder are not those whose result was kept.
     """
     _, runs = load_runs(experiment)
-    ranked = rank_runs(runs)
+    ranked = rank_runs(runs, method)
     if not ranked:
-        fail(f'experiment must be one with results of EKD in {RESULTS}, got {experiment!r}')
+        fail(f'experiment must be one with results of {method} in {RESULTS}, got {experiment!r}')
     best = runs[ranked[0]]
     run = all_runs()[best['run']]
     check(run, RESULTS / f'{run.name}.json')
@@ -46,10 +48,11 @@ def main():
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path, help='folder of the data sets')
     parser.add_argument('experiment', help='name of a folder in results/')
+    parser.add_argument('method', nargs='?', default='ekd', help='method that trained all depths in shared weights')
     args = parser.parse_args()
     with one_line_errors(OSError, ValueError):
-        run = best_run(args.experiment)
-    tag = f'{run.options["--model"]}.ekd_{run.data}'
+        run = best_run(args.experiment, args.method)
+    tag = f'{run.options["--model"]}.{args.method.partition("_")[0]}_{run.data}'
     with one_line_errors(OSError, ValueError), staged_folder(WEIGHTS / tag) as folder:
         data = str(data_folder(run.data, args.folder.resolve()))
         result = evaluate_model(str(WORK / run.name), data, per_class=True)

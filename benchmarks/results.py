@@ -100,10 +100,15 @@ def draw(experiment, tops, runs):
     """Accuracy over multiply-accumulates, EKD against alone, mean and standard error over seeds."""
     figure = Figure(figsize=(6.5, 4.2), layout='constrained')
     axes = figure.add_subplot()
-    styles = {'alone': ('tab:gray', 's', '--'), 'joint': ('tab:orange', '^', ':'), 'ekd': ('tab:blue', 'o', '-')}
+    styles = {
+        'alone': ('tab:gray', 's', '--', 'trained alone'),
+        'joint': ('tab:orange', '^', ':', 'shared, cross-entropy only'),
+        'ekd': ('tab:blue', 'o', '-', 'EKD'),
+        'kd_shared_deep': ('tab:green', 'D', '-', 'shared, a deeper net as teacher'),
+    }
     shown = [run for name, run in runs.items() if split_name(name)[0] in styles]
     macs = {row['depth']: row['macs'] for run in shown for row in run['depths']}
-    for method, (color, marker, line) in styles.items():
+    for method, (color, marker, line, label) in styles.items():
         if method in tops:
             depths = sorted(tops[method])
             values = [list(tops[method][depth].values()) for depth in depths]
@@ -111,7 +116,7 @@ def draw(experiment, tops, runs):
             axes.errorbar(
                 [macs[depth] for depth in depths], [mean(v) for v in values],
                 yerr=None if None in errors else errors, color=color, marker=marker, linestyle=line, capsize=3,
-                label={'alone': 'trained alone', 'joint': 'shared, cross-entropy only', 'ekd': 'EKD'}[method],
+                label=label,
             )
     for depth, value in macs.items():
         axes.axvline(value, color='black', alpha=0.08)
@@ -212,21 +217,24 @@ def summary_table(experiments, experiment):
     tops, runs = experiments[experiment]
     columns = {
         'alone': 'trained alone', 'kd': 'alone, the full-net alone as teacher', 'joint': 'shared, cross-entropy only',
-        'ekd': 'EKD',
+        'ekd': 'EKD', 'kd_shared_deep': 'shared, a deeper net as teacher',
     }
+    columns = {method: text for method, text in columns.items() if method in tops}
+    judged = [method for method in ('ekd', 'kd_shared_deep') if method in tops]
     shown = [run for name, run in runs.items() if split_name(name)[0] in columns]
     rows = {row['depth']: row for run in shown for row in run['depths']}
     cells = []
     for depth in sorted(rows, reverse=True):
-        values = [list(tops.get(method, {}).get(depth, {}).values()) for method in columns]
-        gain = difference(tops, 'ekd', ['alone'], depth)
+        values = [list(tops[method].get(depth, {}).values()) for method in columns]
+        gains = [difference(tops, method, ['alone'], depth) for method in judged]
         cells.append([
             str(depth), f'{rows[depth]["macs"] / 1e6:.1f} M', *(with_error(each) if each else '' for each in values),
-            with_error(gain, sign=True) if gain else '',
+            *(with_error(gain, sign=True) if gain else '' for gain in gains),
         ])
-    seeds = {method: max(map(len, tops[method].values())) for method in columns if method in tops}
-    head = [f'{text} ({seeds[name]} seed{"s"[:seeds[name] > 1]})' for name, text in columns.items() if name in seeds]
-    table = markdown_table(['depth', 'MACs', *head, 'EKD against alone'], cells)
+    seeds = {method: max(map(len, tops[method].values())) for method in columns}
+    head = [f'{text} ({seeds[name]} seed{"s"[:seeds[name] > 1]})' for name, text in columns.items()]
+    versus = [f'{columns[method]}, against alone' for method in judged]
+    table = markdown_table(['depth', 'MACs', *head, *versus], cells)
     parameters = [rows[depth]['parameters'] / 1e6 for depth in rows]
     parts = [table, verdict(tops), promise_table(experiments, seeds=3)]
     if taught := against_teacher(tops):

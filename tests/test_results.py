@@ -89,11 +89,12 @@ def test_weights_become_a_tag_by_their_mean_over_depths(modules, tmp_path, capsy
         ('ekd', 0): {20: 85.0, 8: 80.0}, ('ekd', 1): {20: 84.0, 8: 82.0}, ('ekd_light', 0): {20: 90.0, 8: 90.0},
     })
     _, runs = modules.comparison.load_runs('some')
-    assert [f'some/{name}' for name in modules.comparison.rank_runs(runs)] == ['some/ekd-1', 'some/ekd-0']
+    assert [f'some/{name}' for name in modules.comparison.rank_runs(runs, 'ekd')] == ['some/ekd-1', 'some/ekd-0']
+    assert modules.comparison.rank_runs(runs, 'kd') == []
     make_tag = modules.make_tag
     with pytest.raises(SystemExit, match='2'):
-        make_tag.best_run('other')
-    assert 'experiment must be one with results of EKD in' in capsys.readouterr().err
+        make_tag.best_run('other', 'ekd')
+    assert 'experiment must be one with results of ekd in' in capsys.readouterr().err
 
 
 def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules, tmp_path):

@@ -59,12 +59,24 @@ torch.save(model.state_dict(), {str(tmp_path / 'out.pt')!r})
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
+def test_the_most_accurate_weights_are_the_default(tmp_path):
+    """Catches a default that goes by the name of the tag."""
+    for name, lead in ('a', 0), ('b', 1), ('c', -1):
+        config = save(make_model(), tmp_path / f'ddnn_resnet20.{name}') / 'config.json'
+        content = json.loads(config.read_text())
+        content['depths'][1]['top1'] += lead
+        config.write_text(json.dumps(content))
+    assert [name[-1] for name in read_weights_cfgs(tmp_path)] == ['b', 'a', 'c']
+    best = next(name for name in read_weights_cfgs(WEIGHTS) if name.startswith('ddnn_resnet20.'))
+    assert timm.create_model('ddnn_resnet20', pretrained=True).pretrained_cfg['tag'] == best.partition('.')[2]
+
+
 @pytest.mark.parametrize('path', sorted(WEIGHTS.glob('*/config.json')), ids=lambda path: path.parent.name)
-def test_weights_of_this_library_are_the_default_and_complete(path):
+def test_weights_of_this_library_are_complete(path):
     """Catches a tag that is not in the registry, depths without a trained net or an accuracy, and damaged weights."""
     architecture, _, tag = path.parent.name.partition('.')
     config = json.loads(path.read_text())
-    model = timm.create_model(architecture, pretrained=True)
+    model = timm.create_model(path.parent.name, pretrained=True)
     assert model.pretrained_cfg['tag'] == tag
     assert path.parent.name in timm.list_pretrained('ddnn_*')
     assert model.trained_depths == model.depths == tuple(row['depth'] for row in config['depths'])

@@ -1,6 +1,7 @@
 """Dynamic-depth ResNets: the classes, their default configurations and their entrypoints in timm's registry."""
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
@@ -31,7 +32,7 @@ WEIGHTS = Path(__file__).with_name('weights')
 
 
 def read_weights_cfgs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read the pretrained configurations of weights in MODEL.TAG/config.json.
+    """Read the pretrained configurations of weights in MODEL.TAG/config.json, the most accurate of a model first.
 
     They lie beside it in model.safetensors, or else on the Hub in the repository MODEL.TAG of this library's
     organization, at the commit that config.json names under 'revision'.
@@ -39,9 +40,9 @@ def read_weights_cfgs(folder: Path) -> dict[str, dict[str, Any]]:
     Args:
         folder: Folder of the folders.
     """
+    configs = {path: json.loads(path.read_text()) for path in sorted(folder.glob('*/config.json'))}
     cfgs = {}
-    for path in sorted(folder.glob('*/config.json')):
-        config = json.loads(path.read_text())
+    for path, config in sorted(configs.items(), key=lambda item: -mean(row['top1'] for row in item[1]['depths'])):
         cfg = dict(config['pretrained_cfg'], num_classes=config['num_classes'], label_names=config['label_names'])
         if (path.parent / 'model.safetensors').exists():
             cfg |= {'source': 'local-dir', 'file': str(path.parent)}
