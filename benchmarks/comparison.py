@@ -232,7 +232,7 @@ def explanation(tops, runs):
         runs: See `tops`.
     """
     full = max(tops['ekd'])
-    methods = [name for name in ('ekd', 'ekd_light', 'ekd_ema_teacher', 'alone') if name in tops]
+    methods = [name for name in ('ekd', 'ekd_light', 'ekd_ema_teacher', 'kd_shared_deep', 'alone') if name in tops]
     losses, seeds = final_losses(runs, methods, full)
     if 'ekd' not in losses:
         return ''
@@ -254,6 +254,8 @@ def explanation(tops, runs):
         text += 'lacks on images that are new to it.'
     if losses.get('ekd_ema_teacher', 0) > losses['ekd']:
         text += ' An average of the net itself as the teacher restrains what it learns of them.'
+    if losses.get('kd_shared_deep', math.inf) < losses['ekd']:
+        text += ' With a deeper net as the teacher it learns more of them.'
     return text + '\n'
 
 

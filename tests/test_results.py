@@ -75,6 +75,9 @@ def test_an_explanation_is_given_only_where_the_losses_are_so(modules, losses, c
         text = modules.comparison.explanation(tops | {'ekd_ema_teacher': {}}, runs | averaged)
         assert f'{loss:.3f} (`ekd_ema_teacher`)' in text
         assert ('restrains what it learns' in text) is (loss > losses[0])
+        taught = {'kd_shared_deep-0': {'history': [{'train_ce_20': loss}]}}
+        text = modules.comparison.explanation(tops | {'kd_shared_deep': {}}, runs | taught)
+        assert ('as the teacher it learns more' in text) is (loss < losses[0])
     del tops['ekd_light']
     text = modules.comparison.explanation(tops, runs)
     assert '{0:.3f} (`ekd`), {2:.3f} (`alone`), seed 0.'.format(*losses) in text and 'light' not in text
