@@ -144,7 +144,7 @@ def distillation_gains(tops, runs, method):
         runs: See `tops`.
         method: Name of the method or variant.
     """
-    rival = re.sub('kd_shared|ekd', 'joint', method.removesuffix('_ema_teacher'))
+    rival = re.sub('kd_shared|ekd', 'joint', method)
     mine, theirs = (
         {run['options'].get('--weights') for stem, run in runs.items() if split_name(stem)[0] == name}
         for name in (method, rival)
@@ -175,13 +175,15 @@ def outcome(gains, depths):
         gains: What `gains_by_depth` gives.
         depths: All depths of the model.
     """
-    outcomes = {'holds': [], 'fails': [], 'is undecided': []}
+    outcomes = {'holds': [], 'fails': [], 'is undecided': [], 'is not tested': []}
     for depth in sorted(depths, reverse=True):
         least = -TOLERANCE if depth == max(depths) else 0
         values = gains.get(depth, ())
-        if len(values) > 2 and ttest_1samp(values, least, alternative='greater').pvalue < LEVEL:
+        if len(values) < 3:
+            outcomes['is not tested'].append(depth)
+        elif ttest_1samp(values, least, alternative='greater').pvalue < LEVEL:
             outcomes['holds'].append(depth)
-        elif len(values) > 2 and ttest_1samp(values, least, alternative='less').pvalue < LEVEL:
+        elif ttest_1samp(values, least, alternative='less').pvalue < LEVEL:
             outcomes['fails'].append(depth)
         else:
             outcomes['is undecided'].append(depth)
@@ -248,28 +250,41 @@ def explanation(tops, runs):
     if losses['ekd'] > losses['alone'] and (light is None or losses['ekd'] > light):
         text += ' So by EKD the full-net has learned less of the very images that it was trained on'
         text += '' if light is None else ', and less is missing with lighter sub-nets, which are worse then'
-        text += ': at this schedule the depths compete for the shared weights.'
+        text += ', a sign that at this schedule the depths compete for the shared weights.'
     elif losses['ekd'] <= losses['alone'] and mean(difference(tops, 'ekd', ['alone'], full) or [0]) < 0:
-        text += ' So by EKD the full-net has learned no less of the images that it was trained on: what it lacks, it '
-        text += 'lacks on images that are new to it.'
+        text += ' So by EKD the full-net has learned no less of the images that it was trained on, a sign that what it '
+        text += 'lacks, it lacks on images that are new to it.'
     if losses.get('ekd_ema_teacher', 0) > losses['ekd']:
-        text += ' An average of the net itself as the teacher restrains what it learns of them.'
+        text += ' With an average of the net itself as the teacher it has learned less of them.'
     if losses.get('kd_shared_deep', math.inf) < losses['ekd']:
-        text += ' With a deeper net as the teacher it learns more of them.'
+        text += ' With a deeper net as the teacher it has learned more of them.'
     return text + '\n'
 
 
-def against_teacher(tops):
-    """Say what EKD gains on nets that are taught one by one; nothing if there are none of the same seed."""
-    gains = gains_by_depth(tops, others=['kd'])
-    return (
-        'Against shallow nets that the full-net, once trained alone, taught one by one, EKD has '
-        f'{list_gains(gains)} with the same seed.'
-    ) if gains else ''
+def against_taught(tops):
+    """Say what shared weights gain on nets that a teacher taught one by one; nothing where there are none."""
+    texts = []
+    for method, other in ('ekd', 'kd'), ('kd_shared', 'kd'), ('kd_shared_deep', 'kd_deep'):
+        if gains := gains_by_depth(tops, method, [other]):
+            seeds = max(map(len, gains.values()))
+            texts.append(f'`{method}` has {list_gains(gains)} against `{other}` ({seeds} seed{"s"[:seeds > 1]})')
+    return '; '.join(texts)
 
 
-def method_table(tops):
-    return markdown_table(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items() if name in tops])
+def method_table(names):
+    """Say what the methods are, and those by which they are explained."""
+    names, added = set(), set(names)
+    while added:
+        names |= added
+        mentioned = {other for name in added for other in re.findall(r'`(\w+)`', METHODS.get(name, ''))}
+        added = mentioned & METHODS.keys() - names
+    return markdown_table(['method', ''], [[f'`{name}`', text] for name, text in METHODS.items() if name in names])
+
+
+def common_options(runs, method):
+    """Options that all runs of a method have but the seed, with their values."""
+    first, *others = (run['options'].items() for stem, run in runs.items() if split_name(stem)[0] == method)
+    return dict(item for item in first if item[0] != '--seed' and all(item in other for other in others))
 
 
 def join_options(options):

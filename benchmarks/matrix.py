@@ -216,7 +216,8 @@ AGAINST = {
     'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
     **{name: ['few_alone'] for name in (
         'few_alone_ema', 'few_joint', 'few_joint_full_first', 'few_ekd', 'few_ekd_full_first',
-        'few_ekd_full_first_third', 'few_ekd_full_first_soft', 'few_ekd_ema_teacher', 'few_kd_shared')},
+        'few_ekd_full_first_third', 'few_ekd_full_first_soft', 'few_kd_shared')},
+    'few_ekd_ema_teacher': ['few_alone_ema'],  # its weights are averages too
     'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
     'few_44_ekd_full_first': ['few_44_alone', 'few_alone'],
     'ekd_cut_late': ['alone_late', 'alone'],

@@ -5,6 +5,7 @@
 
 The runs come from `experiments.py`. No number stands in the texts that is not in a JSON file.
 """
+import json
 import math
 from collections import defaultdict
 from statistics import mean
@@ -13,10 +14,12 @@ from card import write_card
 from comparison import (
     RESULTS,
     ROOT,
-    against_teacher,
+    against_taught,
+    common_options,
     comparison,
     difference,
     distillation_gains,
+    enumerate_all,
     explanation,
     gains_by_depth,
     join_depths,
@@ -29,13 +32,14 @@ from comparison import (
     name_machine,
     name_seeds,
     outcome,
+    rank_runs,
     split_name,
     standard_error,
     verdict,
     with_error,
 )
 from matplotlib.figure import Figure
-from matrix import ABLATION_RECIPE, ABLATIONS, AGAINST
+from matrix import ABLATION_RECIPE, ABLATIONS, AGAINST, KD_DEEP, RECIPE
 
 from timm_ddnn.cli import ArgumentParser
 from timm_ddnn.model_card import markdown_table
@@ -50,6 +54,8 @@ SHORT = {
 WAYS = (
     'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep',
     'kd_shared_deep_private')
+# Options that all methods of an experiment have in common
+SHARED = {'--model', '--train-split', '--epochs', '--img-size', '--torchcompile', *RECIPE}
 FEW = 'few_ekd', 'few_ekd_full_first', 'few_ekd_ema_teacher', 'few_kd_shared', 'few_44_ekd', 'few_44_ekd_full_first'
 # What a variant is compared with, the first that has the depth: what it changes, unless the matrix says otherwise
 COMPARED = {
@@ -68,9 +74,7 @@ def ablation_tables(tops, runs):
         depths = sorted({depth for name in names for depth in tops[name]}, reverse=True)
         rows, verdicts = [], []
         for name in dict.fromkeys(names):
-            options = [run['options'].items() for stem, run in runs.items() if split_name(stem)[0] == name]
-            options = dict(item for item in options[0] if all(item in other for other in options))
-            options = {k: v for k, v in options.items() if (k, v) not in ABLATION_RECIPE.items() and k != '--seed'}
+            options = dict(item for item in common_options(runs, name).items() if item not in ABLATION_RECIPE.items())
             others = COMPARED.get(name, [])
             gains = [difference(tops, name, others, depth) for depth in depths]
             rows.append([
@@ -102,6 +106,7 @@ def draw(experiment, tops, runs):
     axes = figure.add_subplot()
     styles = {
         'alone': ('tab:gray', 's', '--', 'trained alone'),
+        'kd': ('tab:gray', 'x', ':', 'alone, taught by the full-net alone'),
         'joint': ('tab:orange', '^', ':', 'shared, cross-entropy only'),
         'ekd': ('tab:blue', 'o', '-', 'EKD'),
         'kd_shared_deep': ('tab:green', 'D', '-', 'shared, a deeper net as teacher'),
@@ -139,12 +144,15 @@ def recipe(runs):
         ', '.join(f'{name} {each["versions"][name]}' for name in ('torch', 'timm', 'accelerate', 'datasets'))
         for each in runs.values()
     })
+    size = f', {arguments["img_size"]} px' if arguments['img_size'] else ''
     return (
         f'{run["training_images"]:,} training and {run["validation_images"]:,} validation images of '
         f'{SHORT[arguments["dataset"]]}, {arguments["epochs"]} epochs, {arguments["opt"]} at learning rate '
         f'{arguments["lr"]} with a {arguments["sched"]} schedule, batches of {arguments["batch_size"]}, weight decay '
-        f'{arguments["weight_decay"]}, {run["mixed_precision"]}. {"; ".join(machines)}: '
-        f'{len(runs)} run{"s"[:len(runs) != 1]}, {hours:.1f} h of training in all; {"; ".join(versions)}.'
+        f'{arguments["weight_decay"]}, {run["mixed_precision"]}{size}. {"; ".join(machines)}: '
+        f'{len(runs)} run{"s"[:len(runs) != 1]}, {hours:.1f} h of training in all, '
+        f'{sum(bool(each["git"]) and not each["git"]["dirty"] for each in runs.values())} of them by the code of a '
+        f'commit; {"; ".join(versions)}.'
     )
 
 
@@ -168,11 +176,13 @@ def write_results(experiments):
         '# Results\n',
         'Written by `python benchmarks/results.py` from the JSON files beside it, one per run of '
         '`benchmarks/experiments.py`: change those, not this. Top-1 in percent. Of several seeds the mean stands, from '
-        'three on with its standard error over seeds, and differences are those of runs with the same seed. Each file '
-        'names the commit that its run began with, and whether the code was that of the commit: '
-        f'in {sum(bool(run["git"]) and not run["git"]["dirty"] for run in kept)} of {len(kept)} it was.\n',
+        'three on with its standard error over seeds. Means of other seeds do not compare; differences do, which are '
+        'those of runs with the same seed. Each file names the commit that its run began with, and whether the code '
+        f'was that of the commit: in {sum(bool(run["git"]) and not run["git"]["dirty"] for run in kept)} of '
+        f'{len(kept)} it was.\n',
         method_table(compared),
-        'Options were chosen on other images, see below. Temperature and weight of `kd` and weight of `kl_only` are '
+        'Options of `ekd` were chosen on other images, see below. Other teachers, private scale and shift, and '
+        '`--full-net-updates` were tried on these images. Temperature and weight of `kd` and weight of `kl_only` are '
         'usual in the literature and were not tuned.\n',
         '## Where the promise holds\n',
         promise_table(experiments),
@@ -181,9 +191,8 @@ def write_results(experiments):
     experiments = {name: experiment for name, experiment in experiments.items() if name != 'ablations'}
     for experiment, (tops, runs) in experiments.items():
         trained = {name: run for name, run in runs.items() if run['history']}
-        run = next(iter(runs.values()))
         parts += [
-            f'## {run["arguments"]["model"]} on {SHORT[run["arguments"]["dataset"]]}\n',
+            f'## {name_model(runs)} on {name_data(runs)}\n',
             *([recipe(trained) + '\n'] if trained else ()),
             comparison(tops),
             f'That the validation images are a sample adds a standard error of {sampling_error(runs)} points to each '
@@ -196,16 +205,18 @@ def write_results(experiments):
                 verdict(tops),
                 *(f'The same of `{name}`: it {judged}.\n' for name, judged in judge_variants(tops)),
                 explanation(tops, runs),
-                (taught := against_teacher(tops)) and f'{taught}\n',
+                f'Against nets that were taught one by one: {taught}.\n' if (taught := against_taught(tops)) else '',
                 f'![Accuracy of every depth over its multiply-accumulates]({experiment}.png)\n',
             ]
     if choice:
         parts += [
             '## Choice of options\n',
-            'On images of the training split only, the validation images being others of it. `ekd` has all sub-nets '
-            'with weight 1 here, as `ekd_equal` above. A single seed says little: runs that differ by their seed only '
-            f'lie up to {spread(choice):.1f} points apart. So what was chosen is what no run speaks clearly against, '
-            'not the best of these tables. '
+            'On images of the training split only, the validation images being others of it. Every sub-net has weight '
+            '1 here unless the options say otherwise: `ekd` is what `ekd_equal` is above, and `ekd_uneven_weights` '
+            'what `ekd` is. `--sample`, `--ramp-updates`, `--average-teacher` and `--subnet-ce` are options of '
+            '`benchmarks/train_method.py`, not of the library. A single seed says little: runs that differ by their '
+            f'seed only lie up to {spread(choice):.1f} points apart. So what was chosen is what no run speaks clearly '
+            'against, not the best of these tables. '
             f'Unless the options say otherwise, {ABLATION_RECIPE["--model"]}: {recipe(chosen_by)}\n',
             *ablation_tables(choice, chosen_by),
         ]
@@ -215,34 +226,84 @@ def write_results(experiments):
 def summary_table(experiments, experiment):
     """Table by depth of EKD against training alone, whether the promise holds, and what users would do otherwise."""
     tops, runs = experiments[experiment]
-    columns = {
-        'alone': 'trained alone', 'kd': 'alone, the full-net alone as teacher', 'joint': 'shared, cross-entropy only',
-        'ekd': 'EKD', 'kd_shared_deep': 'shared, a deeper net as teacher',
+    texts = {
+        'alone': 'each depth alone, as a stock net',
+        'kd': 'each sub-net alone, taught by the full-net trained alone',
+        'kd_deep': 'each depth alone, taught by a deeper net',
+        'joint': 'shared weights, cross-entropy only',
+        'ekd': '**EKD**',
+        'kd_shared_deep': '**shared weights, taught by a deeper net**',
     }
-    columns = {method: text for method, text in columns.items() if method in tops}
-    judged = [method for method in ('ekd', 'kd_shared_deep') if method in tops]
-    shown = [run for name, run in runs.items() if split_name(name)[0] in columns]
-    rows = {row['depth']: row for run in shown for row in run['depths']}
-    cells = []
-    for depth in sorted(rows, reverse=True):
-        values = [list(tops[method].get(depth, {}).values()) for method in columns]
-        gains = [difference(tops, method, ['alone'], depth) for method in judged]
-        cells.append([
-            str(depth), f'{rows[depth]["macs"] / 1e6:.1f} M', *(with_error(each) if each else '' for each in values),
-            *(with_error(gain, sign=True) if gain else '' for gain in gains),
-        ])
-    seeds = {method: max(map(len, tops[method].values())) for method in columns}
-    head = [f'{text} ({seeds[name]} seed{"s"[:seeds[name] > 1]})' for name, text in columns.items()]
-    versus = [f'{columns[method]}, against alone' for method in judged]
-    table = markdown_table(['depth', 'MACs', *head, *versus], cells)
-    parameters = [rows[depth]['parameters'] / 1e6 for depth in rows]
-    parts = [table, verdict(tops), promise_table(experiments, seeds=3)]
-    if taught := against_teacher(tops):
-        parts.append(
-            f'{taught} What EKD has over both is one training and one file: '
-            f'{max(parameters):.2f} million parameters in the place of {sum(parameters):.2f}.\n'
-        )
+    texts = {method: text for method, text in texts.items() if method in tops}
+    costs = {row['depth']: row for name, run in runs.items() if split_name(name)[0] in texts for row in run['depths']}
+    depths = sorted(costs, reverse=True)
+    rows = []
+    for method, text in texts.items():
+        cells = []
+        for depth in depths:
+            values = list(tops[method].get(depth, {}).values())
+            gains = difference(tops, method, ['alone'], depth) if method != 'alone' else []
+            gain = f' ({with_error(gains, sign=True)})' if gains else ''
+            cells.append(f'{with_error(values)}{gain}' if values else '')
+        rows.append([text, *cells, name_seeds(tops[method]), list_options(runs, method)])
+    head = ['method', *(f'depth {depth}, {costs[depth]["macs"] / 1e6:.1f} M MACs' for depth in depths)]
+    parameters = [costs[depth]['parameters'] / 1e6 for depth in depths]
+    parts = [
+        markdown_table([*head, 'seeds', 'options'], rows),
+        'In brackets the difference to training alone with the same seeds; means of other seeds do not compare. Common '
+        f'options: {recipe_options(runs)}.\n',
+        describe_teacher(experiments, depths) if {'kd_deep', 'kd_shared_deep'} & texts.keys() else '',
+        verdict(tops),
+        promise_table(experiments, seeds=3),
+    ]
+    taught = {name: against_taught(by_method) for name, (by_method, _) in experiments.items()}
+    if any(taught.values()):
+        names = {name: f'`{name_model(others)}`, {name_data(others)}' for name, (_, others) in experiments.items()}
+        parts += [
+            'Against nets that were taught one by one:\n',
+            *(f'- {names[name]}: {text}' for name, text in taught.items() if text),
+            '\nWhat shared weights have over those is one training and one file, here of '
+            f'{max(parameters):.2f} million parameters in the place of {sum(parameters):.2f}.\n',
+        ]
     return '\n'.join(part for part in parts if part)
+
+
+def describe_teacher(experiments, depths):
+    """Say how the deeper net came about, and what nets alone reach at some of the depths with as many epochs."""
+    tag = KD_DEEP['--teacher']
+    experiment, _, name = json.loads((RESULTS / 'weights' / tag / 'evaluation.json').read_text())['run'].partition('/')
+    tops, runs = experiments[experiment]
+    ranked = rank_runs(runs, split_name(name)[0])
+    text = (
+        f'The deeper net is `{tag}`, trained on the same images for {runs[name]["arguments"]["epochs"]} epochs, number '
+        f'{1 + ranked.index(name)} of {len(ranked)} seeds by mean top-1 of these validation images.'
+    )
+    if alone := [depth for depth in depths if depth in tops['alone']]:
+        reached = ', '.join(f'{with_error(list(tops["alone"][depth].values()))} ({depth})' for depth in alone)
+        text += f' In as many epochs a net alone reaches {reached}.'
+    return f'{text}\n'
+
+
+def list_options(runs, method):
+    """-> Options of a method in Markdown, less those that all methods have in common."""
+    options = {flag: value for flag, value in common_options(runs, method).items() if flag not in SHARED}
+    if any(run['teacher'] for stem, run in runs.items() if split_name(stem)[0] == method):
+        options['--teacher'] = 'ALONE'
+    return f'`{join_options(options)}`' if options else ''
+
+
+def recipe_options(runs):
+    """-> Options in Markdown that all methods of an experiment have in common."""
+    options = common_options(runs, 'alone')
+    return f'`{join_options({flag: value for flag, value in options.items() if flag in SHARED})}`'
+
+
+def name_model(runs):
+    return next(iter(runs.values()))['arguments']['model']
+
+
+def name_data(runs):
+    return SHORT[next(iter(runs.values()))['arguments']['dataset']].removeprefix('the training split of ')
 
 
 def promise_table(experiments, seeds=1):
@@ -252,7 +313,7 @@ def promise_table(experiments, seeds=1):
         experiments: What `load_experiments` gives.
         seeds: How many a setting must have at some depth to be in the table.
     """
-    rows = []
+    rows, tests, more = [], 0, []
     for experiment in sorted(experiments, key='ablations'.__eq__):
         tops, runs = experiments[experiment]
         if experiment == 'ablations':
@@ -264,31 +325,33 @@ def promise_table(experiments, seeds=1):
             trained = max(map(len, gains.values()), default=0)
             if trained < seeds:
                 continue
-            run = next(run for stem, run in runs.items() if split_name(stem)[0] == method)
-            arguments, first = run['arguments'], run['options'].get('--full-net-updates')
-            private = 'shared_affine=False' in run['options'].get('--model-kwargs', '')
+            tests += sum(len(values) > 2 for values in gains.values())
+            more += [f'`{method}`'] if trained > 3 else []
+            mine = {stem: run for stem, run in runs.items() if split_name(stem)[0] == method}
+            run = next(iter(mine.values()))
             rows.append([
-                f'`{arguments["model"]}`{", private scale and shift" if private else ""}',
-                f'{run["training_images"]:,} of {SHORT[arguments["dataset"]].removeprefix("the training split of ")}',
-                str(arguments['epochs']),
-                ', '.join(f'{weight:g}' for _, weight in arguments['weights']) or '1',
-                f'{first} of {run["history"][-1]["updates"]}' if first else '0',
-                f'`{run["options"]["--teacher"]}`' if '--teacher' in run['options'] else
-                'full-net trained alone before' if run['teacher'] else
-                'averaged weights' if '--ema-teacher' in run['options'] else 'full-net',
+                f'`{method}`',
+                f'`{name_model(mine)}`',
+                f'{run["training_images"]:,} of {name_data(mine)}',
+                str(run['arguments']['epochs']),
+                list_options(runs, method),
                 list_gains(gains),
                 list_gains(distillation_gains(tops, runs, method)),
                 f'{outcome(gains, tops[method])} ({trained} seed{"s"[:trained > 1]})',
             ])
     head = [
-        'model', 'training images', 'epochs', 'weights of sub-nets', '`--full-net-updates`', 'teacher',
-        'against alone', 'what distillation adds', 'promise',
-    ]
-    return markdown_table(head, rows) + (
-        '\nWhat distillation adds is the difference to the same training without it, where that was done. The 5,000 '
-        'images are of the training split, and judged on 30,000 others of it. Settings differ because one was looked '
-        'for in which the promise holds. Where there are six seeds, the first three had left depth 8 '
-        'undecided, and the others were added to decide it.\n')
+        'method', 'model', 'training images', 'epochs', 'options', 'against alone', 'what distillation adds', 'promise']
+    text = (
+        'What distillation adds is the difference to the same training without it, where that was done. ALONE is the '
+        'full-net that was trained alone before with the same seed. The 5,000 images are of the training split, and '
+        'judged on 30,000 others of it.\n\n'
+        'Read it as a search: settings were tried one after another until one was found in which the promise holds, '
+        'and those on all images were judged on the images that judge them here. '
+        f'The {tests} tests are not corrected for their number'
+    )
+    if more:
+        text += f'; {enumerate_all(more)} got seeds beyond three because a depth was undecided, which favours "holds"'
+    return f'{markdown_table(head, rows)}\n{text}.\n'
 
 
 def write_readme(experiments):
