@@ -1,7 +1,17 @@
 """MODEL_CARD.md: what is known of each tag whose weights come with the library. `results.py` writes it."""
 import json
 
-from comparison import RESULTS, ROOT, comparison, join_options, method_table, name_machine, rank_runs, split_name
+from comparison import (
+    RESULTS,
+    ROOT,
+    comparison,
+    join_options,
+    judge,
+    method_table,
+    name_machine,
+    rank_runs,
+    split_name,
+)
 from matrix import LOADER
 
 from timm_ddnn.ddnn_resnet import WEIGHTS
@@ -43,8 +53,9 @@ of {chip}, {runtime}, torch {torch}, all depths in turn.
   weights{but_teacher}.
 - **Recipe:** `train_scripts/train_ekd.py --dataset FOLDER {options}`, where FOLDER holds the images
   as `train.parquet` and `validation.parquet`, columns `image` and `label`.
-- **Choice:** `{method}`, number {place} of {seeds} by mean top-1 on the images of the table above. What a run of your
-  own may be expected to reach are the means in the table of methods.
+- **Choice:** `{method}`, number {place} of {seeds} by mean top-1 on the images of the table above, which is therefore
+  optimistic. What a run of your own may be expected to reach are the means in the table of methods. Of this method,
+  the promise that every sub-net is better than the same net trained alone, and the full-net as good, {judged}.
 - **Hardware and cost:** {hours:.1f} hours of training for {epochs} epochs on {training_machine}. The weights
   show what depth costs after a short schedule, and are not the best nets of their size.
 
@@ -134,6 +145,7 @@ def card_section(tag, experiments, compared):
         training_machine=name_machine(run),
         but_teacher=' but those of the teacher, which has seen the same images' if teacher else '',
         method=method,
+        judged=judge(tops, method) or 'was not put to the test',
         place=1 + ranked.index(name),
         seeds=len(ranked),
         epochs=run['arguments']['epochs'],
