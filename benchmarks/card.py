@@ -97,6 +97,8 @@ def card_section(tag, experiments, compared):
     experiment, _, name = evaluation['run'].partition('/')
     tops, runs = experiments[experiment]
     run, (method, _) = runs[name], split_name(name)
+    if [row['top1'] for row in config['depths']] != [row['top1'] for row in evaluation['depths']]:
+        raise ValueError(f'{tag} and {measurements} must be of the same weights: make the tag again')
     ranked, teacher = rank_runs(runs, method), run['options'].get('--teacher')
     first = compared.setdefault(experiment, tag.name)
     comparison_text = f'The table of `{first}` above holds for these weights too.\n' if first != tag.name else (
@@ -155,7 +157,7 @@ def card_section(tag, experiments, compared):
 
 
 def write_card(experiments):
-    tags = [path.parent for path in sorted(WEIGHTS.glob('*/config.json'))]
+    tags = [path.parent for path in sorted(WEIGHTS.glob('[!.]*/config.json'))]
     compared = {}
     parts = [
         '# Model card\n',

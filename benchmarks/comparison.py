@@ -3,10 +3,11 @@ import json
 import math
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from matrix import EKD, EMA_TEACHER, KD, KD_DEEP, SUBNET_WEIGHTS
+from matrix import EKD, EMA_TEACHER, KD, KD_DEEP, SUBNET_WEIGHTS, all_runs
 from matrix import METHODS as RIVALS
 from scipy.stats import ttest_1samp
 
@@ -48,6 +49,8 @@ METHODS = {
     f'{RIVALS["kl_only"]["--alpha"]}, temperature {RIVALS["kl_only"]["--temperature"]}',
     'truncation': 'the full-net trained alone, cut to a depth, statistics estimated again',
 }
+# Those that train all depths by distillation, and are held against the promise
+WAYS = [name for name in METHODS if name.startswith(('ekd', 'kd_shared'))]
 # The nets trained alone that a method is compared with, the first that has the depth, where they are not `alone`
 ALONE = {'ekd_late': ('alone_late', 'alone')}
 
@@ -91,13 +94,20 @@ def with_error(values, sign=False):
     return text if error is None else f'{text} ± {error:.2f}'
 
 
+@cache
+def list_planned():
+    """-> {('alone', 20), ...}: the methods of the matrix that train a depth by itself, and the depth."""
+    names = (name.partition('/')[2].rpartition('-')[0] for name in all_runs())
+    return {(join_depths(name), int(name[len(join_depths(name)) + 1:])) for name in names if join_depths(name) != name}
+
+
 def difference(tops, method, others, depth):
-    """Differences at a depth to the first other method that shares seeds with this one, in the order of the seeds."""
+    """Differences at a depth to the first other method that has it or is to have it, in the order of the seeds."""
     mine = tops.get(method, {}).get(depth, {})
     for other in others:
         theirs = tops.get(other, {}).get(depth, {})
-        if seeds := sorted(mine.keys() & theirs.keys()):
-            return [mine[seed] - theirs[seed] for seed in seeds]
+        if theirs or (other, depth) in list_planned():
+            return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
     return []
 
 
@@ -196,9 +206,10 @@ def outcome(gains, depths):
 def judge_variants(tops):
     """-> (method, what `judge` says) of the other ways to train all depths by distillation that have several seeds."""
     full = max(tops['ekd'])
-    ways = [name for name in METHODS if name.startswith(('ekd_', 'kd_shared'))]
+    ways = [name for name in WAYS if name != 'ekd']
     names = [name for name in ways if len(tops.get(name, {}).get(full, ())) > 1]
-    return [(name, judge(tops, name, ALONE.get(name, ('alone',)))) for name in names]
+    judged = {name: judge(tops, name, ALONE.get(name, ('alone',))) for name in names}
+    return [(name, text) for name, text in judged.items() if text]
 
 
 def verdict(tops):
@@ -211,53 +222,45 @@ def verdict(tops):
     )
 
 
-def final_losses(runs, methods, depth):
-    """Cross-entropy of a depth on its training images as they were augmented, in the last epoch.
-
-    Returns:
-        Mean by method over the seeds that all methods have, and these seeds.
-    """
-    losses = {method: {} for method in methods}
+def final_losses(runs, depth):
+    """-> {method: {seed: ...}}, cross-entropy of a depth on its training images as augmented, in the last epoch."""
+    losses = defaultdict(dict)
     for stem, run in runs.items():
         method, seed = split_name(stem)
-        if method in losses and run['history'] and f'train_ce_{depth}' in run['history'][-1]:
+        if run['history'] and f'train_ce_{depth}' in run['history'][-1]:
             losses[method][seed] = run['history'][-1][f'train_ce_{depth}']
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in losses.values())))
-    return {method: mean(by_seed[seed] for seed in seeds) for method, by_seed in losses.items() if seeds}, seeds
+    return losses
 
 
 def explanation(tops, runs):
-    """Say what the full-net has learned of its training images, and how that changes with the weight of the sub-nets.
+    """Say what the full-net has learned of its training images by EKD, and how much more or less by other methods.
 
     Args:
         tops: What `load_runs` gives for an experiment, as `runs`.
         runs: See `tops`.
     """
-    full = max(tops['ekd'])
-    methods = [name for name in ('ekd', 'ekd_light', 'ekd_ema_teacher', 'kd_shared_deep', 'alone') if name in tops]
-    losses, seeds = final_losses(runs, methods, full)
-    if 'ekd' not in losses:
+    losses = final_losses(runs, max(tops['ekd']))
+    mine = losses['ekd']
+    if not mine:
         return ''
-    listed = ', '.join(f'{loss:.3f} (`{method}`)' for method, loss in losses.items())
+    gains, more, less = [], [], []
+    for method in ('alone', 'ekd_light', 'ekd_ema_teacher', 'kd_shared_deep'):
+        if values := [losses[method][seed] - mine[seed] for seed in sorted(mine.keys() & losses[method].keys())]:
+            error = '' if standard_error(values) is None else f' ± {standard_error(values):.3f}'
+            gains.append(f'{mean(values):+.3f}{error} by `{method}`')
+            for names, side in (more, 'less'), (less, 'greater'):
+                if len(values) > 2 and ttest_1samp(values, 0, alternative=side).pvalue < LEVEL:
+                    names.append(f'`{method}`')
     text = (
-        f'The cross-entropy of the full-net on its training images, in the last epoch, is {listed}, seed'
-        f'{"s"[:len(seeds) > 1]} {", ".join(map(str, seeds))}'
+        f'The cross-entropy of the full-net on its training images, in the last epoch, is {mean(mine.values()):.3f} by '
+        f'`ekd` (seed{"s"[:len(mine) > 1]} {", ".join(map(str, sorted(mine)))})'
     )
-    light = losses.get('ekd_light')
-    if light is not None:
-        text += f'; `ekd_light` against training alone has {list_gains(gains_by_depth(tops, "ekd_light"))}'
-    text += '.'
-    if losses['ekd'] > losses['alone'] and (light is None or losses['ekd'] > light):
-        text += ' So by EKD the full-net has learned less of the very images that it was trained on'
-        text += '' if light is None else ', and less is missing with lighter sub-nets, which are worse then'
-        text += ', a sign that at this schedule the depths compete for the shared weights.'
-    elif losses['ekd'] <= losses['alone'] and mean(difference(tops, 'ekd', ['alone'], full) or [0]) < 0:
-        text += ' So by EKD the full-net has learned no less of the images that it was trained on, a sign that what it '
-        text += 'lacks, it lacks on images that are new to it.'
-    if losses.get('ekd_ema_teacher', 0) > losses['ekd']:
-        text += ' With an average of the net itself as the teacher it has learned less of them.'
-    if losses.get('kd_shared_deep', math.inf) < losses['ekd']:
-        text += ' With a deeper net as the teacher it has learned more of them.'
+    text += f'; against that, with the same seeds, {", ".join(gains)}.' if gains else '.'
+    for names, word in (more, 'more'), (less, 'less'):
+        if names:
+            text += f' So by {enumerate_all(names)} it has learned {word} of them than by EKD.'
+    if '`alone`' in more:
+        text += ' That is a sign that at this schedule the depths compete for the shared weights.'
     return text + '\n'
 
 

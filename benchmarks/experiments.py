@@ -37,6 +37,7 @@ from timm_ddnn.cli import ArgumentParser, fail, number, one_line_errors
 from timm_ddnn.commands.evaluate import evaluate_model
 from timm_ddnn.data import load_image_data
 from timm_ddnn.evaluation import evaluate
+from timm_ddnn.hub import file_sum
 from timm_ddnn.images import MemoryImages, create_loader
 from timm_ddnn.report import add_accuracies, count_costs, describe_machine, describe_run, write_json
 
@@ -63,6 +64,20 @@ def check(run, path):
         raise ValueError(
             f'{path} is of another run of this name, it must have {dict(now - was)}, got {dict(was - now)}: '
             f'to run it anew, remove it and {WORK / run.name}')
+
+
+def check_weights(name):
+    """Make sure that the weights in a run's folder are those whose result was kept, if it says which they were.
+
+    Raises:
+        OSError: If there are none.
+        ValueError: If they are others.
+    """
+    weights, kept = WORK / name / 'model.safetensors', json.loads((RESULTS / f'{name}.json').read_text())
+    got = file_sum(weights)
+    expected = kept.get('weights_sha256', got)
+    if got != expected:
+        raise ValueError(f'{weights} must have the SHA-256 {expected} of the kept result, got {got}')
 
 
 def is_done(run):
@@ -143,6 +158,8 @@ class Runner:
         if teacher and not (is_done(self.runs[run.teacher]) and (teacher / 'summary.json').exists()):
             print(f'{run.name} waits for {run.teacher}, which is not done or not in {teacher}', flush=True)
             return
+        if teacher:
+            check_weights(run.teacher)
         with locked(folder) as lock:
             if lock is None or is_done(run):
                 return
@@ -181,7 +198,7 @@ class Runner:
             '--checkpoint-hist', '1', '--seed', run.seed, '--output', folder, '--resume', 'auto',
             '--log-interval', '1000000', *flatten(run.options),
         ]
-        environment = os.environ | {'OMP_NUM_THREADS': str(self.threads)}
+        environment = os.environ | {'OMP_NUM_THREADS': str(self.threads), 'PYTHONPATH': str(ROOT)}
         with open(folder / 'log.txt', 'a') as log:
             process = subprocess.Popen(
                 list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
@@ -257,8 +274,9 @@ def main():
         timer = threading.Timer(args.time_limit, runner.stop)
         timer.daemon = True
         timer.start()
-    for name in {run.data for run in chosen}:
-        data_folder(name, runner.root)
+    with one_line_errors(OSError, ValueError):
+        for name in {run.data for run in chosen}:
+            data_folder(name, runner.root)
     futures = {}
 
     def do_after_its_teacher(run):
@@ -266,7 +284,7 @@ def main():
             futures[run.teacher].result()
         runner.do(run)
 
-    with one_line_errors(ValueError), ThreadPoolExecutor(args.jobs) as pool:
+    with one_line_errors(OSError, ValueError), ThreadPoolExecutor(args.jobs) as pool:
         for run in sorted(chosen, key=lambda run: bool(run.teacher)):  # a teacher has a thread before what waits for it
             futures[run.name] = pool.submit(do_after_its_teacher, run)
         for future in futures.values():

@@ -11,17 +11,17 @@ results/weights/TAG/evaluation.json, from which `results.py` writes MODEL_CARD.m
 
     timm-ddnn profile TAG --batch-sizes 1 --threads 1 --output results/weights/TAG
 """
+import json
 from pathlib import Path
 
-from comparison import load_runs, rank_runs
-from experiments import RESULTS, ROW, WORK, check, data_folder
+from comparison import load_runs, rank_runs, split_name
+from experiments import RESULTS, ROW, WORK, check, check_weights, data_folder
 from matrix import all_runs
 from timm.data import resolve_data_config
 
 from timm_ddnn.cli import ArgumentParser, fail, load_model, one_line_errors, staged_folder
 from timm_ddnn.commands.evaluate import evaluate_model
 from timm_ddnn.ddnn_resnet import WEIGHTS
-from timm_ddnn.hub import file_sum
 from timm_ddnn.report import save_model, write_json
 
 
@@ -38,10 +38,22 @@ def best_run(experiment, method):
     best = runs[ranked[0]]
     run = all_runs()[best['run']]
     check(run, RESULTS / f'{run.name}.json')
-    weights = WORK / run.name / 'model.safetensors'
-    if file_sum(weights) != best['weights_sha256']:
-        raise ValueError(f'{weights} must have the SHA-256 {best["weights_sha256"]}, got {file_sum(weights)}')
+    check_weights(run.name)
     return run
+
+
+def check_place(tag, run):
+    """Make sure that a tag does not take the place of another method's.
+
+    Raises:
+        ValueError: If it does.
+    """
+    evaluation = RESULTS / 'weights' / tag / 'evaluation.json'
+    if evaluation.exists():
+        names = json.loads(evaluation.read_text())['run'], run
+        there, here = (split_name(name.rpartition('/')[2])[0] for name in names)
+        if there != here:
+            raise ValueError(f'{tag} must be of {there}, as it is now, got {here}: remove {evaluation.parent} first')
 
 
 def main():
@@ -52,7 +64,8 @@ def main():
     args = parser.parse_args()
     with one_line_errors(OSError, ValueError):
         run = best_run(args.experiment, args.method)
-    tag = f'{run.options["--model"]}.{args.method.partition("_")[0]}_{run.data}'
+        tag = f'{run.options["--model"]}.{args.method.partition("_")[0]}_{run.data}'
+        check_place(tag, run.name)
     with one_line_errors(OSError, ValueError), staged_folder(WEIGHTS / tag) as folder:
         data = str(data_folder(run.data, args.folder.resolve()))
         result = evaluate_model(str(WORK / run.name), data, per_class=True)

@@ -233,7 +233,7 @@ def ablations(seeds):
     variants = {}
     for _, base, changes in ABLATIONS:
         for name, options in changes.items():
-            variants[f'{base}_{name}' if base else name] = variants.get(base, ABLATION_RECIPE) | options
+            variants[f'{base}_{name}' if base else name] = (variants[base] if base else ABLATION_RECIPE) | options
     return [
         Run(
             f'ablations/{name}-{seed}', 'cifar10_part', seed, options,

@@ -12,8 +12,10 @@ from statistics import mean
 
 from card import write_card
 from comparison import (
+    ALONE,
     RESULTS,
     ROOT,
+    WAYS,
     against_taught,
     common_options,
     comparison,
@@ -50,13 +52,10 @@ SHORT = {
     'cifar10_part': 'the training split of CIFAR-10 (JPEG)',
     'tiny_imagenet': 'Tiny ImageNet',
 }
-# Ways of training that are held against the promise, and those of the ablations
-WAYS = (
-    'ekd', 'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep',
-    'kd_shared_deep_private')
 # Options that all methods of an experiment have in common
 SHARED = {'--model', '--train-split', '--epochs', '--img-size', '--torchcompile', *RECIPE}
-FEW = 'few_ekd', 'few_ekd_full_first', 'few_ekd_ema_teacher', 'few_kd_shared', 'few_44_ekd', 'few_44_ekd_full_first'
+# The ways of the ablations that are held against the promise
+FEW = [name for name, others in AGAINST.items() if 'kd' in name and 'alone' in others[0]]
 # What a variant is compared with, the first that has the depth: what it changes, unless the matrix says otherwise
 COMPARED = {
     f'{base}_{name}': [join_depths(base)] for _, base, changes in ABLATIONS if base for name in changes} | AGAINST
@@ -85,7 +84,7 @@ def ablation_tables(tops, runs):
                 name_seeds(tops[name]),
                 f'`{join_options(options)}`' if options else '',
             ])
-            if 'kd' in name and 'alone' in others[0] and (judged := judge(tops, name, others)):
+            if name in FEW and (judged := judge(tops, name, others)):
                 verdicts.append(f'Against nets that are trained alone, the promise of `{name}` {judged}.\n')
                 if added := distillation_gains(tops, runs, name):
                     verdicts.append(f'Distillation adds {list_gains(added)} to the same training without it.\n')
@@ -288,7 +287,7 @@ def list_options(runs, method):
     """-> Options of a method in Markdown, less those that all methods have in common."""
     options = {flag: value for flag, value in common_options(runs, method).items() if flag not in SHARED}
     if any(run['teacher'] for stem, run in runs.items() if split_name(stem)[0] == method):
-        options['--teacher'] = 'ALONE'
+        options |= {'--beta': '0', '--teacher': 'ALONE'}
     return f'`{join_options(options)}`' if options else ''
 
 
@@ -319,7 +318,7 @@ def promise_table(experiments, seeds=1):
         if experiment == 'ablations':
             methods = {name: AGAINST[name] for name in FEW}
         else:
-            methods = dict.fromkeys(WAYS, ('alone',))
+            methods = {name: ALONE.get(name, ('alone',)) for name in WAYS}
         for method, others in methods.items():
             gains = gains_by_depth(tops, method, others)
             trained = max(map(len, gains.values()), default=0)
@@ -343,8 +342,8 @@ def promise_table(experiments, seeds=1):
         'method', 'model', 'training images', 'epochs', 'options', 'against alone', 'what distillation adds', 'promise']
     text = (
         'What distillation adds is the difference to the same training without it, where that was done. ALONE is the '
-        'full-net that was trained alone before with the same seed. The 5,000 images are of the training split, and '
-        'judged on 30,000 others of it.\n\n'
+        'full-net that was trained alone before with the same seed. A part of the training images is judged on 30,000 '
+        'others of them.\n\n'
         'Read it as a search: settings were tried one after another until one was found in which the promise holds, '
         'and those on all images were judged on the images that judge them here. '
         f'The {tests} tests are not corrected for their number'

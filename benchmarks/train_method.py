@@ -29,8 +29,9 @@ def parse_args():
         help='decay of an average of the weights, whose full-net teaches the sub-nets, and not as by --ema-teacher all')
     parser.add_argument('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
     method, others = parser.parse_known_args()
-    if method.average_teacher and any(option.split('=')[0] == '--teacher' for option in others):
-        parser.error(f'--average-teacher must be without --teacher, got {method.average_teacher}')
+    for flag in {option.split('=')[0] for option in others} & {'--teacher', '--ema-teacher'}:
+        if method.average_teacher:
+            parser.error(f'--average-teacher must be without {flag}, got {method.average_teacher}')
     return method, others
 
 

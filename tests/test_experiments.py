@@ -95,6 +95,22 @@ def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd
     assert [row['top1'] for row in config['depths']] == [row['top1'] for row in measured['depths']]
     assert measured['run'] == 'some/ekd-0' and measured['images'] == 32
 
+    with pytest.raises(ValueError, match=r'must be of ekd, as it is now, got ekd_equal: remove .*ekd_digits'):
+        make_tag.check_place('ddnn_resnet20.ekd_digits', 'some/ekd_equal-0')
+    make_tag.check_place('ddnn_resnet20.ekd_digits', 'some/ekd-1')
+
+    # Weights that are not those of the kept result do not teach
+    kept, weights = tmp_path / 'results/some/kd-8-0.json', tmp_path / 'work/some/alone-14-0/model.safetensors'
+    result, content = kept.read_bytes(), weights.read_bytes()
+    kept.unlink()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    monkeypatch.setattr('sys.argv', [*command, 'some/kd-8-0'])
+    with pytest.raises(SystemExit, match='2'):
+        experiments.main()
+    assert 'alone-14-0/model.safetensors must have the SHA-256 ' in capfd.readouterr().err
+    weights.write_bytes(content)
+    kept.write_bytes(result)
+
     # Options that change make another run of the same name, which may not teach either
     runs['some/alone-14-0'].options['--lr'] = '0.02'
     kept = tmp_path / 'results/some/kd-8-0.json'
@@ -253,10 +269,12 @@ def test_an_average_of_the_weights_teaches(modules, monkeypatch):
 
 def test_there_is_one_teacher(modules, monkeypatch, capsys):
     """Catches two teachers, of which one is passed over in silence."""
-    monkeypatch.setattr('sys.argv', ['train_method.py', '--average-teacher', '0.9', '--teacher', 'some'])
-    with pytest.raises(SystemExit, match='2'):
-        modules.train_method.parse_args()
-    assert '--average-teacher must be without --teacher, got 0.9' in capsys.readouterr().err
+    for option in '--teacher=some', '--ema-teacher':
+        monkeypatch.setattr('sys.argv', ['train_method.py', '--average-teacher', '0.9', option])
+        with pytest.raises(SystemExit, match='2'):
+            modules.train_method.parse_args()
+        message = f'--average-teacher must be without {option.partition("=")[0]}, got 0.9'
+        assert message in capsys.readouterr().err
 
 
 def test_without_options_of_its_own_a_method_is_that_of_the_library(modules, monkeypatch):

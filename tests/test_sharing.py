@@ -61,6 +61,17 @@ def test_private_affine_keeps_scale_and_shift_per_path():
     assert torch.equal(model.extract(14)(x), after[14])
 
 
+def test_private_affine_is_not_lost_in_a_model_that_shares_it():
+    """Catches weights that load without a word and give other sub-nets."""
+    private, shared = create('ddnn_resnet20', shared_affine=False), timm.create_model('ddnn_resnet20')
+    message = r"for every path \('subnets.14.layer2.0.bn1.weight' is not .*: create it with shared_affine=False"
+    with pytest.raises(RuntimeError, match=message):
+        shared.load_state_dict(private.state_dict())
+    expanded = shared.expand_state_dict(shared.state_dict())
+    assert expanded.keys() > shared.state_dict().keys()
+    shared.load_state_dict(expanded)
+
+
 def count_blocks(model, x, depth):
     """Number of executions of every block object in one forward."""
     counts, handles = Counter(), []

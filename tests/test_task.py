@@ -197,11 +197,12 @@ def test_a_teacher_without_the_classes_or_maps_of_the_model_is_refused(model, x)
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'ddnn_resnet18'])
-def test_a_teacher_of_lower_precision_and_of_gray_images(name):
-    """Catches images that leave the precision of the weights, or become three channels, on their way to the teacher."""
-    model = tiny(in_chans=1).bfloat16()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_teacher_of_lower_precision_and_of_gray_images(name, dtype):
+    """Catches images that reach the teacher in another precision than that of its weights, or with three channels."""
+    model = tiny(in_chans=1).to(dtype)
     teacher = timm.create_model(name, num_classes=CLASSES, in_chans=1).bfloat16()
-    gray = images(model, batch=len(TARGET), size=8).bfloat16()
+    gray = images(model, batch=len(TARGET), size=8).to(dtype)
     task = make_task(model, beta=0)
     task.set_teacher(teacher)
     assert task._scale_shift

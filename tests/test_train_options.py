@@ -145,7 +145,7 @@ def test_the_average_teaches(seen, plain):
     assert_same_run('out', 'expected')
 
 
-def test_a_net_that_was_trained_before_teaches(seen, plain):
+def test_a_net_that_was_trained_before_teaches(seen, plain, capsys):
     """Catches a teacher that is not asked, is not the one of the weights, and a run that goes on with another."""
     run(*SHORT, '--teacher', plain, '--output', 'out')
     record = history('out')[-1]
@@ -159,6 +159,15 @@ def test_a_net_that_was_trained_before_teaches(seen, plain):
     with torch.no_grad():
         logits = teacher(seen['input'])
     torch.testing.assert_close(seen['teacher'].logits, logits)
+    shutil.copytree(plain, 'teacher')
+    run(*SHORT, '--teacher', 'teacher', '--output', 'other', '--epochs', 1)
+    shutil.copy('out/model.safetensors', 'teacher')
+    config = read('teacher', 'config.json') | {'weights_sha256': read('out', 'config.json')['weights_sha256']}
+    Path('teacher/config.json').write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match='2'):
+        run(*SHORT, '--teacher', 'teacher', '--output', 'other', '--epochs', 1, '--resume', 'auto')
+    sums = [read(folder, 'summary.json')['teacher_sha256'] for folder in ('out', 'other')]
+    assert sums[0] == sums[1] and f"teacher_sha256 was '{sums[0]}', got '" in capsys.readouterr().err
 
 
 def test_any_net_of_timm_teaches_without_attention(seen):

@@ -40,7 +40,7 @@ def read_weights_cfgs(folder: Path) -> dict[str, dict[str, Any]]:
     Args:
         folder: Folder of the folders.
     """
-    configs = {path: json.loads(path.read_text()) for path in sorted(folder.glob('*/config.json'))}
+    configs = {path: json.loads(path.read_text()) for path in sorted(folder.glob('[!.]*/config.json'))}
     cfgs = {}
     for path, config in sorted(configs.items(), key=lambda item: -mean(row['top1'] for row in item[1]['depths'])):
         cfg = dict(config['pretrained_cfg'], num_classes=config['num_classes'], label_names=config['label_names'])

@@ -105,7 +105,8 @@ def check_config(cfg: Mapping[str, Any]) -> None:
 
     def check(key: str, allowed: str, valid: Callable[[Any], bool]) -> None:
         value = cfg.get(key)
-        if value is not None and not valid(value):
+        needed = key in cfg and key in ('input_size', 'num_classes')
+        if (needed or value is not None) and not valid(value):
             raise ValueError(f'{key} in config.json must be {allowed}, got {str(value)[:80]!r}')
 
     def is_list(value: Any, kind: type | tuple[type, ...]) -> bool:

@@ -263,7 +263,7 @@ class SharedWeightsMixin:
             A new dict that refers to the same tensors.
 
         Raises:
-            RuntimeError: If entries are missing.
+            RuntimeError: If entries are missing, or scale and shift of a sub-net are not those that it would share.
         """
         state_dict, own = dict(state_dict), self.state_dict()
         subnet_names = [name for name in own if name.startswith('subnets.')]
@@ -301,8 +301,14 @@ class SharedWeightsMixin:
                     'Train them, or calibrate their statistics.'
                 )
         for alias, name in self._aliases().items():
-            if name in state_dict:
-                state_dict[alias] = state_dict[name]
+            if name not in state_dict:
+                continue
+            if alias in state_dict and not torch.equal(state_dict[alias], state_dict[name]):
+                raise RuntimeError(
+                    f'the weights have a scale and shift for every path ({alias!r} is not {name!r}), the model shares '
+                    'them: create it with shared_affine=False'
+                )
+            state_dict[alias] = state_dict[name]
         return state_dict
 
     def _load_from_state_dict(

@@ -131,6 +131,7 @@ class EKDTask(ClassificationTask):
                 if self._scale_shift:
                     scale, shift = self._scale_shift
                     input = input * scale + shift
+                input = input.to(next(net.parameters()).dtype)
                 if isinstance(net, DynamicDepthMixin):
                     full = max(net.depths)
                     return net(input, depth=(full,))[full]

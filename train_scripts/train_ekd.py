@@ -23,6 +23,7 @@ timm's training script; random augmentation is a function of --seed, epoch and i
 On SIGTERM and SIGINT a run saves a checkpoint and ends with status 75. `accelerate launch` passes signals on to several
 processes only, so start a single one that may be stopped by `python train_scripts/train_ekd.py`.
 """
+import hashlib
 import json
 import math
 import os
@@ -43,6 +44,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
+from safetensors.torch import save as serialize
 from timm.data import Mixup, create_transform, resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -249,9 +251,11 @@ def main():
             stages=args.stages,
             weights=dict(args.weights),
         )
+        teacher_sum = None
         if args.teacher:
             with named('--teacher', args.teacher):
                 teacher = load_teacher(args.teacher)
+                teacher_sum = hashlib.sha256(serialize(teacher.state_dict())).hexdigest()
                 check_classes(teacher, data.class_names)
                 task.set_teacher(teacher.to(device, memory_format=memory_format))
                 task.run_teacher(torch.zeros(1, *data_config['input_size'], device=device))
@@ -307,7 +311,8 @@ def main():
     )
     ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     if args.ema_teacher:
-        ekd_task.set_teacher(ema.module)
+        with one_line_errors(ValueError):
+            ekd_task.set_teacher(ema.module)
 
     # Go on from a checkpoint, or begin
     with one_line_errors(CheckpointError, OSError, ValueError):
@@ -320,7 +325,7 @@ def main():
         fixed = {name: value for name, value in vars(args).items() if name not in UNESSENTIAL}
         fixed |= {
             'processes': accelerator.num_processes, 'mixed_precision': accelerator.mixed_precision,
-            'device': device.type, 'visible_gpus': torch.cuda.device_count(),
+            'device': device.type, 'visible_gpus': torch.cuda.device_count(), 'teacher_sha256': teacher_sum,
         }
         fixed = json.loads(json.dumps(fixed, default=str))
         state = {'epoch': 0, 'step': 0, 'updates': 0, 'history': [], 'run': secrets.token_hex(4)}
@@ -470,6 +475,7 @@ def main():
             metrics,
             weights='averaged' if ema else 'last',
             training_images=len(data.train),
+            teacher_sha256=teacher_sum,
             seconds_per_epoch=sum(record['seconds'] for record in history) / len(history),
             images_per_second=sum(record['images_per_second'] for record in history) / len(history),
         )
