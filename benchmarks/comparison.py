@@ -178,8 +178,8 @@ def judge(tops, method='ekd', others=('alone',)):
     return f'{outcome(gains, tops[method])}: {list_gains(gains)}' if gains else ''
 
 
-def outcome(gains, depths):
-    """Say depth by depth whether the promise holds: 'holds at depth 8, fails at depth 20'.
+def decide(gains, depths):
+    """Decide depth by depth whether the promise holds: {'holds': [8], 'fails': [20], ...}.
 
     Args:
         gains: What `gains_by_depth` gives.
@@ -197,10 +197,13 @@ def outcome(gains, depths):
             outcomes['fails'].append(depth)
         else:
             outcomes['is undecided'].append(depth)
-    return ', '.join(
-        f'{text} at depth{"s"[:len(found) > 1]} {enumerate_all(found)}'
-        for text, found in outcomes.items() if found
-    )
+    return {text: found for text, found in outcomes.items() if found}
+
+
+def outcome(gains, depths):
+    """Say what `decide` finds: 'holds at depth 8, fails at depth 20'."""
+    found = decide(gains, depths)
+    return ', '.join(f'{text} at depth{"s"[:len(at) > 1]} {enumerate_all(at)}' for text, at in found.items())
 
 
 def judge_variants(tops):

@@ -9,6 +9,7 @@ import json
 import math
 from collections import defaultdict
 from statistics import mean
+from typing import NamedTuple
 
 from card import write_card
 from comparison import (
@@ -19,6 +20,7 @@ from comparison import (
     against_taught,
     common_options,
     comparison,
+    decide,
     difference,
     distillation_gains,
     enumerate_all,
@@ -253,7 +255,7 @@ def summary_table(experiments, experiment):
         f'options: {recipe_options(runs)}.\n',
         describe_teacher(experiments, depths) if {'kd_deep', 'kd_shared_deep'} & texts.keys() else '',
         verdict(tops),
-        promise_table(experiments, seeds=3),
+        promise_summary(experiments),
     ]
     taught = {name: against_taught(by_method) for name, (by_method, _) in experiments.items()}
     if any(taught.values()):
@@ -305,14 +307,20 @@ def name_data(runs):
     return SHORT[next(iter(runs.values()))['arguments']['dataset']].removeprefix('the training split of ')
 
 
-def promise_table(experiments, seeds=1):
-    """Table of what all depths at once gain on training alone, and whether the promise holds, by setting.
+class Setting(NamedTuple):
+    """A way to train all depths at once that is held against the promise, and what it gains on training alone."""
 
-    Args:
-        experiments: What `load_experiments` gives.
-        seeds: How many a setting must have at some depth to be in the table.
-    """
-    rows, tests, more = [], 0, []
+    method: str
+    runs: dict
+    depths: list
+    gains: dict
+    added: dict  # what distillation adds
+    seeds: int
+
+
+def list_settings(experiments):
+    """-> Settings of all experiments, those by which options were chosen last."""
+    settings = []
     for experiment in sorted(experiments, key='ablations'.__eq__):
         tops, runs = experiments[experiment]
         if experiment == 'ablations':
@@ -320,37 +328,69 @@ def promise_table(experiments, seeds=1):
         else:
             methods = {name: ALONE.get(name, ('alone',)) for name in WAYS}
         for method, others in methods.items():
-            gains = gains_by_depth(tops, method, others)
-            trained = max(map(len, gains.values()), default=0)
-            if trained < seeds:
-                continue
-            tests += sum(len(values) > 2 for values in gains.values())
-            more += [f'`{method}`'] if trained > 3 else []
-            mine = {stem: run for stem, run in runs.items() if split_name(stem)[0] == method}
-            run = next(iter(mine.values()))
-            rows.append([
-                f'`{method}`',
-                f'`{name_model(mine)}`',
-                f'{run["training_images"]:,} of {name_data(mine)}',
-                str(run['arguments']['epochs']),
-                list_options(runs, method),
-                list_gains(gains),
-                list_gains(distillation_gains(tops, runs, method)),
-                f'{outcome(gains, tops[method])} ({trained} seed{"s"[:trained > 1]})',
-            ])
+            if gains := gains_by_depth(tops, method, others):
+                mine = {stem: run for stem, run in runs.items() if split_name(stem)[0] == method}
+                added, seeds = distillation_gains(tops, runs, method), max(map(len, gains.values()))
+                settings.append(Setting(method, mine, list(tops[method]), gains, added, seeds))
+    return settings
+
+
+def promise_table(experiments):
+    """Table of what all depths at once gain on training alone, and whether the promise holds, by setting."""
+    rows, settings = [], list_settings(experiments)
+    for method, mine, depths, gains, added, seeds in settings:
+        run = next(iter(mine.values()))
+        rows.append([
+            f'`{method}`',
+            f'`{name_model(mine)}`',
+            f'{run["training_images"]:,} of {name_data(mine)}',
+            str(run['arguments']['epochs']),
+            list_options(mine, method),
+            list_gains(gains),
+            list_gains(added),
+            f'{outcome(gains, depths)} ({seeds} seed{"s"[:seeds > 1]})',
+        ])
     head = [
         'method', 'model', 'training images', 'epochs', 'options', 'against alone', 'what distillation adds', 'promise']
-    text = (
-        'What distillation adds is the difference to the same training without it, where that was done. ALONE is the '
+    return markdown_table(head, rows) + (
+        '\nWhat distillation adds is the difference to the same training without it, where that was done. ALONE is the '
         'full-net that was trained alone before with the same seed. A part of the training images is judged on 30,000 '
-        'others of them.\n\n'
-        'Read it as a search: settings were tried one after another until one was found in which the promise holds, '
+        f'others of them.\n\n{describe_search(settings)}'
+    )
+
+
+def describe_search(settings):
+    """Say what it does to the tests that settings were searched for."""
+    tests = sum(len(values) > 2 for setting in settings for values in setting.gains.values())
+    text = (
+        'Read it as a search: settings were tried one after another until some were found in which the promise holds, '
         'and those on all images were judged on the images that judge them here. '
         f'The {tests} tests are not corrected for their number'
     )
-    if more:
+    if more := [f'`{setting.method}`' for setting in settings if setting.seeds > 3]:
         text += f'; {enumerate_all(more)} got seeds beyond three because a depth was undecided, which favours "holds"'
-    return f'{markdown_table(head, rows)}\n{text}.\n'
+    return f'{text}.\n'
+
+
+def promise_summary(experiments):
+    """Short table of the settings that have three seeds or more, those first in which the promise holds."""
+    settings, rows = list_settings(experiments), []
+    for setting in settings:
+        if setting.seeds > 2:
+            decided = decide(setting.gains, setting.depths)
+            images = next(iter(setting.runs.values()))['training_images']
+            rows.append((('fails' in decided, decided.keys() != {'holds'}), [
+                outcome(setting.gains, setting.depths),
+                f'`{setting.method}`',
+                f'`{name_model(setting.runs)}`, {images:,} of {name_data(setting.runs)}, {setting.seeds} seeds',
+                list_gains(setting.gains),
+            ]))
+    rows.sort(key=lambda row: row[0])
+    head = ['promise', 'method', 'net, training images, seeds', 'against alone']
+    table = markdown_table(head, [row for _, row in rows])
+    return (
+        'The same of all settings that have three seeds or more, whose options are in '
+        f'[results](results/README.md#where-the-promise-holds):\n\n{table}\n{describe_search(settings)}')
 
 
 def write_readme(experiments):

@@ -116,7 +116,7 @@ def test_differences_are_of_the_same_seed_and_have_their_standard_error(modules,
     assert '| joint | 80.50 | +0.50 |  | 0 |' in text
     assert 'taught one by one: `ekd` has -1.50 (8) against `kd` (1 seed).' in text
     assert 'There is no result of EKD' not in text
-    table = results.promise_table(results.load_experiments(), seeds=3)
+    table = results.promise_table(results.load_experiments())
     options = '--alpha 0.3 --beta 0.1 --attention energy --stages -1 --weights 14=0.25 8=0.75'
     setting = f'| `ekd` | `ddnn_resnet20` | 50,000 of CIFAR-10 (JPEG) | 15 | `{options}`'
     gain = f'{np.mean(gains):+.2f} ± {error:.2f} (8) | +0.50 (8)'
@@ -157,7 +157,6 @@ def test_variants_are_compared_with_runs_of_their_seed(modules, tmp_path):
     assert '| +1.00 (44), +0.50 (20) | +0.25 (44), +0.25 (20) | is not tested at' in table
     assert '| +0.75 (20) |  | is not tested at depth 20 (1 seed) |' in table  # no average was trained without EKD
     assert '--teacher ALONE` | +2.50 (20) | +1.75 (20) | is not tested at depth 20 (1 seed) |' in table
-    assert '| `ddnn_resnet' not in modules.results.promise_table(modules.results.load_experiments(), seeds=2)
     assert '| `few_alone_ema` | 73.75 ' in text
     runs = {'ekd_sampled-0': {'options': {'--seed': '0', '--sample': None, '--lr': '0.4'}}}
     table = modules.results.ablation_tables({'ekd_sampled': {20: {0: 69.0}}}, runs)[1]
@@ -193,10 +192,27 @@ def test_seeds_that_were_added_are_told(modules, tmp_path):
         (method, seed): {8: 70.0 + seed + seed ** 2 * ('ekd' in method)}
         for method, seeds in {'alone-8': 4, 'ekd': 4, 'ekd_private': 3}.items() for seed in range(seeds)
     })
-    text = modules.results.promise_table(modules.results.load_experiments(), seeds=3)
-    assert 'The 2 tests are not corrected for their number; `ekd` got seeds beyond three' in text
+    experiments = modules.results.load_experiments()
+    for text in modules.results.promise_table(experiments), modules.results.promise_summary(experiments):
+        assert 'The 2 tests are not corrected for their number; `ekd` got seeds beyond three' in text
     (tmp_path / 'results/some/ekd-3.json').unlink()
     assert 'beyond three' not in modules.results.promise_table(modules.results.load_experiments())
+
+
+def test_the_summary_has_what_was_put_to_the_test(modules, tmp_path):
+    """Catches a setting of one seed, and one that fails, before those that hold."""
+    gains = {
+        'alone-8': (0, 0, 0), 'ekd': (-1.0, -1.1, -1.2), 'ekd_light': (-1, 0, 1), 'ekd_private': (1.0, 1.1, 1.2),
+        'ekd_equal': (2.0,)}
+    write_results(tmp_path / 'results/some', {
+        (name, seed): {8: 70.0 + seed + gain} for name, by_seed in gains.items() for seed, gain in enumerate(by_seed)})
+    lines = modules.results.promise_summary(modules.results.load_experiments()).splitlines()
+    setting = '`ddnn_resnet20`, 50,000 of CIFAR-10 (JPEG), 3 seeds'
+    assert [line for line in lines if line.startswith('| ')][1:] == [
+        f'| holds at depth 8 | `ekd_private` | {setting} | +1.10 ± 0.06 (8) |',
+        f'| is undecided at depth 8 | `ekd_light` | {setting} | +0.00 ± 0.58 (8) |',
+        f'| fails at depth 8 | `ekd` | {setting} | -1.10 ± 0.06 (8) |',
+    ]
 
 
 def test_methods_are_explained_with_those_that_they_refer_to(modules):
