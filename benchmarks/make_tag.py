@@ -5,8 +5,9 @@
     python benchmarks/make_tag.py FOLDER cifar10_resnet20
     python benchmarks/make_tag.py FOLDER cifar10_resnet20 kd_shared_deep
 
-The best are those of the seed with the highest top-1, mean over depths. The accuracy of every depth is measured anew in
-float32, as `timm-ddnn evaluate` measures it, and stands in config.json. What it measures besides goes to
+The best are those of the seed with the highest top-1, mean over depths. Of nets with more than 4 million parameters,
+convolutions and classifier are kept in float16. The accuracy of every depth is measured anew with what is kept, in
+float32 as `timm-ddnn evaluate` measures it, and stands in config.json. What it measures besides goes to
 results/weights/TAG/evaluation.json, from which `results.py` writes MODEL_CARD.md, together with the profile.json of
 
     timm-ddnn profile TAG --batch-sizes 1 --threads 1 --output results/weights/TAG
@@ -23,6 +24,8 @@ from timm_ddnn.cli import ArgumentParser, fail, load_model, one_line_errors, sta
 from timm_ddnn.commands.evaluate import evaluate_model
 from timm_ddnn.ddnn_resnet import WEIGHTS
 from timm_ddnn.report import save_model, write_json
+
+FLOAT16_FROM = 4_000_000  # parameters
 
 
 def best_run(experiment, method):
@@ -67,12 +70,15 @@ def main():
         tag = f'{run.options["--model"]}.{args.method.partition("_")[0]}_{run.data}'
         check_place(tag, run.name)
     with one_line_errors(OSError, ValueError), staged_folder(WEIGHTS / tag) as folder:
-        data = str(data_folder(run.data, args.folder.resolve()))
-        result = evaluate_model(str(WORK / run.name), data, per_class=True)
         model = load_model(str(WORK / run.name))
+        data_config, names = resolve_data_config(model=model), model.pretrained_cfg['label_names']
+        if sum(parameter.numel() for parameter in model.parameters()) > FLOAT16_FROM:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.half() if parameter.ndim > 1 else parameter.data
+        save_model(model, folder, data_config=data_config, class_names=names, rows=[])
+        result = evaluate_model(str(folder), str(data_folder(run.data, args.folder.resolve())), per_class=True)
         rows = [{key: row[key] for key in ROW} for row in result['depths']]
-        names = model.pretrained_cfg['label_names']
-        save_model(model, folder, data_config=resolve_data_config(model=model), class_names=names, rows=rows)
+        save_model(model, folder, data_config=data_config, class_names=names, rows=rows)
     measured = RESULTS / 'weights' / tag
     measured.mkdir(parents=True, exist_ok=True)
     write_json(measured / 'evaluation.json', {**result, 'run': run.name, 'model': tag, 'data': run.data})

@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import datasets
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from conftest import create
 from image_files import CLASS_NAMES, png, write_parquet
+from safetensors.torch import load_file
 from small_models import make_model
 from timm.data import resolve_data_config
 from training import ROOT
@@ -94,6 +96,17 @@ def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd
     assert config['label_names'] == CLASS_NAMES
     assert [row['top1'] for row in config['depths']] == [row['top1'] for row in measured['depths']]
     assert measured['run'] == 'some/ekd-0' and measured['images'] == 32
+    trained, tag = load_file(weights), load_file(tmp_path / 'weights/ddnn_resnet20.ekd_digits/model.safetensors')
+    assert all(torch.equal(trained[name], tag[name]) for name in trained)
+    monkeypatch.setattr(make_tag, 'FLOAT16_FROM', 0)
+    make_tag.main()
+    folder = tmp_path / 'weights/ddnn_resnet20.ekd_digits'
+    tag = load_file(folder / 'model.safetensors')
+    assert {(value.ndim > 1, value.dtype) for name, value in tag.items() if name.endswith('weight')} == {
+        (True, torch.float16), (False, torch.float32)}
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+    assert all(v.dtype != torch.float16 for v in again.values())
+    assert all(torch.allclose(again[name], trained[name], atol=2e-3) for name in trained)
 
     with pytest.raises(ValueError, match=r'must be of ekd, as it is now, got ekd_equal: remove .*ekd_digits'):
         make_tag.check_place('ddnn_resnet20.ekd_digits', 'some/ekd_equal-0')
