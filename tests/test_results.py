@@ -222,6 +222,20 @@ def test_methods_are_explained_with_those_that_they_refer_to(modules):
     assert all(f'| `{name}` |' in table for name in explained) and '`ekd`' not in table
 
 
+def test_seeds_of_a_method_had_the_same_arguments():
+    """Catches a mean over runs of which some had other defaults."""
+    first, compared = {}, 0
+    for path in sorted(ROOT.glob('results/*/*-*.json')):
+        name, seed = path.stem.rpartition('-')[::2]
+        arguments = json.loads(path.read_text())['arguments']
+        assert str(arguments.pop('seed')) == seed
+        expected = first.setdefault((path.parent.name, name), arguments)
+        compared += expected is not arguments
+        for key in expected.keys() & arguments.keys():  # later versions have more
+            assert expected[key] == arguments[key], f'{path}: {key}'
+    assert compared > 50
+
+
 def test_texts_are_those_of_the_results(monkeypatch):
     """Catches a text that was edited by hand, or is older than a run."""
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')

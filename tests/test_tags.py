@@ -81,6 +81,9 @@ def test_weights_of_this_library_are_complete(path):
     assert path.parent.name in timm.list_pretrained('ddnn_*')
     assert model.trained_depths == model.depths == tuple(row['depth'] for row in config['depths'])
     assert all(row['top1'] > 50 for row in config['depths'])
+    kept = timm.create_model(f'local-dir:{path.parent}', pretrained=True)  # with the arguments it was trained with
+    mine, expected = logits(model.eval()), logits(kept.eval())
+    assert all(torch.equal(mine[depth], expected[depth]) for depth in expected)
     assert len(model.pretrained_cfg['label_names']) == model.num_classes
     assert 'label_names' not in timm.create_model(architecture).pretrained_cfg  # what is trained next has its own
 
