@@ -54,8 +54,9 @@ of {chip}, {runtime}, torch {torch}, all depths in turn.
 - **Recipe:** `train_scripts/train_ekd.py --dataset FOLDER {options}`, where FOLDER holds the images
   as `train.parquet` and `validation.parquet`, columns `image` and `label`.
 - **Choice:** `{method}`, number {place} of {seeds} by mean top-1 on the images of the table above, which is therefore
-  optimistic. What a run of your own may be expected to reach are the means in the table of methods. Of this method,
-  the promise that every sub-net is better than the same net trained alone, and the full-net as good, {judged}.
+  optimistic. What a run of your own may be expected to reach are the means in the table of methods. The promise that
+  every sub-net is better than the same net trained alone, and the full-net as good, {judged}
+  ([how that is tested](results/README.md#where-the-promise-holds)).
 - **Hardware and cost:** {hours:.1f} hours of training for {epochs} epochs on {training_machine}. The weights
   show what depth costs after a short schedule, and are not the best nets of their size.
 

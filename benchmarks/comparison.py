@@ -49,6 +49,10 @@ METHODS = {
     f'{RIVALS["kl_only"]["--alpha"]}, temperature {RIVALS["kl_only"]["--temperature"]}',
     'truncation': 'the full-net trained alone, cut to a depth, statistics estimated again',
 }
+PROMISE = (
+    'The promise of EKD is that every sub-net is better than the same net trained alone and that the full-net loses '
+    f'nothing, for which {TOLERANCE} points are allowed here. It is tested depth by depth over seeds, at least three, '
+    f'by one-sided t-tests with an error of {100 * LEVEL:g} % each.\n')
 # Those that train all depths by distillation, and are held against the promise
 WAYS = [name for name in METHODS if name.startswith(('ekd', 'kd_shared'))]
 # The nets trained alone that a method is compared with, the first that has the depth, where they are not `alone`
@@ -154,7 +158,7 @@ def distillation_gains(tops, runs, method):
         runs: See `tops`.
         method: Name of the method or variant.
     """
-    rival = re.sub('kd_shared|ekd', 'joint', method)
+    rival = re.sub('kd_shared|ekd', 'joint', method.removesuffix('_equal'))
     mine, theirs = (
         {run['options'].get('--weights') for stem, run in runs.items() if split_name(stem)[0] == name}
         for name in (method, rival)
@@ -210,19 +214,11 @@ def judge_variants(tops):
     """-> (method, what `judge` says) of the other ways to train all depths by distillation that have several seeds."""
     full = max(tops['ekd'])
     ways = [name for name in WAYS if name != 'ekd']
-    names = [name for name in ways if len(tops.get(name, {}).get(full, ())) > 1]
+    names = [name for name in ways if len(tops.get(name, {}).get(full, ())) > 2]
     judged = {name: judge(tops, name, ALONE.get(name, ('alone',))) for name in names}
     return [(name, text) for name, text in judged.items() if text]
 
 
-def verdict(tops):
-    """Say what is promised, sub-nets better than alone and the full-net as good as alone, and what became of it."""
-    judged = judge(tops)
-    return judged and (
-        f'The promise of EKD is that every sub-net is better than the same net trained alone and that the full-net '
-        f'loses nothing, for which {TOLERANCE} points are allowed here. By one-sided t-tests over seeds, at least '
-        f'three, with an error of {100 * LEVEL:g} %, it {judged}.\n'
-    )
 
 
 def final_losses(runs, depth):
@@ -246,12 +242,12 @@ def explanation(tops, runs):
     mine = losses['ekd']
     if not mine:
         return ''
-    gains, more, less = [], [], []
-    for method in ('alone', 'ekd_light', 'ekd_ema_teacher', 'kd_shared_deep'):
+    gains, lower, higher = [], [], []
+    for method in ('alone', *(name for name in WAYS if name != 'ekd')):
         if values := [losses[method][seed] - mine[seed] for seed in sorted(mine.keys() & losses[method].keys())]:
             error = '' if standard_error(values) is None else f' ± {standard_error(values):.3f}'
             gains.append(f'{mean(values):+.3f}{error} by `{method}`')
-            for names, side in (more, 'less'), (less, 'greater'):
+            for names, side in (lower, 'less'), (higher, 'greater'):
                 if len(values) > 2 and ttest_1samp(values, 0, alternative=side).pvalue < LEVEL:
                     names.append(f'`{method}`')
     text = (
@@ -259,11 +255,12 @@ def explanation(tops, runs):
         f'`ekd` (seed{"s"[:len(mine) > 1]} {", ".join(map(str, sorted(mine)))})'
     )
     text += f'; against that, with the same seeds, {", ".join(gains)}.' if gains else '.'
-    for names, word in (more, 'more'), (less, 'less'):
+    for names, word in (lower, 'more'), (higher, 'less'):
         if names:
-            text += f' So by {enumerate_all(names)} it has learned {word} of them than by EKD.'
-    if '`alone`' in more:
-        text += ' That is a sign that at this schedule the depths compete for the shared weights.'
+            text += f' So by {enumerate_all(names)} it has learned {word} of them than by `ekd`.'
+    if '`alone`' in lower:
+        text += ' That is a sign that by `ekd`, at this schedule, the depths compete for the shared weights'
+        text += f', less so by {enumerate_all(lower[1:])}.' if lower[1:] else '.'
     return text + '\n'
 
 
@@ -288,9 +285,11 @@ def method_table(names):
 
 
 def common_options(runs, method):
-    """Options that all runs of a method have but the seed, with their values."""
-    first, *others = (run['options'].items() for stem, run in runs.items() if split_name(stem)[0] == method)
-    return dict(item for item in first if item[0] != '--seed' and all(item in other for other in others))
+    """Options that all runs of a method have but the seed, with their values. ALONE is the run of the same seed."""
+    mine = [run for stem, run in runs.items() if split_name(stem)[0] == method]
+    first, *others = (run['options'].items() for run in mine)
+    options = dict(item for item in first if item[0] != '--seed' and all(item in other for other in others))
+    return options | ({'--beta': '0', '--teacher': 'ALONE'} if any(run['teacher'] for run in mine) else {})
 
 
 def join_options(options):

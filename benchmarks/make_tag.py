@@ -41,6 +41,8 @@ def best_run(experiment, method):
     best = runs[ranked[0]]
     run = all_runs()[best['run']]
     check(run, RESULTS / f'{run.name}.json')
+    if 'weights_sha256' not in best:
+        raise ValueError(f'{run.name} must have been kept with the SHA-256 of its weights: run it anew')
     check_weights(run.name)
     return run
 

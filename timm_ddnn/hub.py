@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+from torch import nn
 
-__all__ = ['ORGANIZATION', 'fetch', 'file_sum', 'find_weights', 'read_config']
+__all__ = ['ORGANIZATION', 'fetch', 'file_sum', 'find_weights', 'read_config', 'state_sum']
 
 # Owner of the repositories that the tags of this library name
 ORGANIZATION = os.environ.get('TIMM_DDNN_ORGANIZATION', 'timm-ddnn')
@@ -29,6 +31,15 @@ def file_sum(path: str | Path, kind: str = 'sha256') -> str:
             return hashlib.file_digest(file, 'sha256').hexdigest()
     content = Path(path).read_bytes()
     return hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def state_sum(model: nn.Module) -> str:
+    """Compute the SHA-256 of a model's state dict, its names and values; hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def fetch(

@@ -303,7 +303,8 @@ class SharedWeightsMixin:
         for alias, name in self._aliases().items():
             if name not in state_dict:
                 continue
-            if alias in state_dict and not torch.equal(state_dict[alias], state_dict[name]):
+            given = state_dict.get(alias)
+            if given is not None and not given.is_meta and not torch.equal(given, state_dict[name]):
                 raise RuntimeError(
                     f'the weights have a scale and shift for every path ({alias!r} is not {name!r}), the model shares '
                     'them: create it with shared_affine=False'

@@ -23,7 +23,6 @@ timm's training script; random augmentation is a function of --seed, epoch and i
 On SIGTERM and SIGINT a run saves a checkpoint and ends with status 75. `accelerate launch` passes signals on to several
 processes only, so start a single one that may be stopped by `python train_scripts/train_ekd.py`.
 """
-import hashlib
 import json
 import math
 import os
@@ -44,7 +43,6 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from safetensors.torch import save as serialize
 from timm.data import Mixup, create_transform, resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -55,6 +53,7 @@ from timm_ddnn.checkpoint import EXIT_STOPPED, CheckpointError, Checkpoints, sto
 from timm_ddnn.cli import create_ddnn, load_teacher, one_line_errors, resolve_name
 from timm_ddnn.data import align_labels, load_image_data, quiet_datasets
 from timm_ddnn.evaluation import evaluate
+from timm_ddnn.hub import state_sum
 from timm_ddnn.images import ImageReadError, Images, MemoryImages, create_loader, create_train_transform, seeded
 from timm_ddnn.monitor import LossMeter, check_weights
 from timm_ddnn.options import UNESSENTIAL, parse_args
@@ -255,7 +254,7 @@ def main():
         if args.teacher:
             with named('--teacher', args.teacher):
                 teacher = load_teacher(args.teacher)
-                teacher_sum = hashlib.sha256(serialize(teacher.state_dict())).hexdigest()
+                teacher_sum = state_sum(teacher)
                 check_classes(teacher, data.class_names)
                 task.set_teacher(teacher.to(device, memory_format=memory_format))
                 task.run_teacher(torch.zeros(1, *data_config['input_size'], device=device))
