@@ -73,6 +73,7 @@ def main():
         check_place(tag, run.name)
     with one_line_errors(OSError, ValueError), staged_folder(WEIGHTS / tag) as folder:
         model = load_model(str(WORK / run.name))
+        model.pretrained_cfg['tag'] = tag.partition('.')[2]
         data_config, names = resolve_data_config(model=model), model.pretrained_cfg['label_names']
         if sum(parameter.numel() for parameter in model.parameters()) > FLOAT16_FROM:
             for parameter in model.parameters():

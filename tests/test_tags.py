@@ -77,7 +77,7 @@ def test_weights_of_this_library_are_complete(path):
     architecture, _, tag = path.parent.name.partition('.')
     config = json.loads(path.read_text())
     model = timm.create_model(path.parent.name, pretrained=True)
-    assert model.pretrained_cfg['tag'] == tag
+    assert model.pretrained_cfg['tag'] == config['pretrained_cfg']['tag'] == tag
     assert path.parent.name in timm.list_pretrained('ddnn_*')
     assert model.trained_depths == model.depths == tuple(row['depth'] for row in config['depths'])
     assert all(row['top1'] > 50 for row in config['depths'])
