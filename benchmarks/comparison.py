@@ -158,12 +158,12 @@ def distillation_gains(tops, runs, method):
         runs: See `tops`.
         method: Name of the method or variant.
     """
-    rival = re.sub('kd_shared|ekd', 'joint', method.removesuffix('_equal'))
-    mine, theirs = (
-        {run['options'].get('--weights') for stem, run in runs.items() if split_name(stem)[0] == name}
-        for name in (method, rival)
-    )
-    return gains_by_depth(tops, method, [rival]) if rival != method and mine == theirs else {}
+    rival = re.sub('kd_shared|ekd', 'joint', method.removesuffix('_equal').replace('_deep', ''))
+    weights = defaultdict(set)
+    for stem, run in runs.items():
+        weights[split_name(stem)[0]].add(run['options'].get('--weights'))
+    others = [name for name in (rival, f'{rival}_weighted') if name != method and weights[name] == weights[method]]
+    return gains_by_depth(tops, method, others)
 
 
 def list_gains(gains):

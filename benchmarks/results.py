@@ -151,7 +151,7 @@ def recipe(runs):
         f'{run["training_images"]:,} training and {run["validation_images"]:,} validation images of '
         f'{SHORT[arguments["dataset"]]}, {arguments["epochs"]} epochs, {arguments["opt"]} at learning rate '
         f'{arguments["lr"]} with a {arguments["sched"]} schedule, batches of {arguments["batch_size"]}, weight decay '
-        f'{arguments["weight_decay"]}, {run["mixed_precision"]}{size}. {"; ".join(machines)}: '
+        f'{arguments["weight_decay"]}, {run["mixed_precision"]}{size}. On {"; ".join(machines)}: '
         f'{len(runs)} run{"s"[:len(runs) != 1]}, {hours:.1f} h of training in all, '
         f'{sum(bool(each["git"]) and not each["git"]["dirty"] for each in runs.values())} of them by the code of a '
         f'commit; {"; ".join(versions)}.'
@@ -359,8 +359,8 @@ def promise_table(experiments):
     return markdown_table(head, rows) + (
         '\nWhat distillation adds is the difference to the same training without it, where that was done. ALONE is the '
         'full-net that was trained alone before with the same seed. A part of the training images is judged on 30,000 '
-        'others of them. Methods named `few_` have the recipe of the same name without it, but 6 epochs of warm-up; '
-        f'`few_44_` is the same with `ddnn_resnet44`.\n\n{describe_search(settings)}'
+        'others of them. Options that a row leaves out are those of the experiment below; methods named `few_` have 6 '
+        f'epochs of warm-up.\n\n{describe_search(settings)}'
     )
 
 

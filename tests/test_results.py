@@ -187,6 +187,19 @@ def test_a_deeper_teacher_is_described_and_compared_with_nets_that_it_taught_alo
     assert 'one file, here of 0.20 million parameters in the place of 0.28.' in text
 
 
+def test_distillation_is_held_against_training_with_the_same_weights_of_sub_nets(modules):
+    """Catches a gain that is owed to other weights of the sub-nets."""
+    even = {'joint': 80.0, 'ekd_equal': 81.0}
+    weighted = {'joint_weighted': 79.0, 'ekd': 81.0, 'kd_shared_deep': 82.0}
+    tops = {name: {8: {0: top1}} for name, top1 in {**even, **weighted}.items()}
+    runs = {f'{name}-0': {'options': {'--weights': '8=0.5'} if name in weighted else {}} for name in tops}
+    gains = {name: modules.comparison.distillation_gains(tops, runs, name) for name in tops}
+    assert gains == {
+        'joint': {}, 'ekd_equal': {8: [1.0]}, 'joint_weighted': {}, 'ekd': {8: [2.0]}, 'kd_shared_deep': {8: [3.0]}}
+    del runs['joint_weighted-0']
+    assert modules.comparison.distillation_gains(tops, runs, 'ekd') == {}
+
+
 def test_seeds_that_were_added_are_told(modules, tmp_path):
     """Catches a verdict that had more chances than others and looks like them."""
     write_results(tmp_path / 'results/some', {
