@@ -34,8 +34,8 @@ model = timm.create_model('{tag}', pretrained=True)
 logits = model(images, depth={shallow})  # model(images) is the same with depth={full}
 ```
 
-One set of {parameters:.3f} million weights, {size:,} bytes, that holds depths {depths}, for images of {side} px and the
-classes {classes}. {trained}
+One set of {parameters:.3f} million weights, {size:,} bytes, that holds depths {depths}, for images of {side} px and
+{classes}. {trained}
 
 {results}
 Top-1, top-5 and expected calibration error of {images:,} validation images in float32, in percent. Parameters and
@@ -100,7 +100,7 @@ def card_section(tag, experiments, compared):
     run, (method, _) = runs[name], split_name(name)
     if [row['top1'] for row in config['depths']] != [row['top1'] for row in evaluation['depths']]:
         raise ValueError(f'{tag} and {measurements} must be of the same weights: make the tag again')
-    ranked, teacher = rank_runs(runs, method), run['options'].get('--teacher')
+    ranked, teacher, names = rank_runs(runs, method), run['options'].get('--teacher'), config['label_names']
     first = compared.setdefault(experiment, tag.name)
     comparison_text = f'The table of `{first}` above holds for these weights too.\n' if first != tag.name else (
         COMPARISON.format(comparison=comparison(tops), methods=method_table(tops)))
@@ -120,7 +120,8 @@ def card_section(tag, experiments, compared):
         size=(tag / 'model.safetensors').stat().st_size,
         depths=', '.join(map(str, depths)),
         side=evaluation['input_size'][-1],
-        classes=', '.join(config['label_names']),
+        classes=f'the classes {", ".join(names)}' if len(names) <= 20 else
+        f'{len(names)} classes, whose names are `label_names` in config.json',
         trained=f'`{teacher}` taught all depths (`--teacher`).' if teacher else
         f'It was trained by embedded knowledge distillation ([arXiv 2103.00793]({PAPER})).',
         results=markdown_table(
