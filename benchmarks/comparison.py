@@ -81,10 +81,14 @@ def load_runs(experiment):
     return {name: dict(by_depth) for name, by_depth in tops.items()}, runs
 
 
+def select(runs, method):
+    """-> A method's runs among those of an experiment, by name."""
+    return {name: run for name, run in runs.items() if split_name(name)[0] == method}
+
+
 def rank_runs(runs, method):
     """-> Names of a method's runs among those of an experiment, the one of the highest mean top-1 over depths first."""
-    names = sorted(name for name in runs if split_name(name)[0] == method)
-    return sorted(names, key=lambda name: -mean(row['top1'] for row in runs[name]['depths']))
+    return sorted(sorted(select(runs, method)), key=lambda name: -mean(row['top1'] for row in runs[name]['depths']))
 
 
 def standard_error(values):
@@ -113,6 +117,10 @@ def difference(tops, method, others, depth):
         if theirs or (other, depth) in list_planned():
             return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
     return []
+
+
+def count_seeds(count):
+    return f'{count} seed{"s"[:count > 1]}'
 
 
 def name_seeds(by_depth):
@@ -159,11 +167,10 @@ def distillation_gains(tops, runs, method):
         method: Name of the method or variant.
     """
     rival = re.sub('kd_shared|ekd', 'joint', method.removesuffix('_equal').replace('_deep', ''))
-    weights = defaultdict(set)
-    for stem, run in runs.items():
-        weights[split_name(stem)[0]].add(run['options'].get('--weights'))
-    others = [name for name in (rival, f'{rival}_weighted') if name != method and weights[name] == weights[method]]
-    return gains_by_depth(tops, method, others)
+    names = method, rival, f'{rival}_weighted'
+    mine, *theirs = ({run['options'].get('--weights') for run in select(runs, name).values()} for name in names)
+    alike = [name for name, weights in zip(names[1:], theirs, strict=True) if name != method and weights == mine]
+    return gains_by_depth(tops, method, alike)
 
 
 def list_gains(gains):
@@ -270,7 +277,7 @@ def against_taught(tops):
     for method, other in ('ekd', 'kd'), ('kd_shared', 'kd'), ('kd_shared_deep', 'kd_deep'):
         if gains := gains_by_depth(tops, method, [other]):
             seeds = max(map(len, gains.values()))
-            texts.append(f'`{method}` has {list_gains(gains)} against `{other}` ({seeds} seed{"s"[:seeds > 1]})')
+            texts.append(f'`{method}` has {list_gains(gains)} against `{other}` ({count_seeds(seeds)})')
     return '; '.join(texts)
 
 
@@ -286,7 +293,7 @@ def method_table(names):
 
 def common_options(runs, method):
     """Options that all runs of a method have but the seed, with their values. ALONE is the run of the same seed."""
-    mine = [run for stem, run in runs.items() if split_name(stem)[0] == method]
+    mine = list(select(runs, method).values())
     first, *others = (run['options'].items() for run in mine)
     options = dict(item for item in first if item[0] != '--seed' and all(item in other for other in others))
     return options | ({'--beta': '0', '--teacher': 'ALONE'} if any(run['teacher'] for run in mine) else {})

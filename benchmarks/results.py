@@ -22,6 +22,7 @@ from comparison import (
     against_taught,
     common_options,
     comparison,
+    count_seeds,
     decide,
     difference,
     distillation_gains,
@@ -39,6 +40,7 @@ from comparison import (
     name_seeds,
     outcome,
     rank_runs,
+    select,
     split_name,
     standard_error,
     with_error,
@@ -123,7 +125,7 @@ def draw(experiment, tops, runs):
             axes.errorbar(
                 [macs[depth] for depth in depths], [mean(v) for v in values],
                 yerr=None if None in errors else errors, color=color, marker=marker, linestyle=line, capsize=3,
-                label=f'{label} ({len(values[-1])} seed{"s"[:len(values[-1]) > 1]})',
+                label=f'{label} ({count_seeds(len(values[-1]))})',
             )
     for depth, value in macs.items():
         axes.axvline(value, color='black', alpha=0.08)
@@ -333,9 +335,8 @@ def list_settings(experiments):
             methods = {name: ALONE.get(name, ('alone',)) for name in WAYS}
         for method, others in methods.items():
             if gains := gains_by_depth(tops, method, others):
-                mine = {stem: run for stem, run in runs.items() if split_name(stem)[0] == method}
                 added, seeds = distillation_gains(tops, runs, method), max(map(len, gains.values()))
-                settings.append(Setting(method, mine, list(tops[method]), gains, added, seeds))
+                settings.append(Setting(method, select(runs, method), list(tops[method]), gains, added, seeds))
     return settings
 
 
@@ -352,7 +353,7 @@ def promise_table(experiments):
             list_options(setting.runs, setting.method),
             list_gains(setting.gains),
             list_gains(setting.added),
-            f'{outcome(setting.gains, setting.depths)} ({setting.seeds} seed{"s"[:setting.seeds > 1]})',
+            f'{outcome(setting.gains, setting.depths)} ({count_seeds(setting.seeds)})',
         ])
     head = [
         'method', 'model', 'training images', 'epochs', 'options', 'against alone', 'what distillation adds', 'promise']
@@ -387,7 +388,7 @@ def promise_summary(experiments):
             rows.append((('fails' in decided, -len(decided.get('holds', ()))), [
                 outcome(setting.gains, setting.depths),
                 f'`{setting.method}`',
-                f'`{name_model(setting.runs)}`, {images:,} of {name_data(setting.runs)}, {setting.seeds} seeds',
+                f'`{name_model(setting.runs)}`, {images:,} of {name_data(setting.runs)}, {count_seeds(setting.seeds)}',
                 list_gains(setting.gains),
             ]))
     rows.sort(key=lambda row: row[0])
