@@ -32,7 +32,7 @@ lint: $(STAMP)  ## Check the code with ruff
 
 clean:  ## Remove .venv, caches and built packages; output/ stays
 	@rm -rf .venv dist .pytest_cache .ruff_cache
-	@find timm_ddnn tests train_scripts benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+	@find timm_ddnn timm_ddnn_cli tests train_scripts benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # An install that was cut short leaves no stamp, and begins again from an empty .venv.
 $(STAMP): pyproject.toml

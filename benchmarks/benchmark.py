@@ -25,8 +25,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_ddnn
-from timm_ddnn.cli import ArgumentParser, number
-from timm_ddnn.report import describe_machine, write_json, write_section
+from timm_ddnn.utils.environment import describe_machine
+from timm_ddnn.utils.files import write_json, write_section
+from timm_ddnn_cli.arguments import ArgumentParser, number
 
 HERE = Path(__file__).resolve().parent
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

@@ -1,22 +1,12 @@
 """MODEL_CARD.md: what is known of each tag whose weights come with the library. `results.py` writes it."""
 import json
 
-from comparison import (
-    RESULTS,
-    ROOT,
-    comparison,
-    join_options,
-    judge,
-    method_table,
-    name_machine,
-    rank_runs,
-    split_name,
-)
+from comparison import RESULTS, ROOT, comparison, join_options, judge, method_table, name_machine, rank_runs, split_name
 from matrix import LOADER
 
-from timm_ddnn.ddnn_resnet import WEIGHTS
-from timm_ddnn.model_card import CITATION, PAPER, cost_cells, markdown_table
-from timm_ddnn.report import write_text
+from timm_ddnn.hub.model_card import CITATION, PAPER, cost_cells, markdown_table
+from timm_ddnn.models.ddnn_resnet import WEIGHTS
+from timm_ddnn.utils.files import write_text
 
 DATA = {
     'cifar10': 'CIFAR-10, recoded as JPEG of quality 75 (slightly lossy, so that accuracies are near those of the '

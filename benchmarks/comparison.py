@@ -11,7 +11,7 @@ from matrix import EKD, EMA_TEACHER, KD, KD_DEEP, SUBNET_WEIGHTS, all_runs
 from matrix import METHODS as RIVALS
 from scipy.stats import ttest_1samp
 
-from timm_ddnn.model_card import markdown_table
+from timm_ddnn.hub.model_card import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results'
@@ -224,8 +224,6 @@ def judge_variants(tops):
     names = [name for name in ways if len(tops.get(name, {}).get(full, ())) > 2]
     judged = {name: judge(tops, name, ALONE.get(name, ('alone',))) for name in names}
     return [(name, text) for name, text in judged.items() if text]
-
-
 
 
 def final_losses(runs, depth):

@@ -32,14 +32,18 @@ from matrix import LOADER, all_runs
 from timm.data import resolve_data_config
 
 import timm_ddnn
-from timm_ddnn.checkpoint import EXIT_STOPPED
-from timm_ddnn.cli import ArgumentParser, fail, number, one_line_errors
-from timm_ddnn.commands.evaluate import evaluate_model
-from timm_ddnn.data import load_image_data
-from timm_ddnn.evaluation import evaluate
-from timm_ddnn.hub import file_sum
-from timm_ddnn.images import MemoryImages, create_loader
-from timm_ddnn.report import add_accuracies, count_costs, describe_machine, describe_run, write_json
+from timm_ddnn.data.cached import MemoryImages
+from timm_ddnn.data.datasets import load_image_data
+from timm_ddnn.data.loader import create_loader
+from timm_ddnn.evaluation.evaluate import evaluate_model
+from timm_ddnn.evaluation.metrics import add_accuracies
+from timm_ddnn.evaluation.predict import evaluate
+from timm_ddnn.train.recipe import describe_run
+from timm_ddnn.train.signals import EXIT_STOPPED
+from timm_ddnn.utils.costs import count_costs
+from timm_ddnn.utils.environment import describe_machine
+from timm_ddnn.utils.files import file_sum, write_json
+from timm_ddnn_cli.arguments import ArgumentParser, fail, number, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / 'benchmarks' / 'train_method.py'

@@ -20,10 +20,11 @@ from timm.data import create_dataset, resolve_data_config
 from timm.data import create_loader as create_timm_loader
 
 import timm_ddnn
-from timm_ddnn.cli import ArgumentParser, number
-from timm_ddnn.data import load_image_data
-from timm_ddnn.images import Images, create_loader, create_train_transform
-from timm_ddnn.report import describe_machine
+from timm_ddnn.data.datasets import load_image_data
+from timm_ddnn.data.images import Images, create_train_transform
+from timm_ddnn.data.loader import create_loader
+from timm_ddnn.utils.environment import describe_machine
+from timm_ddnn_cli.arguments import ArgumentParser, number
 
 
 def rate(batches, count):

@@ -20,10 +20,12 @@ from experiments import RESULTS, ROW, WORK, check, check_weights, data_folder
 from matrix import all_runs
 from timm.data import resolve_data_config
 
-from timm_ddnn.cli import ArgumentParser, fail, load_model, one_line_errors, staged_folder
-from timm_ddnn.commands.evaluate import evaluate_model
-from timm_ddnn.ddnn_resnet import WEIGHTS
-from timm_ddnn.report import save_model, write_json
+from timm_ddnn.evaluation.evaluate import evaluate_model
+from timm_ddnn.hub.save import save_model
+from timm_ddnn.models.ddnn_resnet import WEIGHTS
+from timm_ddnn.models.load import load_model
+from timm_ddnn.utils.files import staged_folder, write_json
+from timm_ddnn_cli.arguments import ArgumentParser, fail, one_line_errors
 
 FLOAT16_FROM = 4_000_000  # parameters
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import timm
 
-from timm_ddnn.cli import parse_blocks
+from timm_ddnn_cli.arguments import parse_blocks
 
 LOADER = '--in-memory', '-j', '0'
 RECIPE = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.4', '--weight-decay': '5e-4', '--warmup-epochs': '2'}

@@ -18,7 +18,7 @@ from comparison import (
 )
 from matrix import AGAINST, RECIPE
 
-from timm_ddnn.model_card import markdown_table
+from timm_ddnn.hub.model_card import markdown_table
 
 SHORT = {
     'cifar10': 'CIFAR-10 (JPEG)',

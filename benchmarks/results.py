@@ -40,9 +40,10 @@ from matplotlib.figure import Figure
 from matrix import ABLATION_RECIPE, ABLATIONS, AGAINST, KD_DEEP
 from promise import SHORT, TESTED, list_options, name_data, name_model, promise_summary, promise_table, recipe_options
 
-from timm_ddnn.cli import ArgumentParser
-from timm_ddnn.model_card import markdown_table
-from timm_ddnn.report import save_figure, show_macs, write_section, write_text
+from timm_ddnn.evaluation.plots import save_figure, show_macs
+from timm_ddnn.hub.model_card import markdown_table
+from timm_ddnn.utils.files import write_section, write_text
+from timm_ddnn_cli.arguments import ArgumentParser
 
 # What a variant is compared with, the first that has the depth: what it changes, unless the matrix says otherwise
 COMPARED = {

@@ -14,7 +14,7 @@ import torch
 from timm.utils import ModelEmaV3, unwrap_model
 
 import timm_ddnn
-from timm_ddnn.cli import ArgumentParser, number, one_line_errors
+from timm_ddnn_cli.arguments import ArgumentParser, number, one_line_errors
 
 SCRIPT = Path(__file__).resolve().parent.parent / 'train_scripts' / 'train_ekd.py'
 

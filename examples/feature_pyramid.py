@@ -24,7 +24,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou
 from torchvision.transforms.functional import to_tensor
 
 import timm_ddnn  # noqa: F401  the import registers the models
-from timm_ddnn.cli import ArgumentParser, number, one_line_errors
+from timm_ddnn_cli.arguments import ArgumentParser, number, one_line_errors
 
 FLOWER = (168, 83, 446, 361)  # its box in flower.jpg, in pixels
 HEIGHT, WIDTH = 128, 192

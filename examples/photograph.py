@@ -20,8 +20,9 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform, resolve_input_data_config
 
-from timm_ddnn.cli import ArgumentParser, create_ddnn, fail, number, one_line_errors
-from timm_ddnn.images import convert_image
+from timm_ddnn.data.images import convert_image
+from timm_ddnn.models.load import create_ddnn
+from timm_ddnn_cli.arguments import ArgumentParser, fail, number, one_line_errors
 
 parser = ArgumentParser(__doc__.splitlines()[0])
 parser.add_argument('photograph', nargs='?', help='image file, a photograph of scikit-learn if not given')

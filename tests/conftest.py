@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from training import ROOT
 
 import timm_ddnn  # noqa: F401  the import registers the models
-from timm_ddnn.shared_weights import find_norms
+from timm_ddnn.utils.modules import find_norms
 
 EXPECTED_DEPTHS = {
     'ddnn_resnet18': (18, 10),

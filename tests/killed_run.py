@@ -15,7 +15,7 @@ import time
 
 from timm.scheduler import CosineLRScheduler
 
-from timm_ddnn.checkpoint import Checkpoints
+from timm_ddnn.train.checkpoint import Checkpoints
 
 _, log, moment, seconds, script, *arguments = sys.argv
 is_last = int(os.environ.get('RANK', 0)) + 1 == int(os.environ.get('WORLD_SIZE', 1))

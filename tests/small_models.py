@@ -2,7 +2,8 @@
 import timm
 import torch
 
-from timm_ddnn.report import count_costs, save_model
+from timm_ddnn.hub.save import save_model
+from timm_ddnn.utils.costs import count_costs
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

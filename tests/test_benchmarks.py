@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training import ROOT
 
 from timm_ddnn import EKDTask
-from timm_ddnn.report import count_costs
+from timm_ddnn.utils.costs import count_costs
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from conftest import create, images, logits_by_depth
 
 from timm_ddnn import calibrate_bn
-from timm_ddnn.shared_weights import find_norms
+from timm_ddnn.utils.modules import find_norms
 
 
 def batches(count=3, size=8):

@@ -6,16 +6,10 @@ import pytest
 import torch
 from conftest import create, images
 
-from timm_ddnn import cascade as cascade_module
-from timm_ddnn.cascade import (
-    Cascade,
-    UnreachableError,
-    choose_threshold,
-    confidence,
-    exit_steps,
-    measure_speed,
-    trace_thresholds,
-)
+from timm_ddnn.cascade import Cascade, confidence
+from timm_ddnn.deploy import speed as speed_module
+from timm_ddnn.deploy.speed import measure_speed
+from timm_ddnn.evaluation.thresholds import UnreachableError, choose_threshold, exit_steps, trace_thresholds
 
 # The path of depth 16 leaves that of 12 later than that of 14
 SKIPPING = dict(subnets=((1, 3, 3), (2, 2, 2), (1, 3, 1)))
@@ -262,7 +256,7 @@ def test_speed_is_images_per_second_after_the_first_round(small, monkeypatch):
         clock[0] += 100 if len(classified) <= 8 else 0.5  # the first round: two nets and a cascade of both, two batches
 
     small.fc.register_forward_hook(classify)
-    monkeypatch.setattr(cascade_module.time, 'perf_counter', lambda: clock[0])
+    monkeypatch.setattr(speed_module.time, 'perf_counter', lambda: clock[0])
     batches = [images(small, batch=4), images(small, batch=2)]
     speed = measure_speed(Cascade(small, (8, 20), 1.0), batches, rounds=3)
     assert speed['images'] == 6

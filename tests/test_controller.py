@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import create
 
-from timm_ddnn.controller import DepthController
-from timm_ddnn.selection import percentile_90
+from timm_ddnn.deploy.choose import percentile_90
+from timm_ddnn.deploy.controller import DepthController
 
 COSTS = {50: 20.0, 26: 12.0, 14: 7.0}
 

@@ -13,16 +13,9 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import to_tensor
 
-from timm_ddnn.data import align_labels, load_image_data
-from timm_ddnn.images import (
-    EpochSampler,
-    ImageReadError,
-    Images,
-    convert_image,
-    create_loader,
-    create_train_transform,
-    seeded,
-)
+from timm_ddnn.data.datasets import align_labels, load_image_data
+from timm_ddnn.data.images import ImageReadError, Images, convert_image, create_train_transform, seeded
+from timm_ddnn.data.loader import EpochSampler, create_loader
 
 CONFIG = dict(input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), crop_pct=1.0)
 

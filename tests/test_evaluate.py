@@ -15,12 +15,13 @@ from timm.data import create_transform, resolve_input_data_config
 from torchmetrics.classification import MulticlassCalibrationError
 from training import FAST, read, run
 
-from timm_ddnn.analysis import calibration_bins, class_rows, depth_metrics, predict, split_images
 from timm_ddnn.cascade import Cascade
-from timm_ddnn.commands import evaluate as command
-from timm_ddnn.data import load_image_data
-from timm_ddnn.images import Images
-from timm_ddnn.main import main
+from timm_ddnn.data.datasets import load_image_data
+from timm_ddnn.data.images import Images
+from timm_ddnn.evaluation.evaluate import evaluate_model
+from timm_ddnn.evaluation.metrics import calibration_bins, class_rows, depth_metrics, split_images
+from timm_ddnn.evaluation.predict import predict
+from timm_ddnn_cli.main import main
 
 DEPTHS = (14, 8)
 
@@ -179,7 +180,7 @@ def test_halves_are_always_the_same_and_apart():
 def test_accuracies_are_those_of_the_training_script(folder, tmp_path):
     """Catches other images, another normalization or another precision than that of the training script."""
     run('--evaluate', '--pretrained', '--model', f'local-dir:{folder}', '--output', tmp_path, '-j', '0')
-    result = command.evaluate_model(str(folder), 'digits')
+    result = evaluate_model(str(folder), 'digits')
     keys = ('depth', 'blocks', 'parameters', 'macs', 'top1', 'top5')
     assert [{key: row[key] for key in keys} for row in result['depths']] == read(tmp_path, 'evaluation.json')['depths']
     assert result['images'] == 360
@@ -294,8 +295,8 @@ def test_cascade_for_people(folder, tmp_path, capsys):
 
 def test_bfloat16(folder):
     """Catches a precision without effect, and one that the cascade does not take over."""
-    exact = command.evaluate_model(str(folder), 'digits')
-    rounded = command.evaluate_model(str(folder), 'digits', precision='bf16', cascade=(8, 14), speed_images=20)
+    exact = evaluate_model(str(folder), 'digits')
+    rounded = evaluate_model(str(folder), 'digits', precision='bf16', cascade=(8, 14), speed_images=20)
     assert rounded['precision'] == 'bf16'
     assert rounded['depths'][0]['ece'] != exact['depths'][0]['ece']
     assert rounded['depths'][0]['top1'] == pytest.approx(exact['depths'][0]['top1'], abs=3)
@@ -348,15 +349,15 @@ def test_other_classes_are_refused_or_said(folder, tmp_path, capsys, caplog):
     """Catches accuracies by the index of classes that are other ones."""
     write_images(tmp_path / 'three/test', range(30), [*'aaaabbbccc'])
     with pytest.raises(ValueError, match='the 10 classes of the model, or some of them by the same names, got 3'):
-        command.evaluate_model(str(folder), str(tmp_path / 'three'))
+        evaluate_model(str(folder), str(tmp_path / 'three'))
     other = shutil.copytree(folder, tmp_path / 'other', ignore=shutil.ignore_patterns('checkpoints'))
     config = read(other, 'config.json')
     config['label_names'] = [*'01234567', 'eight', '9']
     (other / 'config.json').write_text(json.dumps(config))
     with caplog.at_level(logging.WARNING):
-        command.evaluate_model(str(folder), 'digits')
+        evaluate_model(str(folder), 'digits')
         assert not caplog.records
-        command.evaluate_model(str(other), 'digits')
+        evaluate_model(str(other), 'digits')
     assert "1 classes are called otherwise in the data than in the model, the first '8' and 'eight'" in caplog.text
 
 
@@ -375,7 +376,7 @@ def test_a_split_may_lack_classes(kind, folder, digits, logits, tmp_path, monkey
         (tmp_path / 'set').mkdir()
         rows.cast_column('label', datasets.Value('int64')).to_parquet(tmp_path / 'set/val.parquet')
     expected = 100 * (logits[14].argmax(1) == labels)[chosen].float().mean().item()
-    result = command.evaluate_model(str(folder), str(tmp_path / 'set'), per_class=True)
+    result = evaluate_model(str(folder), str(tmp_path / 'set'), per_class=True)
     assert result['images'] == len(rows) and result['classes'] == 10
     assert result['depths'][0]['top1'] == pytest.approx(expected, abs=1e-3)
     assert [row['class'] for row in result['per_class'] if row['images']] == ['3', '7', '8']

@@ -9,7 +9,7 @@ from conftest import create
 from PIL import Image
 from training import ROOT
 
-from timm_ddnn.report import save_model
+from timm_ddnn.hub.save import save_model
 
 CONFIG = dict(
     input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, crop_mode='center')

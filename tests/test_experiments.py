@@ -18,9 +18,10 @@ from timm.data import resolve_data_config
 from training import ROOT
 
 import timm_ddnn
-from timm_ddnn import report
-from timm_ddnn.checkpoint import EXIT_STOPPED
-from timm_ddnn.evaluation import evaluate
+from timm_ddnn.evaluation.predict import evaluate
+from timm_ddnn.hub import save
+from timm_ddnn.train.signals import EXIT_STOPPED
+from timm_ddnn.utils import costs
 
 
 def make_runs(matrix):
@@ -209,9 +210,9 @@ def test_a_net_is_cut_with_statistics_of_its_own(modules, monkeypatch, tmp_path)
     write_parquet(tmp_path / 'data/validation.parquet', list(range(64)))
     teacher = create('ddnn_resnet20', subnets=(), num_classes=10)
     (tmp_path / 'teacher').mkdir()
-    report.save_model(
+    save.save_model(
         teacher, tmp_path / 'teacher', data_config=resolve_data_config(model=teacher), class_names=CLASS_NAMES,
-        rows=report.count_costs(teacher, (3, 32, 32)))
+        rows=costs.count_costs(teacher, (3, 32, 32)))
     models = []
 
     def keep_model(accelerator, model, loader):

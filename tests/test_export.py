@@ -18,14 +18,18 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 
-from timm_ddnn import calibration, cli, exporting, report
-from timm_ddnn.commands import calibrate
-from timm_ddnn.commands.calibrate import calibrate_model
-from timm_ddnn.commands.export import export_model
-from timm_ddnn.commands.extract import extract_model
-from timm_ddnn.data import load_image_data
-from timm_ddnn.images import Images
-from timm_ddnn.main import main
+from timm_ddnn import calibration
+from timm_ddnn.data.datasets import load_image_data
+from timm_ddnn.data.images import Images
+from timm_ddnn.deploy import export as exporting
+from timm_ddnn.deploy.calibrate import calibrate_model
+from timm_ddnn.deploy.export import export_model
+from timm_ddnn.deploy.extract import extract_model
+from timm_ddnn.hub.save import save_model
+from timm_ddnn.models import load as load_module
+from timm_ddnn.models.load import load_model, saved_results
+from timm_ddnn_cli.commands import calibrate
+from timm_ddnn_cli.main import main
 
 CONFIG = dict(
     input_size=(3, 24, 24), interpolation='bilinear', mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.8,
@@ -41,7 +45,7 @@ def save(folder, name='ddnn_resnet20', **kwargs):
     folder.mkdir(exist_ok=True, parents=True)
     rows = [{'depth': d, 'blocks': list(model.blocks(d)), 'top1': d + 0.5, 'top5': d + 1.5} for d in model.depths]
     names = [f'class {i}' for i in range(model.num_classes)]
-    report.save_model(model, folder, data_config=CONFIG, class_names=names, rows=rows)
+    save_model(model, folder, data_config=CONFIG, class_names=names, rows=rows)
     return model
 
 
@@ -152,7 +156,7 @@ def test_depth_that_was_not_trained_is_extracted_with_a_warning(tmp_path, caplog
     """Catches weights at random that pass for a model."""
     model = create('ddnn_resnet20', channels=(4, 8, 16))
     model.mark_trained([20])
-    report.save_model(model, tmp_path, data_config=CONFIG, class_names=[], rows=[])
+    save_model(model, tmp_path, data_config=CONFIG, class_names=[], rows=[])
     assert extract_model(str(tmp_path), 8, tmp_path / '8')['trained'] is False
     assert 'not trained' in caplog.text
     caplog.clear()
@@ -365,7 +369,7 @@ def test_images_of_another_size_are_refused(shape, saved, tmp_path):
 
 def test_images_are_of_the_data_set(saved, digits):
     """Catches images of another split or preparation, and all of them from its beginning."""
-    model = cli.load_model(str(saved[1]))
+    model = load_model(str(saved[1]))
     images = exporting.load_images(model, str(digits), num=4)
     expected = [TRANSFORM(Image.open(io.BytesIO(png(70 + row))).convert('RGB')) for row in (0, 13, 26, 39)]
     assert torch.equal(images, torch.stack(expected))
@@ -413,22 +417,22 @@ def test_missing_packages_are_named(saved, tmp_path, capsys, monkeypatch):
 
 def test_saved_results_are_those_of_the_models_own_config(saved, tmp_path, monkeypatch):
     """Catches accuracies of another model or revision, and an error where there are none."""
-    model = cli.load_model(str(saved[1]))
-    assert [row['top1'] for row in cli.saved_results(model)] == [20.5, 14.5, 8.5]
+    model = load_model(str(saved[1]))
+    assert [row['top1'] for row in saved_results(model)] == [20.5, 14.5, 8.5]
     asked = []
 
     def fetch(repo_id, filename, revision=None):
         asked.append((repo_id, filename, revision))
         return saved[1] / filename
 
-    monkeypatch.setattr(cli, 'fetch', fetch)
+    monkeypatch.setattr(load_module, 'fetch', fetch)
     model.pretrained_cfg = {'hf_hub_id': 'owner/name@v1', 'source': 'hf-hub'}
-    assert [row['top1'] for row in cli.saved_results(model)] == [20.5, 14.5, 8.5]
+    assert [row['top1'] for row in saved_results(model)] == [20.5, 14.5, 8.5]
     assert asked == [('owner/name', 'config.json', 'v1')]
     for content in ('{}', '{"depths": 3}', '{"depths": [{"depth": 101}]}', 'nothing'):
         (tmp_path / 'config.json').write_text(content)
         model.pretrained_cfg = {'file': str(tmp_path / 'model.safetensors')}
-        assert cli.saved_results(model) == []
+        assert saved_results(model) == []
 
 
 # calibrate

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import logits, make_model, save
 
-from timm_ddnn.hub import fetch, state_sum
+from timm_ddnn.utils.modules import state_sum
+from timm_ddnn.weights.download import fetch
 
 hub = hub_server.hub  # the fixture
 NET = 'tests/net'
@@ -105,7 +106,7 @@ def test_a_connection_that_is_reset_is_an_oserror(monkeypatch):
     """Catches an error of the client that is none of those that `fetch` promises, a traceback for commands."""
     def reset(**kwargs):
         raise HTTPError('Connection reset by peer')
-    monkeypatch.setattr('timm_ddnn.hub.hf_hub_download', reset)
+    monkeypatch.setattr('timm_ddnn.weights.download.hf_hub_download', reset)
     with pytest.raises(OSError, match=r'config\.json of me/net cannot be downloaded: Connection reset by peer'):
         fetch('me/net', 'config.json')
 
@@ -279,7 +280,7 @@ def test_a_damaged_configuration_is_repaired_and_not_used(published):
     result = run(published, f"""
         import os
         from pathlib import Path
-        from timm_ddnn.cli import create_ddnn
+        from timm_ddnn.models.load import create_ddnn
         load('hf-hub:{NET}')
         config, = Path(os.environ['HF_HOME']).glob('hub/*/snapshots/*/config.json')
         content = config.read_text()
@@ -299,14 +300,14 @@ def test_weights_are_of_the_commit_of_their_configuration(published, tmp_path):
     """Catches a publication between two downloads, whose weights would not be those that config.json promises."""
     other = save(make_model(seed=1), tmp_path / 'other')
     run(published, f"""
-        from timm_ddnn import hub
-        fetch = hub._fetch
+        from timm_ddnn.weights import download
+        fetch = download._fetch
         def publish_after(*args):
             found = fetch(*args)
-            hub._fetch = fetch
+            download._fetch = fetch
             timm_ddnn.push_to_hub({str(other)!r}, {NET!r})
             return found
-        hub._fetch = publish_after
+        download._fetch = publish_after
         torch.save(load('hf-hub:{NET}')(images, depth=14), {str(tmp_path / 'old.pt')!r})
         torch.save(load('hf-hub:{NET}')(images, depth=14), {str(tmp_path / 'new.pt')!r})
     """)

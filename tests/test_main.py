@@ -8,8 +8,8 @@ import sys
 import pytest
 import timm
 
-from timm_ddnn import commands
-from timm_ddnn.main import main
+from timm_ddnn_cli import commands
+from timm_ddnn_cli.main import main
 
 NAMES = [name for _, name, _ in pkgutil.iter_modules(commands.__path__)]
 
@@ -75,7 +75,7 @@ def test_a_missing_package_is_named(package, arguments, extras):
     code = (
         'import sys\n'
         f"sys.modules['{package}'] = sys.modules['{package}.console'] = None\n"
-        'from timm_ddnn.main import main\n'
+        'from timm_ddnn_cli.main import main\n'
         f'main({arguments})'
     )
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

@@ -8,8 +8,10 @@ from timm.data import create_transform
 from training import FAST, assert_same_run, read, run
 
 import timm_ddnn
-from timm_ddnn.data import load_image_data
-from timm_ddnn.images import Images, MemoryImages, create_loader
+from timm_ddnn.data.cached import MemoryImages
+from timm_ddnn.data.datasets import load_image_data
+from timm_ddnn.data.images import Images
+from timm_ddnn.data.loader import create_loader
 
 CONFIG = dict(input_size=(3, 16, 24), interpolation='bicubic', mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1), crop_pct=0.9)
 

@@ -9,7 +9,7 @@ from conftest import EXPECTED_DEPTHS, create, images, logits_by_depth
 from timm.models._manipulate import group_parameters
 
 from timm_ddnn import CifarResNet
-from timm_ddnn.shared_weights import find_norms
+from timm_ddnn.utils.modules import find_norms
 
 NAMES = list(EXPECTED_DEPTHS)
 CIFAR_NAMES = ['ddnn_resnet20', 'ddnn_resnet32', 'ddnn_resnet44', 'ddnn_resnet56', 'ddnn_resnet110']

@@ -8,8 +8,8 @@ import torch
 from small_models import make_model, save
 
 import timm_ddnn
-from timm_ddnn import pretrained
-from timm_ddnn.cli import create_ddnn
+from timm_ddnn.models.load import create_ddnn
+from timm_ddnn.weights import config_checks
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_strangers_configuration_is_refused_before_anything_is_built(folder, m
             built.append(kwargs.get('device'))
 
     Watched.__name__ = 'DynamicDepthCifarResNet'
-    monkeypatch.setattr('timm_ddnn.ddnn_resnet.DynamicDepthCifarResNet', Watched)
+    monkeypatch.setattr('timm_ddnn.models.ddnn_resnet.DynamicDepthCifarResNet', Watched)
     with pytest.raises(ValueError, match=message):
         timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert set(built) <= {'meta'}
@@ -89,7 +89,7 @@ def test_a_strangers_configuration_is_refused_before_anything_is_built(folder, m
 
 def test_a_configuration_without_weights_is_limited_too(folder, monkeypatch):
     """Catches a check that only weights set off."""
-    monkeypatch.setattr(pretrained, 'MAX_PARAMETERS', 1_000)
+    monkeypatch.setattr(config_checks, 'MAX_PARAMETERS', 1_000)
     with pytest.raises(ValueError, match='a model of at most 1000 values, got'):
         timm.create_model(f'local-dir:{folder}')
 

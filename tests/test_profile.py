@@ -11,15 +11,15 @@ from conftest import create, images
 from PIL import Image
 from torch import nn
 
-from timm_ddnn import memory, profiling
-from timm_ddnn.commands import profile as command
-from timm_ddnn.ddnn_resnet import WEIGHTS
-from timm_ddnn.dynamic_depth import DynamicDepthMixin
-from timm_ddnn.main import main
-from timm_ddnn.memory import measure_memory
-from timm_ddnn.profiling import plot_profile, profile_model
-from timm_ddnn.report import save_model
-from timm_ddnn.selection import read_profile, select_depth
+from timm_ddnn.deploy import peak_memory
+from timm_ddnn.deploy import profile as profiling
+from timm_ddnn.deploy.choose import read_profile, select_depth
+from timm_ddnn.deploy.peak_memory import measure_memory
+from timm_ddnn.deploy.profile import plot_profile, profile_model
+from timm_ddnn.hub.save import save_model
+from timm_ddnn.models.ddnn_resnet import WEIGHTS
+from timm_ddnn.models.dynamic_depth import DynamicDepthMixin
+from timm_ddnn_cli.main import main
 
 TAG = 'ddnn_resnet20.ekd_cifar10'
 
@@ -209,9 +209,9 @@ def test_memory_of_onnx_runtime_is_that_of_one_batch_size(monkeypatch):
         held.add(session)
         return session
 
-    monkeypatch.setattr(memory, 'onnx_function', open_file)
+    monkeypatch.setattr(peak_memory, 'onnx_function', open_file)
     task = {'threads': torch.get_num_threads(), 'runtime': 'onnxruntime', 'inputs': [[1, 3, 8, 8], [2, 3, 8, 8]]}
-    assert len(memory._main(task | {'files': ['1.onnx', '2.onnx']})) == 2
+    assert len(peak_memory._main(task | {'files': ['1.onnx', '2.onnx']})) == 2
     assert {*most} == {1}
 
 
@@ -289,7 +289,7 @@ def test_weights_that_come_with_the_library_are_profiled_with_their_accuracy(kno
 
 def test_accuracies_of_another_size_of_images_are_left_out(known_memory, caplog):
     """Catches the latency of large images beside the accuracy of small ones."""
-    profile = command.profile_saved(TAG, img_size=16, rounds=1)
+    profile = profiling.profile_saved(TAG, img_size=16, rounds=1)
     assert not any('top1' in row for row in profile['depths'])
     assert 'of images [3, 32, 32], not [3, 16, 16]' in caplog.text
 

@@ -10,8 +10,8 @@ from PIL import Image
 from small_models import make_model, save
 
 import timm_ddnn
-from timm_ddnn.hub import file_sum
-from timm_ddnn.main import main
+from timm_ddnn.utils.files import file_sum
+from timm_ddnn_cli.main import main
 
 
 @pytest.fixture

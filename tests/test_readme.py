@@ -10,7 +10,7 @@ import torch
 from conftest import EXPECTED_DEPTHS
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_ddnn.report import count_costs
+from timm_ddnn.utils.costs import count_costs
 
 README = (Path(__file__).parent.parent / 'README.md').read_text()
 

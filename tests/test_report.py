@@ -13,7 +13,11 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from timm_ddnn import report
+from timm_ddnn.evaluation import plots
+from timm_ddnn.hub import save
+from timm_ddnn.train import recipe
+from timm_ddnn.utils import costs, environment, files
+from timm_ddnn_cli import tables
 
 CONFIG = dict(
     input_size=(3, 24, 24), interpolation='bilinear', mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.9,
@@ -33,7 +37,7 @@ def test_costs_are_those_of_the_plain_net(name, size):
     """
     model = timm.create_model(name)
     model.train()
-    rows = report.count_costs(model, (3, size, size))
+    rows = costs.count_costs(model, (3, size, size))
     assert model.training
     assert tuple(row['depth'] for row in rows) == model.depths
     for row in rows:
@@ -53,7 +57,7 @@ def test_saved_model_is_rebuilt_by_timm(tmp_path, memory_format):
     kwargs = dict(subnets=((2, 2, 1), (1, 2, 1)), num_classes=4, in_chans=1)
     model = create('ddnn_resnet20', **kwargs).to(memory_format=memory_format)
     config = dict(CONFIG, input_size=(1, 24, 24), mean=(0.3,), std=(0.5,))
-    report.save_model(model, tmp_path, data_config=config, class_names=list('abcd'), rows=ROWS)
+    save.save_model(model, tmp_path, data_config=config, class_names=list('abcd'), rows=ROWS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
     assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1  # readable by the same people
 
@@ -70,7 +74,7 @@ def test_saved_model_is_rebuilt_by_timm(tmp_path, memory_format):
 def test_config_holds_results_and_no_second_num_classes(tmp_path):
     """Catches a `num_classes` in `model_args`, on which transformers fails, and names for another number of classes."""
     model = create('ddnn_resnet20')
-    report.save_model(model, tmp_path, data_config=CONFIG, class_names=list('abcd'), rows=ROWS)
+    save.save_model(model, tmp_path, data_config=CONFIG, class_names=list('abcd'), rows=ROWS)
     config = json.loads((tmp_path / 'config.json').read_text())
     assert config['depths'] == ROWS
     assert config['num_classes'] == 10
@@ -81,31 +85,31 @@ def test_config_holds_results_and_no_second_num_classes(tmp_path):
 
 def test_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
     """Catches a run whose last good model is gone because the disk was full at the next epoch."""
-    report.save_model(create('ddnn_resnet20'), tmp_path, data_config=CONFIG, class_names=[], rows=ROWS)
+    save.save_model(create('ddnn_resnet20'), tmp_path, data_config=CONFIG, class_names=[], rows=ROWS)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def fail(model, folder, **kwargs):
         (Path(folder) / 'model.safetensors').write_bytes(b'half')
         raise OSError('disk full')
 
-    monkeypatch.setattr(report, 'save_for_hf', fail)
+    monkeypatch.setattr(save, 'save_for_hf', fail)
     with pytest.raises(OSError, match='disk full'):
-        report.save_model(create('ddnn_resnet20', seed=1), tmp_path, data_config=CONFIG, class_names=[], rows=ROWS)
+        save.save_model(create('ddnn_resnet20', seed=1), tmp_path, data_config=CONFIG, class_names=[], rows=ROWS)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_json_is_whole_or_absent(tmp_path):
     """Catches half a file after an error, and NaN, which no other JSON reader takes."""
-    report.write_json(tmp_path / 'a.json', {'x': 1})
+    files.write_json(tmp_path / 'a.json', {'x': 1})
     with pytest.raises(ValueError, match='JSON'):
-        report.write_json(tmp_path / 'a.json', {'x': float('nan')})
+        files.write_json(tmp_path / 'a.json', {'x': float('nan')})
     assert json.loads((tmp_path / 'a.json').read_text()) == {'x': 1}
     assert [p.name for p in tmp_path.iterdir()] == ['a.json']
 
 
 def test_run_is_described():
     """Catches a summary that cannot be written, or that lacks what a number in a table must carry."""
-    run = json.loads(json.dumps(report.describe_run(Accelerator(cpu=True), {'output': Path('x'), 'seed': 3})))
+    run = json.loads(json.dumps(recipe.describe_run(Accelerator(cpu=True), {'output': Path('x'), 'seed': 3})))
     assert run['arguments'] == {'output': 'x', 'seed': 3}
     assert run['versions'].keys() >= {'timm_ddnn', 'python', 'torch', 'timm', 'accelerate', 'datasets'}
     assert (run['versions']['torch'], run['versions']['timm']) == (torch.__version__, timm.__version__)
@@ -123,20 +127,20 @@ def test_git_state_is_that_of_the_checkout_with_the_file(tmp_path):
     own, installed = tmp_path / 'own.py', tmp_path / 'installed.py'
     own.write_text('1')
     installed.write_text('1')
-    assert report._git_state(own) is None
+    assert environment._git_state(own) is None
     git('init')
     git('add', 'own.py')
     git('commit', '-m', 'x')
-    assert report._git_state(own) == {'commit': git('rev-parse', 'HEAD').strip(), 'dirty': False}
-    assert report._git_state(installed) is None
+    assert environment._git_state(own) == {'commit': git('rev-parse', 'HEAD').strip(), 'dirty': False}
+    assert environment._git_state(installed) is None
     own.write_text('2')
-    assert report._git_state(own)['dirty']
+    assert environment._git_state(own)['dirty']
 
 
 def test_table_shows_every_depth():
     """Catches columns in the wrong order."""
     console = Console(width=120, record=True)
-    console.print(report.result_table(ROWS, 'model-[set]', 269722))
+    console.print(tables.result_table(ROWS, 'model-[set]', 269722))
     text = console.export_text()
     assert 'model-[set]' in text  # no markup of rich
     assert [word for word in text.split() if word[0].isdigit()] == [
@@ -153,8 +157,8 @@ BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 
 def test_accuracy_picture(tmp_path):
     """Catches an empty picture, and one depth alone as an error."""
-    report.plot_accuracy(tmp_path / 'a.png', ROWS, 'title')
-    report.plot_accuracy(tmp_path / 'b.png', ROWS[:1], 'title')
+    plots.plot_accuracy(tmp_path / 'a.png', ROWS, 'title')
+    plots.plot_accuracy(tmp_path / 'b.png', ROWS[:1], 'title')
     assert BLUE in colours(tmp_path / 'a.png')
     assert BLUE in colours(tmp_path / 'b.png')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'b.png']
@@ -167,5 +171,5 @@ def test_curves_picture(tmp_path, ema, epochs):
     record = {'train_ce_20': 0.5, 'train_ce_8': 0.7, 'train_kl_8': 0.1, 'top1_20': 90.0, 'top1_8': 80.0}
     if ema:
         record |= {'ema_top1_20': 91.0, 'ema_top1_8': 82.0}
-    report.plot_curves(tmp_path / 'a.png', [{'epoch': e, **record} for e in range(epochs)], (20, 8), 'title')
+    plots.plot_curves(tmp_path / 'a.png', [{'epoch': e, **record} for e in range(epochs)], (20, 8), 'title')
     assert {BLUE, ORANGE} <= colours(tmp_path / 'a.png')

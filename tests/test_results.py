@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from training import ROOT
 
-from timm_ddnn import report
-from timm_ddnn.model_card import CITATION
+from timm_ddnn.hub.model_card import CITATION
+from timm_ddnn.utils import files
 
 
 def write_results(folder, tops):
@@ -255,7 +255,7 @@ def test_texts_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
     results, card = map(importlib.import_module, ('results', 'card'))
     written = {}
-    for module in (results, card, report):
+    for module in (results, card, files):
         monkeypatch.setattr(module, 'write_text', lambda path, text: written.update({path: text}))
     monkeypatch.setattr(results, 'save_figure', lambda *_: None)
     monkeypatch.setattr('sys.argv', ['results.py'])

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 from training import FAST, SCRIPT, assert_same_run, checkpoints, history, read, run
 
-import timm_ddnn.evaluation
+import timm_ddnn.evaluation.predict
 from timm_ddnn import EKDLoss
-from timm_ddnn.checkpoint import EXIT_STOPPED, Checkpoints
+from timm_ddnn.train.checkpoint import Checkpoints
+from timm_ddnn.train.signals import EXIT_STOPPED
 
 pytestmark = pytest.mark.usefixtures('surroundings')
 
@@ -139,11 +140,11 @@ def test_newest_and_best_are_kept(monkeypatch):
     """Catches a best checkpoint that is pruned, and checkpoints that pile up."""
     accuracies = iter([20.0, 40.0, 30.0, 10.0])
 
-    def evaluate(accelerator, model, loader, original=timm_ddnn.evaluation.evaluate):
+    def evaluate(accelerator, model, loader, original=timm_ddnn.evaluation.predict.evaluate):
         accuracy = next(accuracies)
         return dict.fromkeys(original(accelerator, model, loader), accuracy)
 
-    monkeypatch.setattr(timm_ddnn.evaluation, 'evaluate', evaluate)
+    monkeypatch.setattr(timm_ddnn.evaluation.predict, 'evaluate', evaluate)
     run(*PLAIN, '--epochs', 4, '-b', 64, '--checkpoint-hist', 1, '--output', 'out')
     assert checkpoints('out') == ['step-00000044', 'step-00000088']
 
@@ -278,7 +279,7 @@ def test_a_full_disk_after_the_last_epoch(uninterrupted, monkeypatch, capfd):
     def plot(*_):
         raise OSError(errno.ENOSPC, 'No space left on device')
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
-        patch.setattr('timm_ddnn.report.plot_curves', plot)
+        patch.setattr('timm_ddnn.evaluation.plots.plot_curves', plot)
         run(*FULL, '--checkpoint-interval', 5, '--output', 'out')
     assert exit_info.value.code == 2
     fail_on(capfd, 'No space left on device')

@@ -7,10 +7,10 @@ from importlib.metadata import version
 
 import pytest
 
-from timm_ddnn.main import main
-from timm_ddnn.profiling import compare_machines
-from timm_ddnn.report import describe_machine
-from timm_ddnn.selection import NoDepthError, percentile_90, profile_rows, read_accuracies, select_depth
+from timm_ddnn.deploy.choose import NoDepthError, percentile_90, profile_rows, read_accuracies, select_depth
+from timm_ddnn.deploy.profile import compare_machines
+from timm_ddnn.utils.environment import describe_machine
+from timm_ddnn_cli.main import main
 
 COSTS = {50: 20.0, 26: 12.0, 14: 7.0}
 

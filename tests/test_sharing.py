@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from timm_ddnn.shared_weights import find_norms
+from timm_ddnn.utils.modules import find_norms
 
 
 def assert_shared(model):

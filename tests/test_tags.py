@@ -9,7 +9,7 @@ from hub_server import child
 from small_models import IMAGES, logits, make_model, save
 from timm.models import PretrainedCfg
 
-from timm_ddnn.ddnn_resnet import WEIGHTS, read_weights_cfgs
+from timm_ddnn.models.ddnn_resnet import WEIGHTS, read_weights_cfgs
 
 hub = hub_server.hub  # the fixture
 

@@ -15,7 +15,7 @@ from timm.data import Mixup, create_transform
 from timm.models import save_for_hf
 from training import FAST, MODEL, SCRIPT, assert_same_run, history, read, run, top1
 
-from timm_ddnn.data import load_image_data
+from timm_ddnn.data.datasets import load_image_data
 
 pytestmark = pytest.mark.usefixtures('surroundings')
 
@@ -293,7 +293,7 @@ def test_a_run_that_fails_ends(images, status):
     code = (
         'import runpy, sys, timm_ddnn.monitor\n'
         'def fail(*args): raise KeyError\n'
-        f'if {images == "intact"}: timm_ddnn.monitor.LossMeter.update = fail\n'
+        f'if {images == "intact"}: timm_ddnn.train.loop.LossMeter.update = fail\n'
         'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
     )
     process = subprocess.run(

@@ -11,7 +11,7 @@ from timm.models import load_checkpoint, save_for_hf
 from timm.models._hub import load_model_config_from_path
 
 from timm_ddnn import EKDTask
-from timm_ddnn.ddnn_resnet import WEIGHTS
+from timm_ddnn.models.ddnn_resnet import WEIGHTS
 
 
 @pytest.fixture(scope='module')

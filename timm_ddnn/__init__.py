@@ -1,13 +1,13 @@
 """Dynamic-depth ResNets for timm, trained by embedded knowledge distillation; the import registers the models."""
 from .calibration import calibrate_bn
 from .cascade import Cascade
-from .cifar_resnet import CifarResNet
-from .controller import DepthController
-from .ddnn_resnet import DynamicDepthCifarResNet, DynamicDepthResNet
-from .dynamic_depth import SubNetOutput
+from .deploy.choose import select_depth
+from .deploy.controller import DepthController
+from .hub.publish import push_to_hub
 from .loss import EKDLoss, attention_map, attention_transfer, kl_divergence
-from .publish import push_to_hub
-from .selection import select_depth
+from .models.cifar_resnet import CifarResNet
+from .models.ddnn_resnet import DynamicDepthCifarResNet, DynamicDepthResNet
+from .models.dynamic_depth import SubNetOutput
 from .task import EKDTask
 from .version import __version__
 

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .dynamic_depth import eval_mode
+from .utils.modules import eval_mode
 
 __all__ = ['calibrate_bn']
+
 
 _logger = logging.getLogger(__name__)
 

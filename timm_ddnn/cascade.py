@@ -1,29 +1,18 @@
 """Cascades of the depths of one model: a shallow net for all images, deeper ones where it is unsure.
 
-Here is what runs, what chooses a threshold and what measures speed; it needs PyTorch alone. Accuracies are in
-`analysis.py`.
+How a threshold is chosen is in `evaluation/thresholds.py`.
 """
-import statistics
-import time
 from collections.abc import Sequence
-from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .dynamic_depth import eval_mode
+from .utils.modules import eval_mode
 
-__all__ = [
-    'Cascade', 'OperatingPoint', 'StepCost', 'Tradeoff', 'UnreachableError', 'autocast', 'choose_threshold',
-    'confidence', 'exit_steps', 'measure_speed', 'trace_thresholds',
-]
-
-
-class UnreachableError(ValueError):
-    """No threshold fulfils what was asked for."""
+__all__ = ['Cascade', 'StepCost', 'confidence']
 
 
 def confidence(logits: torch.Tensor) -> torch.Tensor:
@@ -167,172 +156,3 @@ class Cascade:
 def _count_shared(path: Sequence[nn.Module], other: Sequence[nn.Module]) -> int:
     """Count the blocks that two nets begin with: the same modules, so on the same images the same maps."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], zip(path, other, strict=False)))
-
-
-class OperatingPoint(NamedTuple):
-    """A threshold and what it gives.
-
-    Attributes:
-        threshold: [0, 1].
-        top1: Accuracy in percent.
-        macs: Mean multiply-accumulates per image.
-    """
-    threshold: float
-    top1: float
-    macs: float
-
-
-class Tradeoff(NamedTuple):
-    """Every threshold that makes a difference on some images, in ascending order.
-
-    Attributes:
-        thresholds: [T], float32. The first is 0, where no image goes on, and at the last all go on to the last net.
-        top1: Accuracy in percent, [T].
-        macs: Mean multiply-accumulates per image, [T]. They ascend.
-    """
-    thresholds: torch.Tensor
-    top1: torch.Tensor
-    macs: torch.Tensor
-
-
-def exit_steps(confidences: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Tell from the confidences at all steps where a cascade ends for every image.
-
-    Args:
-        confidences: [K, N] for K steps and N images.
-        threshold: As for `Cascade`.
-
-    Returns:
-        Indices of steps, [N].
-    """
-    return (confidences[:-1] <= threshold).long().cumprod(0).sum(0)
-
-
-def trace_thresholds(confidences: torch.Tensor, correct: torch.Tensor, macs: Sequence[int]) -> Tradeoff:
-    """Compute accuracy and cost at every threshold that makes a difference.
-
-    Args:
-        confidences: Confidences at all steps, [K, N] for K steps and N images.
-        correct: Whether the net of a step is right, [K, N].
-        macs: Multiply-accumulates that each of the K steps runs.
-    """
-    # An image goes beyond a step from that threshold on which is the greatest confidence that it had up to there
-    moves = confidences[:-1].cummax(0).values
-    thresholds, event = moves.unique(return_inverse=True)
-    gains = correct[1:].long() - correct[:-1].long()
-    costs = torch.tensor(macs[1:], device=moves.device)[:, None].expand_as(gains)
-    gained, spent = (
-        torch.zeros(len(thresholds) + 1, dtype=torch.long, device=moves.device).index_add(
-            0, event.flatten() + 1, amount.flatten()).cumsum(0)
-        for amount in (gains, costs)
-    )
-    count = correct.shape[1]
-    return Tradeoff(
-        thresholds=torch.cat([thresholds.new_zeros(1), thresholds]),
-        top1=100 * (correct[0].sum() + gained).double() / count,
-        macs=macs[0] + spent.double() / count,
-    )
-
-
-def choose_threshold(
-        confidences: torch.Tensor,
-        correct: torch.Tensor,
-        macs: Sequence[int],
-        *,
-        target_top1: float | None = None,
-        budget_macs: float | None = None,
-) -> OperatingPoint:
-    """Choose the best of all thresholds: the fewest MACs for an accuracy, or the best accuracy for a budget of MACs.
-
-    Args:
-        confidences: As for `trace_thresholds`, of images that the result is not reported on.
-        correct: Likewise.
-        macs: Likewise.
-        target_top1: Accuracy to reach, in percent. That of the last net if this and `budget_macs` are None.
-        budget_macs: Mean multiply-accumulates per image to stay within. Of equal accuracies the cheapest is taken.
-
-    Raises:
-        ValueError: If both `target_top1` and `budget_macs` are given.
-        UnreachableError: If no threshold reaches the accuracy or stays within the budget.
-    """
-    if target_top1 is not None and budget_macs is not None:
-        raise ValueError(f'one of target_top1 and budget_macs is expected, got {target_top1} and {budget_macs}')
-    thresholds, top1, mean_macs = trace_thresholds(confidences, correct, macs)
-    if budget_macs is not None:
-        within = top1[mean_macs <= budget_macs]
-        if not len(within):
-            raise UnreachableError(
-                f'no threshold has mean MACs of {budget_macs:.4g}: the first net alone takes {macs[0]:.4g}')
-        best = int(within.argmax())
-        best = int((within == within[best]).nonzero()[0])  # argmax may give any of several
-    else:
-        target = top1[-1] if target_top1 is None else target_top1
-        reached = (top1 >= target).nonzero()
-        if not len(reached):
-            raise UnreachableError(
-                f'no threshold has a top-1 accuracy of {target_top1} %: on the images to choose by, the best has '
-                f'{float(top1.max()):.2f} %'
-            )
-        best = int(reached[0])
-    return OperatingPoint(float(thresholds[best]), float(top1[best]), float(mean_macs[best]))
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Run in float32 for a precision of 'no', in bfloat16 where that is safe for 'bf16'."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == 'bf16')
-
-
-@torch.inference_mode()
-def measure_speed(
-        cascade: Cascade,
-        batches: Sequence[torch.Tensor],
-        *,
-        precision: str = 'no',
-        rounds: int = 7,
-) -> dict[str, Any]:
-    """Measure images per second of a cascade and of each of its nets alone, in turn on the same images.
-
-    Args:
-        cascade: The cascade, of a model in eval mode.
-        batches: Images, [B, C, H, W] each, on the device of the model.
-        precision: 'no' or 'bf16', as in accelerate.
-        rounds: Rounds to take the median of, >= 2. One more goes before them and does not count.
-
-    Returns:
-        images, batch_size, rounds, threads (of PyTorch, on a CPU), device, ends: the share of images that end at every
-        step, in percent; depths and cascade: the median of images per second, with the range of its middle half, low
-        to high.
-    """
-    device = batches[0].device
-    calls = {depth: partial(cascade.model, depth=depth) for depth in cascade.depths} | {'cascade': cascade}
-    seconds: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            for images in batches:
-                with autocast(device, precision):
-                    call(images)
-            _synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    with autocast(device, precision):
-        steps = torch.cat([cascade(images)[1] for images in batches]).cpu()
-    speeds = {}
-    for name, values in seconds.items():
-        low, median, high = statistics.quantiles((len(steps) / value for value in values[1:]), n=4, method='inclusive')
-        speeds[name] = {'median': median, 'low': low, 'high': high}
-    return {
-        'images': len(steps),
-        'batch_size': len(batches[0]),
-        'rounds': rounds,
-        'threads': torch.get_num_threads(),
-        'device': str(device),
-        'ends': [100 * float((steps == i).double().mean()) for i in range(len(cascade.depths))],
-        'depths': [{'depth': depth, **speeds[depth]} for depth in cascade.depths],
-        'cascade': speeds['cascade'],
-    }
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)

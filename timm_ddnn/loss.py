@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .dynamic_depth import SubNetOutput
+from .models.dynamic_depth import SubNetOutput
 
 __all__ = ['EKDLoss', 'attention_map', 'attention_transfer', 'kl_divergence']
+
 
 ATTENTION_FORMS = ('energy', 'standardized')
 

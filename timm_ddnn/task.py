@@ -9,10 +9,11 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from .dynamic_depth import DynamicDepthMixin, SubNetOutput
 from .loss import EKDLoss
+from .models.dynamic_depth import DynamicDepthMixin, SubNetOutput
 
 __all__ = ['EKDTask']
+
 
 _logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import timm
 from timm.models import _factory
 
 import timm_ddnn  # noqa: F401  the import registers the models
-from timm_ddnn.cli import ArgumentParser, fail, number, run_script
-from timm_ddnn.hub import read_config
+from timm_ddnn.weights.download import read_config
+from timm_ddnn_cli.arguments import ArgumentParser, fail, number, run_script
 
 
 def main():

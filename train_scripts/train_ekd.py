@@ -49,25 +49,25 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn, get_outdir
 
 import timm_ddnn
-from timm_ddnn.checkpoint import EXIT_STOPPED, CheckpointError, Checkpoints, stop_signals
-from timm_ddnn.cli import create_ddnn, load_teacher, one_line_errors, resolve_name
-from timm_ddnn.data import align_labels, load_image_data, quiet_datasets
-from timm_ddnn.evaluation import evaluate
-from timm_ddnn.hub import state_sum
-from timm_ddnn.images import ImageReadError, Images, MemoryImages, create_loader, create_train_transform, seeded
-from timm_ddnn.monitor import LossMeter, check_weights
-from timm_ddnn.options import UNESSENTIAL, parse_args
-from timm_ddnn.report import (
-    add_accuracies,
-    count_costs,
-    describe_run,
-    plot_accuracy,
-    plot_curves,
-    result_table,
-    save_model,
-    write_json,
-    write_text,
-)
+from timm_ddnn.data.cached import MemoryImages
+from timm_ddnn.data.datasets import align_labels, load_image_data, quiet_datasets
+from timm_ddnn.data.images import ImageReadError, Images, create_train_transform, seeded
+from timm_ddnn.data.loader import create_loader
+from timm_ddnn.evaluation.metrics import add_accuracies
+from timm_ddnn.evaluation.plots import plot_accuracy, plot_curves
+from timm_ddnn.evaluation.predict import evaluate
+from timm_ddnn.hub.save import save_model
+from timm_ddnn.models.load import create_ddnn, load_teacher, resolve_name
+from timm_ddnn.train.checkpoint import CheckpointError, Checkpoints
+from timm_ddnn.train.loop import LossMeter, check_weights
+from timm_ddnn.train.options import UNESSENTIAL, parse_args
+from timm_ddnn.train.recipe import describe_run
+from timm_ddnn.train.signals import EXIT_STOPPED, stop_signals
+from timm_ddnn.utils.costs import count_costs
+from timm_ddnn.utils.files import write_json, write_text
+from timm_ddnn.utils.modules import state_sum
+from timm_ddnn_cli.arguments import one_line_errors
+from timm_ddnn_cli.tables import result_table
 
 # Steps between two times that processes ask each other for a signal to stop
 STOP_INTERVAL = 10

@@ -17,16 +17,8 @@ from timm.task import classification
 from timm.utils import unwrap_model
 
 import timm_ddnn
-from timm_ddnn.cli import (
-    ArgumentParser,
-    fail,
-    integers,
-    load_teacher,
-    number,
-    one_line_errors,
-    parse_weight,
-    run_script,
-)
+from timm_ddnn.models.load import load_teacher
+from timm_ddnn_cli.arguments import ArgumentParser, fail, integers, number, one_line_errors, parse_weight, run_script
 
 
 def parse_args():

@@ -12,12 +12,7 @@ from timm import utils
 from timm.data import Mixup
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
-from timm.task import (
-    ClassificationTask,
-    LogitDistillationTask,
-    load_task_ema_checkpoint,
-    resume_task_checkpoint,
-)
+from timm.task import ClassificationTask, LogitDistillationTask, load_task_ema_checkpoint, resume_task_checkpoint
 
 parser = argparse.ArgumentParser()
 parser.add_argument('data_dir', nargs='?')

@@ -1,0 +1,288 @@
+"""Finding image data: splits, columns and classes of a data set, and a check of every label.
+
+Reading and augmenting the images is in `images.py`. Models and losses need neither, nor the `datasets` library.
+"""
+import glob
+import logging
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+__all__ = ['ImageData', 'align_labels', 'load_image_data', 'match_classes', 'quiet_datasets']
+
+
+_logger = logging.getLogger(__name__)
+TRAIN_SPLITS = ('train',)
+VAL_SPLITS = ('validation', 'val', 'valid', 'test')
+INPUT_KEYS = ('image', 'img')
+TARGET_KEYS = ('label', 'labels', 'fine_label')
+
+
+def quiet_datasets() -> None:
+    """Let the library `datasets` log nothing, its errors come as exceptions too, and draw bars on a terminal only."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+class ImageData(NamedTuple):
+    """A data set whose columns are known and whose labels were checked.
+
+    Attributes:
+        train: Training split, None if it was not asked for.
+        validation: Validation split.
+        input_key: Name of the image column.
+        target_key: Name of the label column.
+        class_names: Name of every class, the label being its index.
+    """
+    train: datasets.Dataset | None
+    validation: datasets.Dataset
+    input_key: str
+    target_key: str
+    class_names: list[str]
+
+
+def load_image_data(
+        name: str,
+        *,
+        input_key: str | None = None,
+        target_key: str | None = None,
+        train_split: str | None = None,
+        val_split: str | None = None,
+        training: bool = True,
+) -> ImageData:
+    """Find a data set, its splits and its columns, and check every label.
+
+    Args:
+        name: 'digits' (the handwritten digits of scikit-learn, 1,437 images to train and 360 to validate), a folder of
+            parquet files `SPLIT*.parquet` or `data/SPLIT*.parquet`, a folder of images `SPLIT/CLASS/*.png`, or the id
+            of a data set on the Hugging Face Hub.
+        input_key: Name of the image column. Found by its type, else by its name, if None.
+        target_key: Name of the label column. Found likewise.
+        train_split: Name of the training split, 'train' if None.
+        val_split: Name of the validation split; the first of 'validation', 'val', 'valid' and 'test' if None.
+        training: Whether the training split is wanted.
+
+    Raises:
+        FileNotFoundError: If there is no such data set, or a shard of it is missing.
+        ValueError: If a split or column cannot be told or does not exist, or labels are not integers 0..C-1.
+    """
+    if name == 'digits':
+        available = _load_digits()
+    elif os.path.isdir(name):
+        available = _find_files(Path(name))
+    else:
+        available = _load_from_hub(name)
+    roles = {'train': _pick_split(available, train_split, TRAIN_SPLITS, '--train-split')} if training else {}
+    roles['validation'] = _pick_split(available, val_split, VAL_SPLITS, '--val-split')
+
+    if os.path.isdir(name) and name != 'digits':
+        files = {split: available[split] for split in roles.values()}
+        builder, options = 'parquet', {}
+        if not next(iter(files.values()))[0].endswith('.parquet'):
+            builder, options = 'imagefolder', {'drop_labels': False}  # folders are classes also where there is only one
+            _check_folders([Path(name) / split for split in files])
+        try:
+            available = datasets.load_dataset(builder, data_files=files, **options)
+        except Exception as e:  # datasets and the formats that it reads raise many types, and none that they share
+            raise ValueError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
+    splits = {role: available[split] for role, split in roles.items()}
+
+    features = splits['validation'].features
+    input_key = _pick_column(features, input_key, datasets.Image, INPUT_KEYS, '--input-key')
+    target_key = _pick_column(features, target_key, datasets.ClassLabel, TARGET_KEYS, '--target-key')
+    if not isinstance(features[input_key], datasets.Image):
+        try:
+            splits = {role: split.cast_column(input_key, datasets.Image()) for role, split in splits.items()}
+        except (pa.ArrowException, TypeError, ValueError) as e:
+            raise ValueError(f'column {input_key!r} holds no images but {features[input_key]}') from e
+    class_names = _check_labels({roles[role]: split for role, split in splits.items()}, target_key, training)
+    return ImageData(splits.get('train'), splits['validation'], input_key, target_key, class_names)
+
+
+def align_labels(data: ImageData, class_names: Sequence[str]) -> ImageData:
+    """Give labels the indices that a model has for their classes.
+
+    A split may lack classes that the model was trained on, or have them in another order. Where all its classes are
+    known to the model by name, the name decides. Else the index does, with a warning, or, where the model has another
+    number of classes, nothing is changed.
+
+    Args:
+        data: What `load_image_data` found.
+        class_names: Name of every class of the model, the index being its output.
+
+    Returns:
+        Data whose class names are those of the model, or the data as they are.
+    """
+    own, class_names = data.class_names, list(class_names)
+    if own == class_names:
+        return data
+    if not set(own) <= set(class_names):
+        differ = [pair for pair in zip(own, class_names, strict=False) if pair[0] != pair[1]]
+        if len(own) == len(class_names):
+            _logger.warning(
+                f'{len(differ)} classes are called otherwise in the data than in the model, the first {differ[0][0]!r} '
+                f'and {differ[0][1]!r}: accuracy is by index, and so only right if the order is the same.'
+            )
+        return data
+    index = np.array([class_names.index(name) for name in own])
+    feature = datasets.ClassLabel(names=class_names)
+
+    def align(split: datasets.Dataset | None) -> datasets.Dataset | None:
+        if split is None:
+            return None
+        labels = split.select_columns(data.target_key).with_format('numpy')[:][data.target_key]
+        return split.remove_columns(data.target_key).add_column(data.target_key, index[labels], feature=feature)
+
+    return data._replace(train=align(data.train), validation=align(data.validation), class_names=class_names)
+
+
+def match_classes(data: ImageData, model: Any) -> ImageData:
+    """Align the labels with the classes of a model, see `align_labels`, and make sure that it has as many.
+
+    Args:
+        data: What `load_image_data` found.
+        model: timm model.
+
+    Raises:
+        ValueError: If it has other classes.
+    """
+    data = align_labels(data, model.pretrained_cfg.get('label_names') or ())
+    if model.num_classes != len(data.class_names):
+        raise ValueError(
+            f'data must have the {model.num_classes} classes of the model, or some of them by the same names, got '
+            f'{len(data.class_names)}'
+        )
+    return data
+
+
+def _load_digits() -> datasets.DatasetDict:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)
+    train, validation = train_test_split(
+        np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)]))
+    return datasets.DatasetDict({
+        split: datasets.Dataset.from_dict(
+            dict(image=list(images[rows]), label=digits.target[rows]), features=features, split=split)
+        for split, rows in (('train', train), ('validation', validation))
+    })
+
+
+def _find_files(folder: Path) -> dict[str, list[str]]:
+    """Map the splits in a folder to their parquet files, or to the pattern of their image files."""
+    for place in (folder, folder / 'data'):
+        splits: dict[str, list[str]] = {}
+        shards: Counter[tuple[str, str]] = Counter()
+        for file in sorted(place.glob('*.parquet')):
+            shard = re.fullmatch(r'(.+?)[-_.]?(\d+)?(?:-of-(\d+)(?:-\w+)?)?', file.stem)
+            splits.setdefault(shard[1], []).append(str(file))
+            if shard[3]:
+                shards[shard[1], shard[3]] += 1
+        for (split, count), found in shards.items():
+            if found != int(count):
+                raise FileNotFoundError(f'split {split!r} in {str(place)!r} lacks some of its {int(count)} files')
+        if splits:
+            return splits
+    splits = {
+        path.name: [f'{glob.escape(str(path.resolve()))}/**'] for path in sorted(folder.iterdir())
+        if path.is_dir() and next(path.glob('*/*'), None)
+    }
+    if not splits:
+        raise FileNotFoundError(f'folder {str(folder)!r} has neither SPLIT*.parquet nor SPLIT/CLASS/IMAGE files')
+    return splits
+
+
+def _check_folders(splits: list[Path]) -> None:
+    """Refuse images in folders of a class folder, whose labels would be those of the inner ones."""
+    for split in splits:
+        deeper = next(filter(Path.is_file, split.glob('*/*/*')), None)
+        if deeper and not any(split.glob('metadata.*')):
+            raise ValueError(f'images must lie in SPLIT/CLASS/, got {deeper}')
+
+
+def _load_from_hub(name: str) -> datasets.DatasetDict:
+    try:
+        return datasets.load_dataset(name)
+    except Exception as e:  # as above
+        raise FileNotFoundError(
+            f"no data set {name!r}: not 'digits', not a folder here, and not read from the Hub ({e})") from e
+
+
+def _pick_split(available: dict[str, Any], given: str | None, usual: tuple[str, ...], flag: str) -> str:
+    if given is not None and given not in available:
+        raise ValueError(f'{flag} must be one of the splits {sorted(available)}, got {given!r}')
+    found = [split for split in usual if split in available] if given is None else [given]
+    if not found:
+        raise ValueError(f'{flag} must name one of the splits {sorted(available)}: none is called {" or ".join(usual)}')
+    return found[0]
+
+
+def _pick_column(
+        features: datasets.Features,
+        given: str | None,
+        kind: type,
+        usual: tuple[str, ...],
+        flag: str,
+) -> str:
+    """Choose a column by the name given, else by its type, else by its name, the name deciding between several."""
+    if given is not None:
+        if given not in features:
+            raise ValueError(f'{flag} must be one of the columns {list(features)}, got {given!r}')
+        return given
+    found = [column for column, feature in features.items() if isinstance(feature, kind)] or list(features)
+    if len(found) > 1 or not isinstance(features[found[0]], kind):
+        found = [column for column in found if column in usual]
+    if len(found) != 1:
+        raise ValueError(f'{flag} must name one of the columns {list(features)}: which of them it is cannot be told')
+    return found[0]
+
+
+def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool) -> list[str]:
+    """Check that all labels are 0..C-1 and return the names of the classes."""
+    labels = {}
+    for split, data in splits.items():
+        column = data.select_columns(key).with_format('arrow')[:][key]
+        if not len(column):
+            raise ValueError(f'split {split!r} is empty')
+        if column.null_count or not pa.types.is_integer(column.type):
+            got = f'nothing in row {column.is_null().index(True)}' if column.null_count else column.type
+            raise ValueError(f'column {key!r} must hold integers 0..C-1, got {got} in split {split!r}')
+        labels[split] = column.to_numpy()
+
+    feature = next(iter(splits.values())).features[key]
+    if isinstance(feature, datasets.ClassLabel):
+        class_names = list(feature.names)
+    else:
+        present = np.unique(np.concatenate(list(labels.values())))
+        # Where it is trained on, every label is there, else the numbers do not begin at 0 or have holes
+        class_names = [str(i) for i in range(len(present) if training else int(present[-1]) + 1)]
+    if training and len(class_names) < 2:
+        raise ValueError(f'column {key!r} must name at least 2 classes, got {class_names}')
+    for split, values in labels.items():
+        wrong = np.flatnonzero((values < 0) | (values >= len(class_names)))
+        if len(wrong):
+            raise ValueError(
+                f'labels must be 0..{len(class_names) - 1} for {len(class_names)} classes, '
+                f'got {values[wrong[0]]} in row {wrong[0]} of split {split!r}'
+            )
+    if training:
+        split, values = next(iter(labels.items()))
+        missing = np.setdiff1d(np.arange(len(class_names)), values)
+        if len(missing):
+            _logger.warning(
+                f'{len(missing)} of {len(class_names)} classes have no image in split {split!r}, the first is '
+                f'{class_names[missing[0]]!r}'
+            )
+    return class_names

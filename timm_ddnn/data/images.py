@@ -1,0 +1,160 @@
+"""Images for training and evaluation, and augmentation that repeats exactly.
+
+Everything random here is a function of (seed, epoch, index), whatever the number of worker processes. Where the images
+come from is in `datasets.py`.
+"""
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from .datasets import ImageData
+
+__all__ = ['ImageReadError', 'Images', 'convert_image', 'create_train_transform', 'seeded']
+
+
+class ImageReadError(ValueError):
+    """An image that cannot be read or decoded."""
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Make the generators of Python, NumPy and PyTorch (its CPU's) a function of some integers, and restore them after.
+
+    Args:
+        *key: Integers >= 0, for example (seed, epoch, index).
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = [int(word) for word in np.random.SeedSequence(key).generate_state(3)]
+    try:
+        random.seed(words[0])
+        np.random.seed(words[1])
+        torch.default_generator.manual_seed(words[2])
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """Convert an image to grey ('L') or colour ('RGB').
+
+    Args:
+        image: Image of 8 bits per channel, or of one bit.
+        mode: 'L' or 'RGB'.
+
+    Raises:
+        ValueError: If the image has deeper values, which PIL would cut off at 255.
+    """
+    if image.mode[0] in 'IF':
+        raise ValueError(f'pixels must be of 8 bits, got mode {image.mode!r}: scale them to 0..255')
+    return image.convert(mode)
+
+
+class Images(Dataset):
+    """Transformed images of a split. An item is a function of (seed, epoch, index) and of nothing else."""
+
+    def __init__(
+            self,
+            data: ImageData,
+            split: str,
+            transform: Callable[[Any], torch.Tensor],
+            *,
+            in_chans: int = 3,
+            seed: int | None = 0,
+    ) -> None:
+        """Choose a split of a data set and what becomes of its images.
+
+        Args:
+            data: What `load_image_data` found.
+            split: 'train' or 'validation'.
+            transform: Maps a PIL image to a tensor [in_chans, H, W].
+            in_chans: Channels that images are converted to, 1 (grey) or 3 (RGB).
+            seed: Seed of the augmentation, >= 0. None if the transform draws nothing: seeding the generators takes as
+                long as decoding a small image.
+
+        Raises:
+            ValueError: If `in_chans` is neither 1 nor 3.
+        """
+        if in_chans not in (1, 3):
+            raise ValueError(f'in_chans must be 1 or 3, got {in_chans!r}')
+        self.data = getattr(data, split)
+        self.input_key = data.input_key
+        self.target_key = data.target_key
+        self.transform = transform
+        self.mode = 'L' if in_chans == 1 else 'RGB'
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        """Read the image of (epoch, index), as `EpochSampler` gives them.
+
+        Raises:
+            ImageReadError: If the image does not decode.
+        """
+        epoch, index = key
+        try:
+            row = self.data[index]
+            image = convert_image(row[self.input_key], self.mode)
+        except Exception as e:  # PIL's decoders raise many types, and none that they share
+            known = not isinstance(e, PIL.UnidentifiedImageError)
+            reason = f'{type(e).__name__}: {" ".join(str(e).split())}' if known else 'unknown format'
+            raise ImageReadError(f'image {self._describe(index)} cannot be read: {reason}') from e
+        with nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
+            return self.transform(image), row[self.target_key]
+
+    def _describe(self, index: int) -> str:
+        raw = self.data.cast_column(self.input_key, datasets.Image(decode=False))[index][self.input_key] or {}
+        return f'in row {index} of split {str(self.data.split)!r} ({raw.get("path") or "no file name"})'
+
+
+def create_train_transform(
+        data_config: dict[str, Any],
+        *,
+        crop_mode: str | None = None,
+        **augmentation: Any,
+) -> Callable[[Any], torch.Tensor]:
+    """Create the transform of training images: timm's, and for small images the crop that CIFAR is trained with.
+
+    Args:
+        data_config: As `timm.data.resolve_data_config` gives it.
+        crop_mode: 'pad' (resize, pad by an eighth of the size with zeros, crop at random) or one of timm's modes 'rrc',
+            'rkrc' and 'rkrr'. 'pad' up to 64 px and 'rrc' above, if None.
+        **augmentation: Further arguments of `timm.data.create_transform`.
+
+    Raises:
+        ValueError: If there is a scale or a ratio of the crop, and the mode is 'pad', which has none.
+    """
+    height, width = data_config['input_size'][-2:]
+    crop_mode = crop_mode or ('pad' if max(height, width) <= 64 else 'rrc')
+    given = [name for name in ('scale', 'ratio') if augmentation.get(name)]
+    if crop_mode == 'pad' and given:
+        raise ValueError(f"{given[0]} must be for a crop mode such as 'rrc', got 'pad', the default up to 64 px")
+    transform = create_transform(
+        data_config['input_size'],
+        is_training=True,
+        train_crop_mode=None if crop_mode == 'pad' else crop_mode,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        **augmentation,
+    )
+    if crop_mode == 'pad':
+        transform.transforms[0] = transforms.Compose([
+            transforms.Resize((height, width), interpolation=str_to_interp_mode(data_config['interpolation'])),
+            transforms.RandomCrop((height, width), padding=(width // 8, height // 8)),
+        ])
+    return transform

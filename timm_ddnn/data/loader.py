@@ -1,0 +1,117 @@
+"""The loader: the order of an epoch, batches, and worker processes that end with the program."""
+import atexit
+import copy
+import multiprocessing
+import signal
+import weakref
+from collections.abc import Iterator
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+__all__ = ['EpochSampler', 'create_loader']
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index) pairs in an order that is a function of (seed, epoch)."""
+
+    def __init__(self, length: int, *, shuffle: bool, seed: int = 0) -> None:
+        """Begin at epoch 0.
+
+        Args:
+            length: Number of images.
+            shuffle: Whether the order is random, and another one in every epoch.
+            seed: Seed of the order, >= 0.
+        """
+        self.length = length
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield (epoch, index) once for every image."""
+        order = np.arange(self.length)
+        if self.shuffle:
+            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+        return ((self.epoch, index) for index in order.tolist())
+
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+def _ignore_stop_signals(worker_id: int) -> None:
+    # They reach the whole group of processes, and the main one must be able to end its step. Workers end with it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    # multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever after an error
+    workers = [process for process in multiprocessing.active_children() if process in _workers]
+    if workers and hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    for worker in workers:
+        worker.kill()
+
+
+def _worker_context() -> BaseContext:
+    """Make a context of multiprocessing that remembers its processes, to tell them from the host program's own."""
+    context = copy.copy(multiprocessing.get_context(multiprocessing.get_start_method()))
+
+    def create(*args: Any, process: type = context.Process, **kwargs: Any) -> BaseProcess:
+        worker = process(*args, **kwargs)
+        _workers.add(worker)
+        return worker
+
+    context.Process = create
+    return context
+
+
+def _keep(batch: Any) -> Any:
+    return batch  # `MemoryImages` gives whole batches
+
+
+def create_loader(
+        images: Dataset,
+        batch_size: int,
+        *,
+        training: bool,
+        num_workers: int = 0,
+) -> DataLoader:
+    """Create a loader of batches: images [B, C, H, W] and labels [B].
+
+    Args:
+        images: The images.
+        batch_size: Images per batch, >= 1.
+        training: Whether the order is random, and a last batch that is not full is left out.
+        num_workers: Worker processes, >= 0; none are used for images that are on a GPU. Batches do not depend on them.
+    """
+    in_memory = hasattr(images, '__getitems__')  # whole batches
+    on_cpu = not in_memory or images.device.type == 'cpu'
+    if not on_cpu:
+        num_workers = 0
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=EpochSampler(len(images), shuffle=training, seed=images.seed or 0),
+        collate_fn=_keep if in_memory else None,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_ignore_stop_signals,
+        multiprocessing_context=_worker_context() if num_workers else None,
+        pin_memory=on_cpu and torch.cuda.is_available(),
+        drop_last=training,
+        generator=torch.Generator(),  # else it draws from the global one, and more or less often with the workers
+    )

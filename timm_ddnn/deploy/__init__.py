@@ -1,0 +1,1 @@
+"""From a trained model to a device: profile, choice of a depth, a controller, export."""

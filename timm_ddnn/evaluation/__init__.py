@@ -1,0 +1,1 @@
+"""One pass over images, what is computed from it, and its plots."""

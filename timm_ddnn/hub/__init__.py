@@ -1,0 +1,1 @@
+"""Models saved, described and published."""

@@ -1,0 +1,170 @@
+"""Publication of shared weights, or of one depth, on the Hugging Face Hub; how they come back is in `hub.py`."""
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
+from timm.data import resolve_input_data_config
+from torch import nn
+
+from ..models.dynamic_depth import DynamicDepthMixin
+from ..utils.files import file_sum
+from ..weights.download import read_config
+from .model_card import create_model_card
+
+__all__ = ['Publication', 'push_to_hub']
+
+
+# Pickle, in all its names, and what safetensors are replaced by: none of it stays beside the weights
+OTHER_WEIGHTS = '.bin', '.pt', '.pth', '.pth.tar', '.ckpt', '.pkl', '.pickle', '.safetensors'
+
+
+class Publication(NamedTuple):
+    """What was published.
+
+    Attributes:
+        url: Address of the repository; of a dry run, the folder.
+        commit: Commit that holds the files, None in a dry run.
+        files: Size in bytes by file name.
+    """
+    url: str
+    commit: str | None
+    files: dict[str, int]
+
+
+def push_to_hub(
+        source: nn.Module | str | Path,
+        repo_id: str,
+        *,
+        depth: int | None = None,
+        private: bool = False,
+        revision: str | None = None,
+        dry_run: bool = False,
+) -> Publication:
+    """Publish a model in one commit: model.safetensors, config.json, and a model card with its table and picture.
+
+    The repository is created if there is none. The same content makes no second commit, and an interrupted publication
+    leaves the repository as it was. Weights of other names and formats at the top of the repository are removed by the
+    commit. The token is that of `hf auth login` or HF_TOKEN.
+
+    Args:
+        source: Dynamic-depth model, or a training run's output folder. A folder knows accuracies and recipe.
+        repo_id: 'owner/name'.
+        depth: Publish the plain net of this depth, which timm loads without this library (of the CIFAR family, with
+            it). All depths if None.
+        private: Whether a repository that is created is private; if not, it is as its owner has it by default.
+        revision: Branch, created if there is none. The default branch if None.
+        dry_run: Whether to write the files into a folder `output/hub/owner--name` and send nothing.
+
+    Raises:
+        ValueError: If the source is no dynamic-depth model, the model has no such depth, or a depth was not trained.
+        OSError: If the folder is not complete, or the Hub cannot be reached or refuses.
+    """
+    try:
+        validate_repo_id(repo_id)
+        if '/' not in repo_id:
+            raise ValueError('there is no owner')
+    except ValueError as e:
+        raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}: {e}") from e
+    with tempfile.TemporaryDirectory(prefix='timm-ddnn-') as temporary:
+        folder = Path(temporary) / 'files'
+        folder.mkdir()
+        _write_files(source, repo_id, depth, folder)
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        if dry_run:
+            target = Path('output') / 'hub' / repo_id.replace('/', '--')
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            shutil.copytree(folder, target)
+            return Publication(str(target), None, files)
+        return _upload(folder, repo_id, files, private, revision)
+
+
+def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None, folder: Path) -> None:
+    from .report import count_costs, plot_accuracy, save_model  # they need the extra packages of 'cli'
+
+    summary, rows = None, None
+    if isinstance(source, nn.Module):
+        model = source
+    else:
+        source = Path(source)
+        if not (source / 'config.json').is_file():
+            raise FileNotFoundError(f'source must be a model or the output folder of a run, which {source} is not')
+        rows = read_config(f'local-dir:{source}').get('depths')
+        model = timm.create_model(f'local-dir:{source}', pretrained=True)
+        if (source / 'summary.json').is_file():
+            summary = json.loads((source / 'summary.json').read_text())
+    if not isinstance(model, DynamicDepthMixin):
+        raise ValueError(f'source must be a dynamic-depth model (ddnn_*), got {type(model).__name__}')
+    wanted = model.depths if depth is None else (model.select_depth(depth),)
+    untrained = [d for d in wanted if d not in model.trained_depths]
+    if untrained:
+        raise ValueError(
+            f'depths {untrained} are not trained, of {wanted}: train them, calibrate them, or publish one of '
+            f'{model.trained_depths} by depth='
+        )
+    data_config = resolve_input_data_config(model)
+    rows = [row for row in rows or count_costs(model, data_config['input_size']) if row['depth'] in wanted]
+    save_model(
+        model if depth is None else model.extract(depth),
+        folder,
+        data_config=data_config,
+        class_names=model.pretrained_cfg.get('label_names') or (),
+        rows=rows,
+    )
+    picture = None
+    if len(rows) > 1 and all('top1' in row for row in rows):
+        picture = 'accuracy.png'
+        plot_accuracy(folder / picture, rows, repo_id)
+    config = json.loads((folder / 'config.json').read_text())
+    size = (folder / 'model.safetensors').stat().st_size
+    card = create_model_card(config, repo_id, summary=summary, picture=picture, weights_bytes=size)
+    (folder / 'README.md').write_text(card)
+
+
+def _upload(folder: Path, repo_id: str, files: dict[str, int], private: bool, revision: str | None) -> Publication:
+    api = HfApi(library_name='timm-ddnn')
+    try:
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if revision:
+            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(url.repo_id, revision=revision, files_metadata=True)
+        others = _other_weights(info, files)
+        if not others and _same(folder, files, info):
+            return Publication(str(url), info.sha, files)
+        # one commit, where `upload_folder` may make several, and only if nobody else's came in between
+        add = [CommitOperationAdd(name, folder / name) for name in files]
+        commit = api.create_commit(
+            url.repo_id,
+            add + [CommitOperationDelete(name) for name in others],
+            commit_message='Publish weights',
+            revision=revision,
+            parent_commit=info.sha,
+        )
+    except (HTTPError, RuntimeError, ConnectionError) as e:
+        raise OSError(f'{repo_id} cannot be published: {e.__cause__ or e}') from e
+    return Publication(str(url), commit.oid, files)
+
+
+def _other_weights(info: ModelInfo, files: dict[str, int]) -> list[str]:
+    names = [file.rfilename for file in info.siblings]
+    return [name for name in names if name not in files and '/' not in name and name.endswith(OTHER_WEIGHTS)]
+
+
+def _same(folder: Path, files: dict[str, int], info: ModelInfo) -> bool:
+    """Whether a repository holds these very files."""
+    there = {file.rfilename: file for file in info.siblings}
+    for name in files:
+        file = there.get(name)
+        if file is None:
+            return False
+        kind, expected = ('sha256', file.lfs.sha256) if file.lfs else ('git', file.blob_id)
+        if file_sum(folder / name, kind) != expected:
+            return False
+    return True

@@ -1,0 +1,179 @@
+"""Dynamic-depth ResNets: the classes, their default configurations and their entrypoints in timm's registry."""
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+from ..weights.build import build_model
+from ..weights.download import ORGANIZATION
+from .cifar_resnet import CIFAR_FEATURES, CifarResNet, cifar_cfg
+from .dynamic_depth import DynamicDepthMixin
+
+__all__ = ['DynamicDepthCifarResNet', 'DynamicDepthResNet']
+
+
+class DynamicDepthResNet(DynamicDepthMixin, ResNet):
+    """timm's `ResNet` that holds shallower ones in the same weights, see `DynamicDepthMixin`."""
+
+
+class DynamicDepthCifarResNet(DynamicDepthMixin, CifarResNet):
+    """`CifarResNet` that holds shallower ones in the same weights, see `DynamicDepthMixin`."""
+
+    plain_cls = CifarResNet
+    plain_prefix = 'cifar_'
+
+# Weights that come with this library, a folder MODEL.TAG each; large ones are on the Hub, and here is what they are.
+WEIGHTS = Path(__file__).with_name('tags')
+
+
+def read_weights_cfgs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the pretrained configurations of weights in MODEL.TAG/config.json, the most accurate of a model first.
+
+    They lie beside it in model.safetensors, or else on the Hub in the repository MODEL.TAG of this library's
+    organization, at the commit that config.json names under 'revision'.
+
+    Args:
+        folder: Folder of the folders.
+    """
+    configs = {path: json.loads(path.read_text()) for path in sorted(folder.glob('[!.]*/config.json'))}
+    cfgs = {}
+    for path, config in sorted(configs.items(), key=lambda item: -mean(row['top1'] for row in item[1]['depths'])):
+        cfg = dict(config['pretrained_cfg'], num_classes=config['num_classes'], label_names=config['label_names'])
+        if (path.parent / 'model.safetensors').exists():
+            cfg |= {'source': 'local-dir', 'file': str(path.parent)}
+        else:
+            cfg['hf_hub_id'] = f'{ORGANIZATION}/{path.parent.name}@{config["revision"]}'
+        cfgs[path.parent.name] = cfg
+    return cfgs
+
+# The first tag of an architecture with weights is the one that timm takes by default. Each of timm's weights makes a
+# full-net, whose sub-nets are to be trained.
+_IMAGENET_MODELS = (
+    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet50d', 'seresnet50', 'resnext50_32x4d')
+_OWN_WEIGHTS = read_weights_cfgs(WEIGHTS)
+_CIFAR_MODELS = [f'ddnn_resnet{depth}' for depth in (20, 32, 44, 56, 110)]
+default_cfgs = generate_default_cfgs({
+    **_OWN_WEIGHTS,
+    **{f'ddnn_{cfg.architecture}.{cfg.tag}': cfg for cfg in map(get_pretrained_cfg, _IMAGENET_MODELS)},
+    # A second entry without a tag would be listed as one more set of weights
+    **{name: cifar_cfg() for name in _CIFAR_MODELS if not any(tag.startswith(f'{name}.') for tag in _OWN_WEIGHTS)},
+})
+
+
+def _create_ddnn(cls: type[DynamicDepthMixin], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    if not kwargs.get('features_only', False):
+        return build_model(cls, variant, pretrained, **kwargs)
+
+    # timm's extractors take a net apart and rebuild it from its children, so each gets the plain net of one depth
+    model = None
+
+    def construct(**model_args: Any) -> ResNet:
+        nonlocal model
+        model = cls(**model_args)
+        return model.extract()
+
+    return build_model(
+        cls,
+        variant,
+        pretrained,
+        construct=construct,
+        pretrained_filter_fn=lambda state_dict, _: model.extract_state_dict(state_dict),
+        feature_cfg=dict(CIFAR_FEATURES) if cls is DynamicDepthCifarResNet else None,
+        **kwargs,
+    )
+
+
+@register_model
+def ddnn_resnet18(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet of depths 18 and 10."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), subnets=((1, 1, 1, 1),))
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet34(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet of depths 34, 18 and 10."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), subnets=((2, 2, 2, 2), (1, 1, 1, 1)))
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet34', pretrained, **dict(model_args, **kwargs))
+
+_RESNET50 = dict(block=Bottleneck, layers=(3, 4, 6, 3), subnets=((2, 2, 2, 2), (1, 1, 1, 1)))
+
+
+@register_model
+def ddnn_resnet50(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet of depths 50, 26 and 14."""
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet50', pretrained, **dict(_RESNET50, **kwargs))
+
+
+@register_model
+def ddnn_resnet50d(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet-D of depths 50, 26 and 14."""
+    model_args = dict(_RESNET50, stem_width=32, stem_type='deep', avg_down=True)
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet50d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_seresnet50(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic SE-ResNet of depths 50, 26 and 14."""
+    model_args = dict(_RESNET50, block_args=dict(attn_layer='se'))
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_seresnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNeXt of depths 50, 26 and 14."""
+    model_args = dict(_RESNET50, cardinality=32, base_width=4)
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnext50_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet101(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet of depths 101, 50 and 26."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), subnets=((3, 4, 6, 3), (2, 2, 2, 2)))
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet152(pretrained: bool = False, **kwargs: Any) -> DynamicDepthResNet:
+    """Construct a dynamic ResNet of depths 152, 101 and 50."""
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3), subnets=((3, 4, 23, 3), (3, 4, 6, 3)))
+    return _create_ddnn(DynamicDepthResNet, 'ddnn_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet20(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic CIFAR ResNet of depths 20, 14 and 8."""
+    model_args = dict(block=BasicBlock, layers=(3, 3, 3), subnets=((2,) * 3, (1,) * 3))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet32(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic CIFAR ResNet of depths 32, 20 and 8."""
+    model_args = dict(block=BasicBlock, layers=(5, 5, 5), subnets=((3,) * 3, (1,) * 3))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet44(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic CIFAR ResNet of depths 44, 32 and 20."""
+    model_args = dict(block=BasicBlock, layers=(7, 7, 7), subnets=((5,) * 3, (3,) * 3))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet44', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet56(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic CIFAR ResNet of depths 56, 32 and 20."""
+    model_args = dict(block=BasicBlock, layers=(9, 9, 9), subnets=((5,) * 3, (3,) * 3))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet56', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_resnet110(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic CIFAR ResNet of depths 110, 56 and 20."""
+    model_args = dict(block=BasicBlock, layers=(18, 18, 18), subnets=((9,) * 3, (3,) * 3))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet110', pretrained, **dict(model_args, **kwargs))

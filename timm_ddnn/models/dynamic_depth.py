@@ -1,0 +1,304 @@
+"""Depth-level dynamic networks: a forward that runs one or several depths of the same weights.
+
+How the weights are shared is in `shared_weights.py`, the architectures and entrypoints are in `ddnn_resnet.py`.
+"""
+import copy
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from timm.models import checkpoint_seq, create_model, is_model
+from timm.models._features import feature_take_indices
+from timm.models._pretrained import filter_pretrained_cfg
+from timm.models.resnet import ResNet
+from torch import nn
+
+from .shared_weights import Blocks, SharedWeightsMixin
+
+__all__ = ['DynamicDepthMixin', 'SubNetOutput']
+
+
+if TYPE_CHECKING:
+    DepthArgument = int | str | Sequence[int] | None
+else:
+    DepthArgument = Any  # a module traced by torch.fx keeps the annotation, and TorchScript then cannot resolve a union
+
+
+class SubNetOutput(NamedTuple):
+    """What one depth computes.
+
+    Attributes:
+        logits: [B, num_classes].
+        features: The last feature map of every stage, [B, C_s, H_s, W_s] each.
+    """
+    logits: torch.Tensor
+    features: list[torch.Tensor]
+
+
+class DynamicDepthMixin(SharedWeightsMixin):
+    """Adds sub-nets and a run-time `depth` to a class of the timm ResNet family.
+
+    Sub-net k keeps the first blocks of every stage of the full-net, as in 'Embedded Knowledge Distillation in
+    Depth-level Dynamic Neural Network' (arXiv 2103.00793). Two nets share a block, norms included, while their paths
+    from the input are the same; after they part, a block's convolutions stay shared and its BatchNorm statistics are
+    kept per path. That last choice is this library's, the paper's abstract is silent on it.
+
+    Modifications against the parent class:
+        * `subnets` and `depth` arguments, `depths`, `blocks()`, `add_subnet()`, `extract()`
+        * `forward*()` take `depth`: None, one depth, several, or 'all'. It is an argument and never a state of the
+          model: threads may ask one model for different depths at once
+        * the state dict holds the parent's keys plus `subnets.*`, whatever is shared stands in it once
+        * a parent's state dict loads as it is; the sub-nets' statistics then start as copies of the full-net's
+    """
+
+    # How the name of the plain architecture follows from that of the dynamic one: 'ddnn_resnet50' -> 'resnet50'.
+    plain_cls = ResNet
+    plain_prefix = ''
+
+    # Forward
+
+    def _run(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.grad_checkpointing:
+            return checkpoint_seq(module if isinstance(module, nn.Sequential) else [module], x)
+        return module(x)
+
+    def _walk(
+            self,
+            x: torch.Tensor,
+            depths: Sequence[int],
+            num_stages: int | None = None,
+    ) -> tuple[torch.Tensor, dict[int, list[torch.Tensor]]]:
+        """Run the nets of some depths, every block that several of them share once.
+
+        Args:
+            x: Images, [B, C, H, W].
+            depths: Depths to run.
+            num_stages: Stop after as many stages.
+
+        Returns:
+            The stem's map before pooling, and by depth the pooled one and the last map of every stage.
+        """
+        stem = self.act1(self.bn1(self.conv1(x)))
+        pooled = self.maxpool(stem)
+        maps = {d: [pooled] for d in depths}
+        for s in range(len(self._blocks[depths[0]]) if num_stages is None else num_stages):
+            # Nets with the same blocks in all earlier stages enter this one with the same tensor, and there the blocks
+            # of a shallower net are the first blocks of a deeper one.
+            parties: dict[Blocks, list[int]] = {}
+            for d in depths:
+                parties.setdefault(self._blocks[d][:s], []).append(d)
+            for party in parties.values():
+                y = maps[party[0]][-1]
+                counts = {d: self._blocks[d][s] for d in party}
+                most = max(counts.values())
+                stage = self._stage(max(party, key=counts.get), s)
+                if min(counts.values()) == most:
+                    ends = {most: self._run(stage, y)}
+                else:
+                    ends = {}
+                    for i, block in enumerate(stage, start=1):
+                        ends[i] = y = self._run(block, y)
+                for d in party:
+                    maps[d].append(ends[counts[d]])
+        return stem, maps
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            depth: DepthArgument = None,
+    ) -> torch.Tensor | dict[int, SubNetOutput]:
+        """Compute the logits of one depth, or logits and features of several.
+
+        Args:
+            x: Images, [B, C, H, W].
+            depth: One of `depths`, a sequence of them, 'all', or None for the default depth.
+
+        Returns:
+            Logits [B, num_classes] for one depth or None, else a dict from depth to `SubNetOutput` in the order of
+            `depths`. What the nets share is computed once.
+
+        Raises:
+            ValueError: If the model has no such depth.
+        """
+        depths, single = self.select_depths(depth)
+        if self.training and torch.is_grad_enabled():
+            self.mark_trained(depths)
+        if single:
+            return self.forward_head(self.forward_features(x, depth=depths[0]))
+        _, maps = self._walk(x, depths)
+        return {d: SubNetOutput(self.forward_head(maps[d][-1]), maps[d][1:]) for d in depths}
+
+    def forward_features(
+            self,
+            x: torch.Tensor,
+            depth: DepthArgument = None,
+    ) -> torch.Tensor | dict[int, torch.Tensor]:
+        """Compute the last feature map, [B, C, H, W], of one depth; a dict by depth for several.
+
+        Args:
+            x: Images, [B, C, H, W].
+            depth: As for `forward`.
+
+        Raises:
+            ValueError: If the model has no such depth.
+        """
+        depths, single = self.select_depths(depth)
+        if single:  # no map is kept once the next is there: on a CPU, fresh memory costs a shallow net 10 % of its time
+            x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+            for s in range(len(self._blocks[depths[0]])):
+                x = self._run(self._stage(depths[0], s), x)
+            return x
+        _, maps = self._walk(x, depths)
+        return {d: maps[d][-1] for d in depths}
+
+    def forward_head(
+            self,
+            x: torch.Tensor | dict[int, torch.Tensor],
+            pre_logits: bool = False,
+            depth: DepthArgument = None,
+    ) -> torch.Tensor | dict[int, torch.Tensor]:
+        """Pool and classify what `forward_features` returned for the same `depth`; the head is one for all depths.
+
+        Args:
+            x: Feature map, [B, C, H, W], or a dict of them by depth.
+            pre_logits: Whether to return the pooled features, [B, C], instead of logits, [B, num_classes].
+            depth: As for `forward`.
+
+        Raises:
+            ValueError: If the model has no such depth.
+        """
+        depths, single = self.select_depths(depth)
+        if single:
+            return super().forward_head(x, pre_logits=pre_logits)
+        return {d: super(DynamicDepthMixin, self).forward_head(x[d], pre_logits=pre_logits) for d in depths}
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: int | Sequence[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            depth: DepthArgument = None,
+    ) -> Any:
+        """Compute the maps of the stem and the stages, as timm's method of this name; a dict by depth for several.
+
+        Args:
+            x: Images, [B, C, H, W].
+            indices: Maps to return, 0 being the stem: the last n if an int, all if None.
+            norm: Without effect, as in timm's ResNet.
+            stop_early: Whether to leave out the stages after the last map wanted.
+            output_fmt: 'NCHW'.
+            intermediates_only: Whether to return the list of maps alone, without the last map.
+            depth: As for `forward`.
+
+        Raises:
+            ValueError: If the model has no such depth or `output_fmt` is not 'NCHW'.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        depths, single = self.select_depths(depth)
+        num_stages = len(self._blocks[depths[0]])
+        take, last = feature_take_indices(num_stages + 1, indices)
+        stem, maps = self._walk(x, depths, num_stages=last if stop_early else num_stages)
+
+        def collect(features: list[torch.Tensor]) -> Any:
+            intermediates = [m for i, m in enumerate([stem, *features[1:]]) if i in take]
+            return intermediates if intermediates_only else (features[-1], intermediates)
+
+        return collect(maps[depths[0]]) if single else {d: collect(maps[d]) for d in depths}
+
+    # Plain nets
+
+    def extract_state_dict(
+            self,
+            state_dict: dict[str, torch.Tensor],
+            depth: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Select from a state dict of this model that of the plain net of one depth.
+
+        Args:
+            state_dict: State dict of this model or of a stock ResNet like the full-net.
+            depth: One of `depths`, the default depth if None.
+
+        Raises:
+            ValueError: If the model has no such depth.
+            RuntimeError: If entries are missing.
+        """
+        depth = self.select_depth(depth)
+        state_dict = self.expand_state_dict(state_dict)
+        plain = {k: v for k, v in state_dict.items() if not k.startswith('subnets.')}
+        if depth == self.depths[0]:
+            return plain
+        prefix = f'subnets.{depth}.'
+        return {k: v for k, v in plain.items() if not k.startswith('layer')} | {
+            k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+
+    def extract(self, depth: int | None = None) -> ResNet:
+        """Copy one depth out of the model, as a plain net that knows nothing of this library.
+
+        Args:
+            depth: One of `depths`, the default depth if None.
+
+        Returns:
+            A timm ResNet (of the CIFAR family: a `CifarResNet`) with logits equal to `forward(x, depth=depth)`, and
+            with a `pretrained_cfg` under which timm saves and rebuilds it.
+
+        Raises:
+            ValueError: If the model has no such depth.
+        """
+        depth = self.select_depth(depth)
+        net = self.plain_cls(layers=self._blocks[depth], device='meta', **self._plain_args)
+        attributes = {k: v for k, v in vars(self).items() if k in vars(net) and not k.startswith('_')}
+        vars(net).update(copy.deepcopy(attributes))
+        stages = {f'layer{s + 1}': self._stage(depth, s) for s in range(len(self._blocks[depth]))}
+        for name, _ in net.named_children():
+            setattr(net, name, copy.deepcopy(stages[name] if name in stages else getattr(self, name)))
+        if hasattr(self, 'pretrained_cfg'):
+            name, args = self._plain_architecture(depth, net)
+            cfg = filter_pretrained_cfg(self.pretrained_cfg, remove_source=True)
+            net.pretrained_cfg = {**cfg, 'architecture': name, 'num_classes': net.num_classes}
+            net.pretrained_cfg.pop('tag', None)
+            net.default_cfg = net.pretrained_cfg
+            net._model_args = args
+        return net
+
+    def _plain_architecture(self, depth: int, net: ResNet) -> tuple[str, dict[str, Any]]:
+        """Find timm's name and arguments for the plain net of one depth."""
+        own = ('layers', 'subnets', 'depth', 'shared_affine')
+        args = {k: v for k, v in getattr(self, '_model_args', {}).items() if k not in own}
+        full_name = self.plain_prefix + self.pretrained_cfg['architecture'].removeprefix('ddnn_')
+        name = re.sub(r'\d+', str(depth), full_name, count=1)
+        if is_model(name):
+            stock = create_model(name, **{**args, 'num_classes': net.num_classes, 'device': 'meta'})
+            if _shapes(stock) == _shapes(net):
+                return name, args
+        return full_name, {**args, 'layers': list(self._blocks[depth])}
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Let TorchScript, which has no type for `depth`, compile the plain net of the default depth."""
+        return self.extract()
+
+    # The parent's methods that name stages
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns of parameter groups, as timm's method: a sub-net's own parameters go with the block they are for."""
+        blocks = r'^(?:subnets\.\d+\.)?layer(\d+)' + ('' if coarse else r'\.(\d+)')
+        return dict(super().group_matcher(coarse), blocks=blocks)
+
+    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, **kwargs: Any) -> list[int]:
+        """Remove, at every depth, the stages after the last map wanted, as timm's method."""
+        _, last = feature_take_indices(len(self._blocks[self.depths[0]]) + 1, indices)
+        take = super().prune_intermediate_layers(indices, **kwargs)
+        for net in self.subnets.values():
+            for name in list(net)[last:]:
+                net[name] = nn.Sequential()
+        self._blocks = {d: blocks[:last] for d, blocks in self._blocks.items()}
+        return take
+
+
+def _shapes(net: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in net.state_dict().items()}

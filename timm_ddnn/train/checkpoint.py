@@ -1,0 +1,186 @@
+"""Checkpoints that a training run resumes from. What is trained is not known here.
+
+A checkpoint is a folder `step-<updates>` with what `accelerate` saves (weights as safetensors; optimizer, gradient
+scaler and random states as PyTorch files that are read with `weights_only=True`), the averaged weights, `state.json`
+with the position in the run, and `checksums.json` with size and SHA-256 of all of these. It is written under a
+temporary name, flushed to the disk and renamed: a folder of the final name is complete. With several machines the
+folder must lie on a file system that they share.
+"""
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..utils.files import file_sum
+
+__all__ = ['CheckpointError', 'Checkpoints']
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written, read, or gone on from."""
+
+
+class Checkpoints:
+    """The checkpoints of a run: the newest ones and the best."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, *, ema: nn.Module | None = None, keep: int = 2) -> None:
+        """Choose what is saved, and where.
+
+        Args:
+            accelerator: Accelerator of the run; what it has prepared is saved.
+            folder: Folder of the checkpoints, made with the first of them.
+            ema: Averaged model.
+            keep: How many of the newest to keep, >= 1. The best is kept besides.
+        """
+        self.accelerator = accelerator
+        self.folder = folder
+        self.ema = ema
+        self.keep = keep
+        self.current: str | None = None
+
+    def list(self) -> list[Path]:
+        """List the checkpoints, the newest first. They need not be intact."""
+        return sorted(self.folder.glob('step-*'), reverse=True)
+
+    def save(self, updates: int, state: Mapping[str, Any], best: int | None = None) -> None:
+        """Save a checkpoint, to be called by all processes, and remove those that are not to be kept.
+
+        Args:
+            updates: Updates of the weights so far, which name the checkpoint.
+            state: What JSON can hold of the position in the run.
+            best: Updates of the best checkpoint, which is kept.
+
+        Raises:
+            CheckpointError: If it cannot be written. Those before it are left as they are.
+        """
+        target = self.folder / f'step-{updates:08d}'
+        if self.current == target.name:
+            return
+        temporary = self.folder / f'.{target.name}.tmp'
+        main_process = self.accelerator.is_main_process
+        try:
+            if main_process:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for remains in self.folder.glob('.*.tmp'):
+                    shutil.rmtree(remains)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(temporary), safe_serialization=True)
+            if self.ema:
+                # Statistics of the averaged model are each process's own between two evaluations
+                tensors = self.ema.state_dict() if main_process else dict(self.ema.named_buffers())
+                tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+                save_file(tensors, temporary / f'ema_{self.accelerator.process_index}.safetensors')
+            self.accelerator.wait_for_everyone()
+            if main_process:
+                (temporary / 'state.json').write_text(json.dumps(state))
+                checksums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
+                (temporary / 'checksums.json').write_text(json.dumps(checksums, indent=2) + '\n')
+                for path in (*temporary.iterdir(), temporary):
+                    _flush(path)
+                if target.exists():  # of a run that went on from an earlier one
+                    self._remove(target)
+                os.replace(temporary, target)
+                _flush(self.folder)
+                kept = [path.name for path in self.list()[:self.keep]] + [f'step-{best or 0:08d}']
+                for path in self.list():
+                    if path.name not in kept:
+                        self._remove(path)
+        except (OSError, RuntimeError, SafetensorError) as e:
+            shutil.rmtree(temporary, ignore_errors=True)
+            intact = ', '.join(path.name for path in self.list()) or 'none'
+            raise CheckpointError(f'checkpoint {target} cannot be written: {e}. Left as they were: {intact}') from e
+        self.accelerator.wait_for_everyone()
+        self.current = target.name
+
+    def newest(self) -> tuple[Path | None, dict[Path, str]]:
+        """Find the newest checkpoint that is intact.
+
+        Returns:
+            The checkpoint, None if there is none at all; and what is wrong with those that are newer.
+
+        Raises:
+            CheckpointError: If there are checkpoints but none is intact.
+        """
+        damaged = {}
+        for path in self.list():
+            damage = _find_damage(path)
+            if not damage:
+                return path, damaged
+            damaged[path] = damage
+        if damaged:
+            reasons = '; '.join(f'{path.name}: {damage}' for path, damage in damaged.items())
+            raise CheckpointError(f'no checkpoint in {self.folder} is intact: {reasons}')
+        return None, {}
+
+    def read_state(self, path: Path) -> dict[str, Any]:
+        """Read the state that `save` got, after a check that the checkpoint is intact.
+
+        Args:
+            path: Folder of the checkpoint.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged.
+        """
+        damage = _find_damage(path)
+        if damage:
+            raise CheckpointError(f'checkpoint {path} is damaged: {damage}')
+        return json.loads((path / 'state.json').read_text())
+
+    def load(self, path: Path) -> None:
+        """Put back what was saved besides the state, to be called by all processes.
+
+        Args:
+            path: Folder of the checkpoint, intact.
+
+        Raises:
+            CheckpointError: If its files do not fit what is trained.
+        """
+        try:
+            self.accelerator.load_state(str(path))
+            if self.ema:
+                tensors = load_file(path / 'ema_0.safetensors')
+                tensors |= load_file(path / f'ema_{self.accelerator.process_index}.safetensors')
+                self.ema.load_state_dict(tensors)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+            raise CheckpointError(f'checkpoint {path} does not fit this run: {e}') from e
+        self.current = path.name
+
+    def _remove(self, path: Path) -> None:
+        # Renamed first: what is cut short must not look like a checkpoint
+        doomed = path.with_name(f'.{path.name}.old.tmp')
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    return {'bytes': path.stat().st_size, 'sha256': file_sum(path)}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _find_damage(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint, None if its files are those that were written."""
+    try:
+        checksums = json.loads((path / 'checksums.json').read_text())
+        for name, expected in checksums.items():
+            found = _checksum(path / name)
+            if found['bytes'] != expected['bytes']:
+                return f'{name} has {found["bytes"]} bytes, {expected["bytes"]} were written'
+            if found != expected:
+                return f'{name} has the SHA-256 {found["sha256"]}, {expected["sha256"]} was written'
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        return str(e)
+    return None if checksums else 'checksums.json is empty'

@@ -1,0 +1,144 @@
+"""Command-line options of `train_scripts/train_ekd.py`, named as in timm's training script where that has them."""
+import argparse
+import os
+from pathlib import Path
+
+from timm_ddnn_cli.arguments import ArgumentParser, number, parse_blocks, parse_option, parse_weight
+
+from ..loss import EKDLoss
+
+__all__ = ['UNESSENTIAL', 'parse_args']
+
+
+# Two runs that differ in nothing else end with the same weights
+UNESSENTIAL = {
+    'output', 'resume', 'workers', 'validation_batch_size', 'log_interval', 'report_to', 'checkpoint_interval',
+    'checkpoint_hist',
+}
+
+
+def parse_args(description: str) -> argparse.Namespace:
+    """Parse and check the command line.
+
+    Args:
+        description: What the script does.
+    """
+    parser = ArgumentParser(description)
+    count, fraction, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+
+    arg = parser.add_argument_group('model').add_argument
+    arg('--model', default='ddnn_resnet20', help="timm's name, the folder or hf-hub:ID of a dynamic-depth model")
+    arg('--subnets', nargs='*', type=parse_blocks,
+        help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'; of none: the full-net alone")
+    arg('--pretrained', action='store_true', help='start from published or saved weights')
+    arg('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in a file, of as many classes')
+    arg('--num-classes', type=count, help='classes of the model, those of the data set if not given')
+    arg('--img-size', type=count, help="side of the images in pixels, the model's if not given")
+    arg('--drop', type=fraction, default=0.0, help='dropout rate before the classifier')
+    arg('--drop-path', type=fraction, default=0.0, help='stochastic depth rate')
+    arg('--model-kwargs', nargs='+', type=parse_option, default=[], metavar='KEY=VALUE', help='further arguments')
+
+    arg = parser.add_argument_group('data').add_argument
+    arg('--dataset', default='digits', help="'digits', a folder of parquet or image files, or an id on the Hub")
+    arg('--input-key', help='image column, found if not given')
+    arg('--target-key', help='label column, found if not given')
+    arg('--train-split', help="'train' if not given")
+    arg('--val-split', help="the first of 'validation', 'val', 'valid' and 'test' if not given")
+    arg('-b', '--batch-size', type=count, default=64, help='images per process and step')
+    arg('-vb', '--validation-batch-size', type=count, help='the batch size if not given')
+    arg('-j', '--workers', type=number(int, 0), default=2, help='processes that load data, per process')
+    arg('--in-memory', action='store_true', help='decode once, augment by batches: small images, crop pad, flips')
+
+    arg = parser.add_argument_group('augmentation').add_argument
+    arg('--train-crop-mode', choices=('pad', 'rrc', 'rkrc', 'rkrr'), help="'pad' to 64 px, 'rrc' above, if not given")
+    arg('--scale', nargs=2, type=amount, metavar='AREA', help="range of the crop's area, timm's if not given")
+    arg('--ratio', nargs=2, type=amount, metavar='RATIO', help="range of the crop's aspect ratio, timm's if not given")
+    arg('--hflip', type=fraction, help='probability of a horizontal flip; 0.5, for digits 0, if not given')
+    arg('--color-jitter', type=amount, default=0.0, help='strength of colour jitter')
+    arg('--aa', metavar='NAME', help="AutoAugment policy, such as 'rand-m9-mstd0.5'")
+    arg('--reprob', type=fraction, default=0.0, help='probability of random erasing')
+    arg('--mixup', type=amount, default=0.0, help='alpha of mixup')
+    arg('--cutmix', type=amount, default=0.0, help='alpha of cutmix')
+
+    arg = parser.add_argument_group('loss').add_argument
+    loss = EKDLoss()
+    arg('--temperature', type=amount, default=loss.temperature, help='temperature of the KL divergence')
+    arg('--alpha', type=amount, default=loss.alpha, help='weight of the KL divergence')
+    arg('--beta', type=amount, default=loss.beta, help='weight of the attention')
+    arg('--attention', choices=('energy', 'standardized'), default=loss.attention, help='form of the attention')
+    arg('--stages', nargs='+', type=int, help='stages whose attention is compared, from 0, all if not given')
+    arg('--weights', nargs='+', type=parse_weight, default=[], metavar='DEPTH=WEIGHT', help='loss weights of sub-nets')
+    arg('--full-net-updates', type=number(int, 0), default=0, metavar='N',
+        help='train the full-net alone in the first N updates, and all depths in the others')
+    arg('--teacher', metavar='MODEL',
+        help="timm's name, the folder or hf-hub:ID of a trained net that teaches all depths, the full-net too, in the "
+             "place of the full-net; for one without the maps of the model: --beta 0")
+    arg('--smoothing', type=fraction, default=0.0, help='label smoothing')
+    arg('--bce-loss', action='store_true', help='binary cross-entropy in the place of cross-entropy')
+
+    arg = parser.add_argument_group('optimization').add_argument
+    arg('--epochs', type=count, default=15, help='epochs of training')
+    arg('--opt', default='sgd', help="timm's name of an optimizer; sgd is with Nesterov momentum")
+    arg('--momentum', type=fraction, default=0.9, help='momentum')
+    arg('--weight-decay', type=amount, default=5e-4, help='weight decay, not on biases and norms')
+    arg('--clip-grad', type=amount, help='norm that gradients are clipped to')
+    arg('--grad-accum-steps', type=count, default=1, help='batches per update')
+    arg('--sched', choices=('cosine', 'tanh', 'constant'), default='cosine', help='schedule, stepped per update')
+    arg('--lr', type=amount, default=0.1, help='learning rate')
+    arg('--warmup-epochs', type=number(int, 0), default=1, help='epochs of linear warm-up')
+    arg('--warmup-lr', type=amount, default=1e-5, help='learning rate at the start of the warm-up')
+    arg('--min-lr', type=amount, default=0.0, help='learning rate at the end of the cosine')
+    arg('--model-ema', action='store_true', help='average the weights; the average is reported and saved')
+    arg('--model-ema-decay', type=fraction, default=0.9998, help='decay of the average')
+    arg('--model-ema-warmup', action='store_true', help='let the decay rise to its value')
+    arg('--ema-teacher', action='store_true',
+        help='the average teaches all depths, the full-net too, in the place of the full-net')
+
+    arg = parser.add_argument_group('run').add_argument
+    arg('--evaluate', action='store_true', help='report the accuracy of every depth, without training')
+    arg('--output', type=Path, help='folder to write to, a new one in output/ if not given')
+    arg('--resume', metavar='auto|PATH', help='go on from the newest checkpoint in --output, if any, or from that one')
+    arg('--checkpoint-interval', type=number(int, 0), default=0, help='updates between checkpoints within an epoch')
+    arg('--checkpoint-hist', type=count, default=2, help='newest checkpoints to keep, besides the best')
+    arg('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='seed of everything random')
+    arg('--mixed-precision', choices=('no', 'bf16', 'fp16'), help="accelerate launch's if not given")
+    arg('--channels-last', action=argparse.BooleanOptionalAction, default=True, help='memory format')
+    arg('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model for training')
+    arg('--grad-checkpointing', action='store_true', help='less memory, more computation')
+    arg('--sync-bn', action='store_true', help='batch-norm statistics over all processes (GPUs)')
+    arg('--log-interval', type=count, default=50, help='batches between two reports of the loss')
+    arg('--report-to', choices=('none', 'tensorboard', 'trackio', 'wandb'), default='none', help='experiment tracker')
+    args = parser.parse_args()
+    if args.evaluate and not (args.pretrained or args.initial_checkpoint):
+        parser.error('--evaluate needs weights: --pretrained or --initial-checkpoint')
+    if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
+        parser.error(f'--initial-checkpoint must be a file, got {args.initial_checkpoint!r}')
+    for name in ('scale', 'ratio'):
+        low, high = getattr(args, name) or (0, 0)
+        if low > high:
+            parser.error(f'--{name} must be a lower and an upper bound, got {low} {high}')
+    if args.in_memory:
+        other = {name: getattr(args, name) for name in ('scale', 'ratio', 'color_jitter', 'aa', 'reprob')}
+        other['train_crop_mode'] = args.train_crop_mode if args.train_crop_mode != 'pad' else None
+        for name in filter(other.get, other):
+            flag = '--' + name.replace('_', '-')
+            parser.error(f'--in-memory goes with --train-crop-mode pad and --hflip alone, got {flag} {other[name]}')
+    if args.ema_teacher and args.teacher:
+        parser.error(f'--ema-teacher must be without --teacher, got {args.teacher}')
+    if args.ema_teacher and not args.model_ema:
+        parser.error('--ema-teacher needs the average: --model-ema')
+    if args.evaluate and args.resume:
+        parser.error(f'--resume is for training, not for --evaluate, got {args.resume!r}')
+    if args.resume == 'auto' and not args.output:
+        parser.error('--resume auto needs --output, the folder of the run')
+    if args.resume not in (None, 'auto'):
+        if not os.path.isfile(os.path.join(args.resume, 'checksums.json')):
+            parser.error(f"--resume must be 'auto' or a folder checkpoints/step-* to train on, got {args.resume!r}")
+        args.output = args.output or Path(args.resume).resolve().parent.parent
+    if args.output and args.output.exists() and not args.output.is_dir():
+        parser.error(f'--output must be a folder, got the file {args.output}')
+    if args.output and not (args.evaluate or args.resume) and any(args.output.glob('checkpoints/step-*')):
+        parser.error(f'--output {args.output} has checkpoints: go on by --resume auto, or choose another folder')
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')
+    return args

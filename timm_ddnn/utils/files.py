@@ -1,0 +1,72 @@
+"""Files that are whole or not there at all, and their checksums."""
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ['file_sum', 'staged_folder', 'write_json', 'write_section', 'write_text']
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file such that it is whole or not there at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file such that it is whole or not there at all."""
+    temporary = path.with_name(f'.{path.name}.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- end of NAME -->` in a file.
+
+    Raises:
+        ValueError: If the file has not each of these lines once, in this order.
+    """
+    start, end = f'<!-- {name} -->\n', f'<!-- end of {name} -->'
+    old = path.read_text()
+    before, _, rest = old.partition(start)
+    _, _, after = rest.partition(end)
+    if not (old.count(start) == old.count(end) == rest.count(end) == 1):
+        raise ValueError(f'{path} must have the lines {start.strip()} and {end} once each, in this order')
+    write_text(path, before + start + text + end + after)
+
+
+@contextmanager
+def staged_folder(folder: str | Path, new: bool = False) -> Iterator[Path]:
+    """Give a temporary folder whose files move to `folder` when the block ends, and vanish when it fails.
+
+    Args:
+        folder: Where the files are to be, made if it is not there.
+        new: Whether it must be new or empty.
+
+    Raises:
+        FileExistsError: If it is not new or empty.
+        NotADirectoryError: If it is, or lies in, something else than a folder.
+    """
+    folder = Path(folder).absolute()
+    if new and folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f'output must be a new or an empty folder, got {str(folder)!r}')
+    base = next(path for path in (folder, *folder.parents) if path.exists())
+    if not base.is_dir():
+        raise NotADirectoryError(f'output must be a folder, got {str(folder)!r}: {str(base)!r} is none')
+    with tempfile.TemporaryDirectory(dir=base, prefix='.timm-ddnn-') as temporary:
+        yield Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in Path(temporary).iterdir():
+            os.replace(file, folder / file.name)
+
+
+def file_sum(path: str | Path, kind: str = 'sha256') -> str:
+    """Compute the sum of a file, 'sha256', or 'git' for the SHA-1 under which git stores it; hexadecimal."""
+    if kind == 'sha256':
+        with open(path, 'rb') as file:
+            return hashlib.file_digest(file, 'sha256').hexdigest()
+    content = Path(path).read_bytes()
+    return hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()

@@ -1,0 +1,145 @@
+"""What command lines share: the parser, types of arguments, and errors of one line."""
+import argparse
+import ast
+import math
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+__all__ = [
+    'ArgumentParser', 'fail', 'integers', 'number', 'one_line_errors', 'parse_blocks', 'parse_option', 'parse_weight',
+    'run_script',
+]
+
+
+def fail(message: str, every_process: bool = False) -> NoReturn:
+    """End the program with a line on stderr and exit status 2.
+
+    Args:
+        message: What is allowed and what was received. White space, line breaks included, becomes single spaces.
+        every_process: Whether each of several processes prints it, and not the first of every machine alone.
+    """
+    if every_process or os.environ.get('LOCAL_RANK', '0') == '0':
+        print(f'error: {" ".join(message.split())}', file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def one_line_errors(*kinds: type[Exception], every_process: bool = False) -> Iterator[None]:
+    """Turn exceptions of some types into one line on stderr and exit status 2.
+
+    Args:
+        *kinds: The types.
+        every_process: As for `fail`; for errors that a single process meets.
+    """
+    try:
+        yield
+    except kinds as e:
+        message = str(e)
+        if 'in DataLoader worker process' in message:  # then it is a traceback that ends in the message proper
+            message = message.strip().splitlines()[-1].partition(': ')[2]
+        fail(message, every_process)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Parser that shows defaults in its help, and reports a wrong argument in one line without the usage."""
+
+    def __init__(self, description: str, **kwargs: Any) -> None:
+        """Make a parser without arguments.
+
+        Args:
+            description: What the script does.
+            **kwargs: Further arguments of `argparse.ArgumentParser`.
+        """
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """End the program, see `fail`."""
+        fail(message)
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Make a parser of numbers in [low, high], for the `type` of an argument.
+
+    Args:
+        kind: `int` or `float`.
+        low: The least number allowed.
+        high: The greatest number allowed.
+    """
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            noun = 'an integer' if kind is int else 'a number'
+            allowed = f'of at least {low}' if high == math.inf else f'from {low} to {high}'
+            raise argparse.ArgumentTypeError(f'must be {noun} {allowed}, got {text!r}')
+        return value
+    return parse
+
+
+def integers(what: str) -> Callable[[str], tuple[int, ...]]:
+    """Make a parser of integers with commas between them, for the `type` of an argument.
+
+    Args:
+        what: What they are and an example, for the error.
+    """
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            return tuple(int(n) for n in text.split(','))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'must be {what}, got {text!r}') from None
+    return parse
+
+parse_blocks = integers("blocks per stage such as '2,2,2,2'")
+
+
+def parse_weight(text: str) -> tuple[int, float]:
+    """Parse the loss weight of a depth, for example '26=0.5'.
+
+    Raises:
+        ArgumentTypeError: If the text is not an integer, '=' and a number.
+    """
+    depth, _, weight = text.partition('=')
+    try:
+        return int(depth), float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be DEPTH=WEIGHT such as '26=0.5', got {text!r}") from None
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """Parse a keyword argument, for example 'channels=16,32,64'. What is no Python literal is a string.
+
+    Raises:
+        ArgumentTypeError: If the text is not a name, '=' and a value.
+    """
+    name, equals, value = text.partition('=')
+    if not (name.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE such as 'channels=16,32,64', got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+def run_script(path: str, arguments: Sequence[str]) -> None:
+    """Run another script in this process, as `python PATH ARGUMENTS...` would.
+
+    Args:
+        path: The script.
+        arguments: Its arguments.
+    """
+    if not os.path.isfile(path):
+        fail(f'the first argument must be a script, got {path!r}')
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    runpy.run_path(path, run_name='__main__')
