@@ -10,38 +10,49 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 __all__ = [
-    'ArgumentParser', 'fail', 'integers', 'number', 'one_line_errors', 'parse_blocks', 'parse_option', 'parse_weight',
+    'ArgumentParser', 'fail', 'integers', 'number', 'one_line_errors', 'parse_blocks', 'parse_option', 'parse_weight', 'run',
     'run_script',
 ]
 
 
-def fail(message: str, every_process: bool = False) -> NoReturn:
-    """End the program with a line on stderr and exit status 2.
+def fail(message: str, status: int = 2, every_process: bool = False) -> NoReturn:
+    """End the program with a line on stderr.
 
     Args:
-        message: What is allowed and what was received. White space, line breaks included, becomes single spaces.
+        message: What is allowed and what was given. White space, line breaks included, becomes single spaces.
+        status: Exit status.
         every_process: Whether each of several processes prints it, and not the first of every machine alone.
     """
     if every_process or os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {" ".join(message.split())}', file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Run a program: an `InputError` or OSError becomes one line and its exit status, a bug keeps its traceback.
+
+    Args:
+        main: The program.
+    """
+    try:
+        main()
+    except Exception as e:  # InputError is known by its attributes: importing it would import torch and timm
+        status = 2 if isinstance(e, OSError) else getattr(e, 'exit_status', None)
+        if status is None:
+            raise
+        fail(str(e), status, getattr(e, 'on_every_process', False))
 
 
 @contextmanager
 def one_line_errors(*kinds: type[Exception], every_process: bool = False) -> Iterator[None]:
-    """Turn exceptions of some types into one line on stderr and exit status 2.
-
-    Args:
-        *kinds: The types.
-        every_process: As for `fail`; for errors that a single process meets.
-    """
+    """Turn exceptions of some types into one line on stderr and exit status 2."""
     try:
         yield
     except kinds as e:
         message = str(e)
         if 'in DataLoader worker process' in message:  # then it is a traceback that ends in the message proper
             message = message.strip().splitlines()[-1].partition(': ')[2]
-        fail(message, every_process)
+        fail(message, every_process=every_process)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
