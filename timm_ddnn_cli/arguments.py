@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 __all__ = [
-    'ArgumentParser', 'fail', 'integers', 'number', 'one_line_errors', 'parse_blocks', 'parse_option', 'parse_weight', 'run',
-    'run_script',
+    'ArgumentParser', 'fail', 'integers', 'number', 'one_line_errors', 'parse_blocks', 'parse_option', 'parse_weight',
+    'run', 'run_script',
 ]
 
 
