@@ -65,7 +65,7 @@ from timm_ddnn.train.recipe import describe_run
 from timm_ddnn.train.signals import EXIT_STOPPED, stop_signals
 from timm_ddnn.utils.costs import count_costs
 from timm_ddnn.utils.files import write_json, write_text
-from timm_ddnn.utils.modules import state_sum
+from timm_ddnn.utils.modules import state_dict_sha256
 from timm_ddnn_cli.arguments import one_line_errors
 from timm_ddnn_cli.tables import result_table
 
@@ -254,7 +254,7 @@ def main():
         if args.teacher:
             with named('--teacher', args.teacher):
                 teacher = load_teacher(args.teacher)
-                teacher_sum = state_sum(teacher)
+                teacher_sum = state_dict_sha256(teacher)
                 check_classes(teacher, data.class_names)
                 task.set_teacher(teacher.to(device, memory_format=memory_format))
                 task.run_teacher(torch.zeros(1, *data_config['input_size'], device=device))

@@ -88,7 +88,7 @@ def describe_net(model: nn.Module, depth: int) -> dict[str, Any]:
         'output': f'logits: float32 [B, {model.num_classes}], before the softmax',
         **{key: list(value) if isinstance(value, tuple) else value for key, value in data_config.items()},
         'model': model.pretrained_cfg['architecture'],
-        'depth': model.select_depth(depth),
+        'depth': model.resolve_depth(depth),
         'blocks': list(model.blocks(depth)),
         'num_classes': model.num_classes,
         'library': f'timm_ddnn {__version__}, timm {timm.__version__}, torch {torch.__version__}',
@@ -141,7 +141,7 @@ def export(
     missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if format == 'onnx' and not find_spec(name)]
     if missing:
         raise ValueError(f"format 'onnx' needs the packages {', '.join(missing)}: pip install 'timm-ddnn[export]'")
-    depths, _ = model.select_depths(depth)
+    depths, _ = model.resolve_depths(depth)
     size = tuple(resolve_input_data_config(model)['input_size'])
     if not len(images) or tuple(images.shape[1:]) != size:
         raise ValueError(f'images must be [N, {", ".join(map(str, size))}], got {list(images.shape)}')
@@ -286,6 +286,6 @@ def export_model(
         ExportMismatchError: If a file computes something else than the model.
     """
     model = load_model(name)
-    model.select_depths(depth)
+    model.resolve_depths(depth)
     images = load_images(model, data, num_images)
     return export(model, depth, output, format=format, images=images, **kwargs)

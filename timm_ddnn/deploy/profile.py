@@ -106,7 +106,7 @@ def profile_model(
         raise ValueError(f'threads must be at most the {os.cpu_count()} cores of this machine, got {max(threads)}')
     device = _check_device(device)
     _check_runtimes(runtimes, device)
-    depths = model.select_depths('all' if depths is None else tuple(depths))[0]
+    depths = model.resolve_depths('all' if depths is None else tuple(depths))[0]
     input_size = resolve_input_data_config(model, args={'img_size': img_size})['input_size']
 
     on_step('counting')

@@ -102,7 +102,7 @@ def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None
             summary = json.loads((source / 'summary.json').read_text())
     if not isinstance(model, DynamicDepthMixin):
         raise ValueError(f'source must be a dynamic-depth model (ddnn_*), got {type(model).__name__}')
-    wanted = model.depths if depth is None else (model.select_depth(depth),)
+    wanted = model.depths if depth is None else (model.resolve_depth(depth),)
     untrained = [d for d in wanted if d not in model.trained_depths]
     if untrained:
         raise ValueError(
