@@ -16,7 +16,7 @@ from ..data.loader import create_loader
 from ..deploy.speed import measure_speed
 from ..models.load import load_model
 from ..utils.costs import count_costs
-from ..utils.environment import _find_device, describe_machine
+from ..utils.environment import find_device, describe_machine
 from ..utils.files import staged_folder, write_json
 from .metrics import class_rows, depth_metrics, evaluate_cascade, split_images
 from .plots import plot_evaluation
@@ -84,7 +84,7 @@ def evaluate_model(
     if (given and cascade is None) or len(given) > 1:
         raise ValueError(f'at most one of {", ".join(wishes)} is expected, and only for a cascade, got {given}')
     with staged_folder(output) if output else nullcontext() as folder:
-        device = _find_device(device)
+        device = find_device(device)
         image_data = load_image_data(
             data, input_key=input_key, target_key=target_key, val_split=val_split, training=False)
         model = load_model(name)

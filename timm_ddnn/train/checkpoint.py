@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..utils.files import file_sum
+from ..utils.files import file_sha256
 
 __all__ = ['CheckpointError', 'Checkpoints']
 
@@ -160,7 +160,7 @@ class Checkpoints:
 
 
 def _checksum(path: Path) -> dict[str, Any]:
-    return {'bytes': path.stat().st_size, 'sha256': file_sum(path)}
+    return {'bytes': path.stat().st_size, 'sha256': file_sha256(path)}
 
 
 def _flush(path: Path) -> None:
