@@ -68,5 +68,5 @@ def _run_command(args: argparse.Namespace) -> None:
             raise
         extra = 'train' if e.name and e.name.startswith('sklearn') else 'cli,export'
         fail(f"timm-ddnn needs the package {e.name} for this: pip install 'timm-ddnn[{extra}]'")
-    if args.json:
+    if args.json and result is not None:  # one of several processes prints
         print(json.dumps(result, indent=2, allow_nan=False))

@@ -17,13 +17,21 @@ from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from ..utils.errors import InputError
 from .datasets import ImageData
 
 __all__ = ['ImageReadError', 'Images', 'convert_image', 'create_train_transform', 'seeded']
 
 
-class ImageReadError(ValueError):
+class ImageReadError(InputError):
     """An image that cannot be read or decoded."""
+
+    on_every_process = True
+
+    def __str__(self) -> str:
+        """Return the message. A loader raises the error of a worker process anew, with a traceback as the message."""
+        message = super().__str__()
+        return message.strip().splitlines()[-1].partition(': ')[2] if 'in DataLoader worker process' in message else message
 
 
 @contextmanager

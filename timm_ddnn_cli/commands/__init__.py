@@ -10,4 +10,5 @@ A module has
 and imports the standard library alone, what it needs besides inside `run`.
 """
 
-NAMES = ('list', 'evaluate', 'profile', 'choose', 'calibrate', 'extract', 'export', 'push')  # in the order of the work
+# In the order of the work
+NAMES = ('list', 'train', 'evaluate', 'profile', 'choose', 'calibrate', 'extract', 'export', 'push')
