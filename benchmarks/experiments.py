@@ -42,7 +42,7 @@ from timm_ddnn.train.recipe import describe_run
 from timm_ddnn.train.signals import EXIT_STOPPED
 from timm_ddnn.utils.costs import count_costs
 from timm_ddnn.utils.environment import describe_machine
-from timm_ddnn.utils.files import file_sum, write_json
+from timm_ddnn.utils.files import file_sha256, write_json
 from timm_ddnn_cli.arguments import ArgumentParser, fail, number, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def check_weights(name):
         ValueError: If they are others.
     """
     weights, kept = WORK / name / 'model.safetensors', json.loads((RESULTS / f'{name}.json').read_text())
-    got = file_sum(weights)
+    got = file_sha256(weights)
     if 'weights_sha256' not in kept:
         print(f'{name} was kept without the SHA-256 of its weights: those in {weights} may be others', flush=True)
     elif got != kept['weights_sha256']:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..utils.errors import InputError
-from ..utils.files import file_sum
+from ..utils.files import file_sha256
 from .state import TrainState
 
 __all__ = ['CheckpointError', 'Checkpoints']
@@ -192,7 +192,7 @@ class Checkpoints:
 
 
 def _checksum(path: Path) -> dict[str, Any]:
-    return {'bytes': path.stat().st_size, 'sha256': file_sum(path)}
+    return {'bytes': path.stat().st_size, 'sha256': file_sha256(path)}
 
 
 def _flush(path: Path) -> None:
