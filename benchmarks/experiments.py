@@ -34,7 +34,7 @@ from timm.data import resolve_data_config
 import timm_ddnn
 from timm_ddnn.data.cached import MemoryImages
 from timm_ddnn.data.datasets import load_image_data
-from timm_ddnn.data.loader import create_loader
+from timm_ddnn.data.loader import create_loader, normalize
 from timm_ddnn.evaluation.evaluate import evaluate_model
 from timm_ddnn.evaluation.metrics import add_accuracies
 from timm_ddnn.evaluation.predict import evaluate
@@ -42,7 +42,7 @@ from timm_ddnn.train.recipe import describe_run
 from timm_ddnn.train.signals import EXIT_STOPPED
 from timm_ddnn.utils.costs import count_costs
 from timm_ddnn.utils.environment import describe_machine
-from timm_ddnn.utils.files import file_sum, write_json
+from timm_ddnn.utils.files import file_sha256, write_json
 from timm_ddnn_cli.arguments import ArgumentParser, fail, number, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def check_weights(name):
         ValueError: If they are others.
     """
     weights, kept = WORK / name / 'model.safetensors', json.loads((RESULTS / f'{name}.json').read_text())
-    got = file_sum(weights)
+    got = file_sha256(weights)
     if 'weights_sha256' not in kept:
         print(f'{name} was kept without the SHA-256 of its weights: those in {weights} may be others', flush=True)
     elif got != kept['weights_sha256']:
@@ -245,8 +245,9 @@ def truncate(run, teacher, folder):
         create_loader(MemoryImages(data, split, data_config, seed=run.seed), 128, training=split == 'train')
         for split in ('train', 'validation')
     )
-    timm_ddnn.calibrate_bn(model, train, depth=model.depths[1:])
-    metrics = evaluate(accelerator, model, accelerator.prepare(validation))
+    timm_ddnn.calibrate_bn(model, normalize(train, data_config, accelerator.device), depth=model.depths[1:])
+    validation = normalize(accelerator.prepare(validation), data_config, accelerator.device)
+    metrics = evaluate(accelerator, model, validation)
     rows = add_accuracies(count_costs(model, data_config['input_size']), metrics)
     described = describe_run(accelerator, {'dataset': run.data, 'seed': run.seed, 'model': run.options['--model']})
     return {**described, 'validation_images': len(data.validation), 'depths': rows}, []
