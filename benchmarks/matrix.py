@@ -3,8 +3,11 @@ from itertools import product
 from typing import NamedTuple
 
 import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ddnn.cli import parse_blocks
+from timm_ddnn.dynamic_depth import eval_mode
 
 LOADER = '--in-memory', '-j', '0'
 RECIPE = {'--mixed-precision': 'bf16', '-b': '128', '--lr': '0.4', '--weight-decay': '5e-4', '--warmup-epochs': '2'}
@@ -71,6 +74,14 @@ def compare(experiment, model, data, recipe, methods, seeds):
                 truncate=method == 'truncation',
             ))
     return runs
+
+
+def forward_macs(model, depth, size=(3, 32, 32)):
+    """Count the multiply-accumulates of one image at a depth, or at several at once."""
+    image = torch.zeros(1, *size, device=next(model.parameters()).device)
+    with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image, depth=depth)
+    return counter.get_total_flops() // 2
 
 
 def weigh(depths, middle, shallow):
@@ -242,6 +253,30 @@ def ablations(seeds):
     ]
 
 
+# What was tried for results/PROTOCOL.md before a judged run, by the images to choose by: results/tuning/README.md.
+# A net of the family of its regime A.1 whose full-net fits 5,000 images within 40 epochs.
+SMALL = {
+    '--model': 'ddnn_cifar_resnet18', '--epochs': '40', '--warmup-epochs': '4', '-b': '64', '--mixed-precision': 'no'}
+NARROW = 'channels=16,32,64,128'
+ALONE_18 = SMALL | CE_ONLY | {'--subnets': '', '--model-kwargs': NARROW}
+ALONE_10 = ALONE_18 | {'--model-kwargs': f'{NARROW} layers=1,1,1,1'}
+ALL = SMALL | {'--model-kwargs': NARROW, '--epochs': '44'}  # for the cost of both alone
+
+
+def rate(lr, decay):
+    return {'--lr': lr, '--weight-decay': decay}
+
+
+TUNING = {}  # name: (data set, options, name of the teacher)
+
+
+def tuning():
+    return [
+        Run(f'tuning/{name}-{seed}', data, seed, options, teacher=teacher and f'tuning/{teacher}-{seed}')
+        for name, (data, options, teacher) in TUNING.items() for seed in (0, 100, 101)
+    ]
+
+
 def all_runs():
     several = (
         'alone', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep', 'kd_shared_deep_private', 'joint', 'ekd',
@@ -259,5 +294,6 @@ def all_runs():
         *compare('tiny_imagenet_resnet34', 'ddnn_resnet34', 'tiny_imagenet', tiny, main, {}),
         *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny | {'--epochs': '15'}, main, {}),
         *ablations(seeds=3),
+        *tuning(),
     ]
     return {run.name: run for run in runs}
