@@ -263,17 +263,31 @@ ALONE_10 = ALONE_18 | {'--model-kwargs': f'{NARROW} layers=1,1,1,1'}
 ALL = SMALL | {'--model-kwargs': NARROW, '--epochs': '44'}  # for the cost of both alone
 
 
-def rate(lr, decay):
-    return {'--lr': lr, '--weight-decay': decay}
-
-
-TUNING = {}  # name: (data set, options, name of the teacher)
+# For SGD, half the rate and twice the decay is half the loss: the second is the first with weights that sum to 1, in EKD
+RATES = ('0.1', '5e-4'), ('0.05', '1e-3'), ('0.1', '1e-3'), ('0.05', '5e-4'), ('0.1', '2e-3')
+TUNED = {'alone_18': ALONE_18, 'alone_10': ALONE_10, 'joint': ALL | CE_ONLY, 'ekd': ALL | EKD}
+# The full-net alone first, for two fifths of its epochs; then its frozen copy teaches all depths, which start from it,
+# by losses whose weights sum to 4. The first rate and decay make that a sum of 1.
+FIRST = ALONE_18 | {'--epochs': '16'}
+THEN = ALL | {
+    '--epochs': '25', '--warmup-epochs': '2', '--initial-checkpoint': '{teacher}/model.safetensors',
+    '--teacher': '{teacher}', '--alpha': '1', '--temperature': '4', '--beta': '0'}
+THEN_RATES = ('0.025', '2e-3'), ('0.05', '1e-3')
 
 
 def tuning():
+    def run(name, options, lr, decay, seed, teacher=None):
+        options = options | {'--lr': lr, '--weight-decay': decay}
+        teacher = teacher and f'tuning/{teacher}-{seed}'
+        return Run(f'tuning/{name}_lr_{lr}_wd_{decay}-{seed}', 'cifar10_5k_tuning', seed, options, teacher)
+
     return [
-        Run(f'tuning/{name}-{seed}', data, seed, options, teacher=teacher and f'tuning/{teacher}-{seed}')
-        for name, (data, options, teacher) in TUNING.items() for seed in (0, 100, 101)
+        run(name, options, *rate, seed, teacher)
+        for seed in (0, 100, 101)
+        for variants, rates, teacher in (
+            (TUNED, RATES, None), ({'first': FIRST}, RATES[:1], None),
+            ({'then': THEN}, THEN_RATES, 'first_lr_0.1_wd_5e-4'))
+        for (name, options), rate in product(variants.items(), rates)
     ]
 
 
