@@ -263,7 +263,7 @@ ALONE_10 = ALONE_18 | {'--model-kwargs': f'{NARROW} layers=1,1,1,1'}
 ALL = SMALL | {'--model-kwargs': NARROW, '--epochs': '44'}  # for the cost of both alone
 
 
-# For SGD, half the rate and twice the decay is half the loss: the second is the first with weights that sum to 1, in EKD
+# For SGD, half the rate and twice the decay is half the loss: in EKD, the second is the first with weights of sum 1
 RATES = ('0.1', '5e-4'), ('0.05', '1e-3'), ('0.1', '1e-3'), ('0.05', '5e-4'), ('0.1', '2e-3')
 TUNED = {'alone_18': ALONE_18, 'alone_10': ALONE_10, 'joint': ALL | CE_ONLY, 'ekd': ALL | EKD}
 # The full-net alone first, for two fifths of its epochs; then its frozen copy teaches all depths, which start from it,
