@@ -267,9 +267,11 @@ class DynamicDepthMixin(StateDictMixin):
         """Find timm's name and arguments for the plain net of one depth."""
         own = ('layers', 'subnets', 'depth', 'shared_affine')
         args = {k: v for k, v in getattr(self, '_model_args', {}).items() if k not in own}
-        full_name = self.plain_prefix + self.pretrained_cfg['architecture'].removeprefix('ddnn_')
+        full_name = self.pretrained_cfg['architecture'].removeprefix('ddnn_').removeprefix(self.plain_prefix)
+        full_name = self.plain_prefix + full_name
         name = re.sub(r'\d+', str(depth), full_name, count=1)
-        if is_model(name):
+        # A net of other blocks may be called so, and not take these arguments
+        if is_model(name) and _block_counts(create_model(name, device='meta')) == _block_counts(net):
             stock = create_model(name, **{**args, 'num_classes': net.num_classes, 'device': 'meta'})
             if _shapes(stock) == _shapes(net):
                 return name, args
@@ -296,6 +298,10 @@ class DynamicDepthMixin(StateDictMixin):
                 del net[name]
         self._blocks = {d: blocks[:last] for d, blocks in self._blocks.items()}
         return take
+
+
+def _block_counts(net: ResNet) -> list[int]:
+    return [len(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
 
 
 def _shapes(net: nn.Module) -> dict[str, torch.Size]:
