@@ -8,8 +8,8 @@ import datasets
 import pytest
 import timm
 import torch
-from conftest import create, images
 from helpers.image_files import write_images
+from helpers.models import create, images
 from helpers.training import FAST, read, run
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
@@ -142,7 +142,7 @@ def test_confidences_on_edges_fall_into_the_bin_below():
 def test_metrics_of_a_diverged_model_are_refused(small):
     """Catches accuracies of a model whose logits are not numbers."""
     with torch.no_grad():
-        small.subnets['8'].layer3[0].bn1.running_var.fill_(math.nan)
+        small.path(8)[2].bn1.running_var.fill_(math.nan)
     with pytest.raises(ValueError, match='logits at depth 8 that are not finite'):
         predict(small, [(images(small), torch.tensor([0, 1]))])
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import hub_server
 import pytest
 import torch
+from helpers.small_models import logits, make_model, save
 from hub_server import child
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_models import logits, make_model, save
 
 from timm_ddnn.utils.modules import state_dict_sha256
 from timm_ddnn.weights.download import fetch
