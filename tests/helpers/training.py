@@ -51,7 +51,7 @@ def run(*args, on_gpu=False):
             worker.terminate()  # else the garbage collector waits five seconds for each, in any later test
 
 
-def fork(*args, processes=1, before=None, log='log'):
+def fork(*args, processes=1, before=None, log='log', program=run):
     """Start the command in forks of this process, which are ready at once; wait by `join`.
 
     Args:
@@ -59,6 +59,7 @@ def fork(*args, processes=1, before=None, log='log'):
         processes: How many train together.
         before: Called in each of them at first, to patch what it runs.
         log: File that they write stdout and stderr to.
+        program: Called with the options.
     """
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -77,7 +78,7 @@ def fork(*args, processes=1, before=None, log='log'):
         torch.set_num_threads(1)
         if before:
             before()
-        run(*args)
+        program(*args)
 
     forks = [multiprocessing.get_context('fork').Process(target=work, args=(rank,)) for rank in range(processes)]
     for process in forks:
