@@ -11,16 +11,16 @@ import timm
 import torch
 from helpers import hub_server
 from helpers.hub_server import child
+from helpers.small_models import IMAGES, logits, make_model, save
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_models import IMAGES, logits, make_model, save
 
 import timm_ddnn
 from timm_ddnn.models.load import create_ddnn, saved_results
 from timm_ddnn.utils.errors import InputError
-from timm_ddnn.utils.modules import state_sum
+from timm_ddnn.utils.modules import state_dict_sha256
 from timm_ddnn.weights import download
 from timm_ddnn.weights.download import fetch
 
@@ -146,11 +146,11 @@ def test_one_depth_is_a_stock_timm_repository(hub, client, tmp_path):
 def test_the_checksum_of_a_state_is_of_its_names_and_values():
     """Catches another net that passes for the same, and weights that cannot be written as safetensors."""
     model, other = make_model(), make_model()
-    assert state_sum(model) == state_sum(other.to(memory_format=torch.channels_last))
+    assert state_dict_sha256(model) == state_dict_sha256(other.to(memory_format=torch.channels_last))
     other.get_classifier().bias.data[0] += 1
-    assert state_sum(model) != state_sum(other)
+    assert state_dict_sha256(model) != state_dict_sha256(other)
     tied = torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 2)
-    assert len({state_sum(tied), state_sum(tied[:1]), state_sum(tied.bfloat16())}) == 3
+    assert len({state_dict_sha256(tied), state_dict_sha256(tied[:1]), state_dict_sha256(tied.bfloat16())}) == 3
 
 
 @pytest.mark.slow
@@ -316,10 +316,10 @@ def test_two_downloads_at_once(published):
     published.slow(WEIGHTS, seconds=1, at=3000, times=2)
     processes = multiprocessing.get_context('fork')
     sums = processes.Queue()
-    both = [processes.Process(target=lambda: sums.put(state_sum(load()))) for _ in range(2)]
+    both = [processes.Process(target=lambda: sums.put(state_dict_sha256(load()))) for _ in range(2)]
     for process in both:
         process.start()
-    assert [sums.get(timeout=60) for _ in both] == [state_sum(make_model())] * 2
+    assert [sums.get(timeout=60) for _ in both] == [state_dict_sha256(make_model())] * 2
     for process in both:
         process.join()
 

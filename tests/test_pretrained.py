@@ -6,7 +6,7 @@ import shutil
 import pytest
 import timm
 import torch
-from small_models import make_model, save
+from helpers.small_models import make_model, save
 
 import timm_ddnn
 from timm_ddnn.models.load import create_ddnn

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers.small_models import make_model, save
 from PIL import Image
-from small_models import make_model, save
 
 import timm_ddnn
 from timm_ddnn.utils.files import file_sha256, write_json

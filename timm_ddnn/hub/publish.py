@@ -107,7 +107,7 @@ def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None
             plot = shutil.copy(source / PLOT, folder)
     if not isinstance(model, DynamicDepthMixin):
         raise InputError(f'source must be a dynamic-depth model (ddnn_*), got {type(model).__name__}')
-    wanted = model.depths if depth is None else (model.select_depth(depth),)
+    wanted = model.depths if depth is None else (model.resolve_depth(depth),)
     untrained = [d for d in wanted if d not in model.trained_depths]
     if untrained:
         raise InputError(

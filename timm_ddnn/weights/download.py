@@ -18,11 +18,9 @@ from ..utils.files import file_sha256, git_sha1
 from ..utils.schema import judge, read_json, record, text
 from .config_checks import CONFIG
 
-__all__ = ['ARCHITECTURES', 'ORGANIZATION', 'SavedConfig', 'fetch', 'find_weights', 'read_config']
+__all__ = ['ARCHITECTURES', 'SavedConfig', 'fetch', 'find_weights', 'read_config']
 
 
-# Owner of the repositories that the tags of this library name
-ORGANIZATION = os.environ.get('TIMM_DDNN_ORGANIZATION', 'timm-ddnn')
 ARCHITECTURES = 'ddnn_', 'cifar_resnet'  # how the names of this library's architectures begin
 _logger = logging.getLogger(__name__)
 
