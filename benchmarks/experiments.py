@@ -34,7 +34,7 @@ from timm.data import resolve_data_config
 import timm_ddnn
 from timm_ddnn.data.cached import MemoryImages
 from timm_ddnn.data.datasets import load_image_data
-from timm_ddnn.data.loader import create_loader
+from timm_ddnn.data.loader import create_loader, normalize
 from timm_ddnn.evaluation.evaluate import evaluate_model
 from timm_ddnn.evaluation.metrics import add_accuracies
 from timm_ddnn.evaluation.predict import evaluate
@@ -245,8 +245,9 @@ def truncate(run, teacher, folder):
         create_loader(MemoryImages(data, split, data_config, seed=run.seed), 128, training=split == 'train')
         for split in ('train', 'validation')
     )
-    timm_ddnn.calibrate_bn(model, train, depth=model.depths[1:])
-    metrics = evaluate(accelerator, model, accelerator.prepare(validation))
+    timm_ddnn.calibrate_bn(model, normalize(train, data_config, accelerator.device), depth=model.depths[1:])
+    validation = normalize(accelerator.prepare(validation), data_config, accelerator.device)
+    metrics = evaluate(accelerator, model, validation)
     rows = add_accuracies(count_costs(model, data_config['input_size']), metrics)
     described = describe_run(accelerator, {'dataset': run.data, 'seed': run.seed, 'model': run.options['--model']})
     return {**described, 'validation_images': len(data.validation), 'depths': rows}, []

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from training import ROOT
+from helpers.training import ROOT
 
 import timm_ddnn  # noqa: F401  the import registers the models
 from timm_ddnn.utils.modules import find_norms

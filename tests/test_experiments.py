@@ -11,11 +11,11 @@ import pytest
 import timm
 import torch
 from conftest import create
-from image_files import CLASS_NAMES, png, write_parquet
+from helpers.image_files import CLASS_NAMES, png, write_parquet
+from helpers.training import ROOT
 from safetensors.torch import load_file
 from small_models import make_model
 from timm.data import resolve_data_config
-from training import ROOT
 
 import timm_ddnn
 from timm_ddnn.evaluation.predict import evaluate

@@ -5,7 +5,7 @@ import statistics
 
 import numpy as np
 import pytest
-from training import ROOT
+from helpers.training import ROOT
 
 from timm_ddnn.hub.model_card import CITATION
 from timm_ddnn.utils import files

@@ -153,8 +153,8 @@ def create_val_loader(
     if args.in_memory:
         images = MemoryImages(data, 'validation', data_config, num_workers=args.workers, device=device)
     else:
-        in_chans = data_config['input_size'][0]
-        images = Images(data, 'validation', create_transform(**data_config), in_chans=in_chans, seed=None)
+        transform = create_transform(**data_config, normalize=False)
+        images = Images(data, 'validation', transform, in_chans=data_config['input_size'][0], seed=None)
     batch_size = args.validation_batch_size or args.batch_size
     return create_loader(images, batch_size, training=False, num_workers=args.workers)
 

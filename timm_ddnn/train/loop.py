@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.images import seeded
+from ..data.loader import normalize
 from ..utils.errors import InputError
 from .checkpoint import Checkpoints
 from .progress import TrainProgress
@@ -116,6 +117,7 @@ def train_one_epoch(
         accelerator: Accelerator,
         task: nn.Module,
         loader: DataLoader,
+        data_config: Mapping[str, Any],
         optimizer: AcceleratedOptimizer,
         scheduler: Scheduler,
         state: TrainState,
@@ -132,7 +134,8 @@ def train_one_epoch(
         args: Options of the run.
         accelerator: Accelerator that has prepared task, loader and optimizer.
         task: `EKDTask`.
-        loader: Batches of images and labels.
+        loader: Batches of images, in bytes, and labels.
+        data_config: Preprocessing of the images.
         optimizer: Optimizer.
         scheduler: Schedule of the learning rate, by updates.
         state: Position in the run, which moves on with every step.
@@ -159,7 +162,8 @@ def train_one_epoch(
     if not state.step:  # else the random states are those of the checkpoint
         torch.manual_seed(hash((args.seed, state.epoch, accelerator.process_index)))
     task.train()
-    for images, target in accelerator.skip_first_batches(loader, state.step) if state.step else loader:
+    batches = accelerator.skip_first_batches(loader, state.step) if state.step else loader
+    for images, target in normalize(batches, data_config, accelerator.device):
         if mixup:
             with seeded(args.seed, state.epoch, state.step, accelerator.process_index + 1):
                 images, target = mixup(images, target)
@@ -168,8 +172,8 @@ def train_one_epoch(
         with accelerator.accumulate(task):
             terms = task(images, target)
             # accelerate divides by the accumulated batches, but the last update may be of fewer
-            batches = min(accumulated, steps - state.step // accumulated * accumulated)
-            accelerator.backward(terms['loss'] * (accumulated / batches))
+            parts = min(accumulated, steps - state.step // accumulated * accumulated)
+            accelerator.backward(terms['loss'] * (accumulated / parts))
             if args.clip_grad and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(task.parameters(), args.clip_grad)
             optimizer.step()

@@ -21,6 +21,7 @@ from timm.utils import distribute_bn, get_outdir
 from torch import nn
 
 from ..data.datasets import ImageData, quiet_datasets
+from ..data.loader import normalize
 from ..evaluation.metrics import add_accuracies
 from ..evaluation.plots import plot_accuracy, plot_curves
 from ..evaluation.predict import evaluate
@@ -101,8 +102,8 @@ def train(
     with stop_signals() as request, TrainProgress(console, args.epochs, len(train_loader)) as progress:
         while state.epoch < args.epochs and not request.agreed:
             means = train_one_epoch(
-                args, accelerator, task, train_loader, optimizer, scheduler, state, checkpoints, progress, request,
-                mixup=mixup, ema=ema)
+                args, accelerator, task, train_loader, data_config, optimizer, scheduler, state, checkpoints, progress,
+                request, mixup=mixup, ema=ema)
             if state.step < len(train_loader):  # stopped
                 break
             check_weights(model, state.updates)
@@ -110,7 +111,7 @@ def train(
             for name_prefix, each in nets.items():
                 if accelerator.num_processes > 1:
                     distribute_bn(each, accelerator.num_processes, reduce=True)
-                metrics = evaluate(accelerator, each, val_loader)
+                metrics = evaluate(accelerator, each, normalize(val_loader, data_config, device))
                 record |= {name_prefix + metric: value for metric, value in metrics.items()}
             rows = add_accuracies(costs, metrics)
             record |= {
@@ -172,7 +173,8 @@ def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] 
     val_loader = accelerator.prepare(build.create_val_loader(args, data, data_config, accelerator.device))
     if args.output:
         make_output(args.output)
-    rows = add_accuracies(count_costs(model, data_config['input_size']), evaluate(accelerator, model, val_loader))
+    metrics = evaluate(accelerator, model, normalize(val_loader, data_config, accelerator.device))
+    rows = add_accuracies(count_costs(model, data_config['input_size']), metrics)
     result = {**describe_run(accelerator, vars(args)), **describe_results(args, model, data, rows)}
     if args.output and accelerator.is_main_process:
         write_json(args.output / 'evaluation.json', result)
