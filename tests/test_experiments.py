@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from conftest import create
 from helpers.image_files import CLASS_NAMES, png, write_parquet
+from helpers.models import create
+from helpers.small_models import make_model
 from helpers.training import ROOT
 from safetensors.torch import load_file
-from small_models import make_model
 from timm.data import resolve_data_config
 
 import timm_ddnn

@@ -12,8 +12,8 @@ import onnx
 import pytest
 import timm
 import torch
-from conftest import create
 from helpers.image_files import DAMAGED, png, write_parquet
+from helpers.models import create
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import EXPECTED_DEPTHS
+from helpers.models import EXPECTED_DEPTHS
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ddnn.utils.costs import count_costs
