@@ -243,7 +243,8 @@ def test_cascade(folder, logits, digits, capsys, wish):
     """Catches a threshold chosen on the wrong images or by the wrong rule, and a result that is not the cascade's."""
     speed_images = 0 if wish else 50
     status, out, err = invoke(
-        capsys, folder, '--data', 'digits', '-j', 0, '--cascade', 8, 14, *wish, '--speed-images', speed_images, '--json')
+        capsys, folder, '--data', 'digits', '-j', 0, '--cascade', 8, 14, *wish, '--json',
+        '--speed-images', speed_images)
     assert status == 0 and 'error' not in err
     result = json.loads(out)
     cascade = result['cascade']
