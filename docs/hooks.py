@@ -1,0 +1,40 @@
+"""What mkdocs.yml cannot say: pages that lie outside docs/, and the command reference, made by the parsers."""
+import contextlib
+import io
+import os
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = (
+    'results/README.md', 'results/PROTOCOL.md', 'results/*.png', 'results/*.csv', 'benchmarks/README.md', 'MODEL_CARD.md',
+    'CONTRIBUTING.md', 'CHANGELOG.md')
+
+
+def on_files(files, config):
+    """Add the pages of the repository that the site shows too, under the paths that they have there."""
+    for pattern in OUTSIDE:
+        for path in sorted(ROOT.glob(pattern)):
+            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, **_):
+    """Append to the command reference the help of every command."""
+    if page.file.src_uri != 'commands.md':
+        return markdown
+    import pkgutil, timm_ddnn_cli.commands as c; NAMES = [n for _, n, _ in pkgutil.iter_modules(c.__path__)]  # TODO
+    helps = (f'## timm-ddnn {name}\n\n```text\n{get_help(name)}```\n' for name in NAMES)
+    return '\n'.join([markdown, *helps])
+
+
+def get_help(name):
+    """Return what `timm-ddnn NAME --help` prints."""
+    from timm_ddnn_cli.main import main
+
+    os.environ.update(COLUMNS='100', NO_COLOR='1')
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        main([name, '--help'])
+    return text.getvalue()
