@@ -24,7 +24,8 @@ def on_page_markdown(markdown, page, **_):
     """Append to the command reference the help of every command."""
     if page.file.src_uri != 'commands.md':
         return markdown
-    import pkgutil, timm_ddnn_cli.commands as c; NAMES = [n for _, n, _ in pkgutil.iter_modules(c.__path__)]  # TODO
+    from timm_ddnn_cli.commands import NAMES
+
     helps = (f'## timm-ddnn {name}\n\n```text\n{get_help(name)}```\n' for name in NAMES)
     return '\n'.join([markdown, *helps])
 
