@@ -3,10 +3,11 @@
 
     python benchmarks/input_pipeline.py --dataset FOLDER --model ddnn_resnet50
 
-The loader of train_scripts/train_ekd.py and timm's `create_loader` read the same training split, a folder that
-`datasets` finds by itself, with the same augmentation. Each has one worker process and every thread pool one thread, so
-the rate of the loader alone is that of one core; --workers 2 shows whether it doubles. The step is the one of training,
-on a batch in memory, on the device that is there. Rounds are interleaved; medians, and the spread from least to most.
+The loader of training, the same with images that the workers normalize, and timm's `create_loader` read the same
+training split, a folder that `datasets` finds by itself, with the same augmentation. Each has one worker process and
+every thread pool one thread, so the rate of the loader alone is that of one core; --workers 2 shows whether it doubles.
+The step is the one of training, on a batch in memory, on the device that is there. Rounds are interleaved; medians, and
+the spread from least to most.
 """
 import itertools
 import json
@@ -16,13 +17,13 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.data import create_dataset, resolve_data_config
+from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.data import create_loader as create_timm_loader
 
 import timm_ddnn
 from timm_ddnn.data.datasets import load_image_data
 from timm_ddnn.data.images import Images, create_train_transform
-from timm_ddnn.data.loader import create_loader
+from timm_ddnn.data.loader import create_loader, normalize
 from timm_ddnn.utils.environment import describe_machine
 from timm_ddnn_cli.arguments import ArgumentParser, number
 
@@ -70,11 +71,14 @@ def main():
     config = resolve_data_config({'img_size': args.img_size}, model=model)
     augmentation = dict(train_crop_mode='rrc', hflip=0.5, color_jitter=0.0)
 
-    transform = create_train_transform(config, crop_mode='rrc', hflip=0.5, color_jitter=None)
-    ours = create_loader(Images(data, 'train', transform), args.batch_size, training=True, num_workers=args.workers)
+    def load(transform):
+        return create_loader(Images(data, 'train', transform), args.batch_size, training=True, num_workers=args.workers)
+
+    in_bytes = load(create_train_transform(config, crop_mode='rrc', hflip=0.5, color_jitter=None))
+    normalization = {name: config[name] for name in ('input_size', 'interpolation', 'mean', 'std')}
+    in_floats = load(create_transform(**normalization, is_training=True, hflip=0.5, color_jitter=None))
     dataset = create_dataset(
         f'hfds/{args.dataset}', root=None, split='train', input_key=data.input_key, target_key=data.target_key)
-    normalization = {name: config[name] for name in ('input_size', 'interpolation', 'mean', 'std')}
     timms = create_timm_loader(
         dataset, batch_size=args.batch_size, is_training=True, num_workers=args.workers, device=device,
         **normalization, **augmentation)
@@ -86,11 +90,16 @@ def main():
     target = torch.zeros(len(images), dtype=torch.long, device=device)
     training = steps(task, torch.optim.SGD(model.parameters(), lr=0.0), images, target, bfloat16=True)
 
-    sources = {'train_ekd.py, loader': ours, 'timm, create_loader': timms, 'training step': training}
+    sources = {
+        'loader': lambda: normalize(in_bytes, config, device),
+        'normalized by workers': lambda: in_floats,
+        'timm, create_loader': lambda: timms,
+        'training step': lambda: training,
+    }
     rates = {name: [] for name in sources}
     for _ in range(args.rounds):
         for name, source in sources.items():
-            rates[name].append(rate(source, args.batches if source is not training else 2))
+            rates[name].append(rate(source(), args.batches if name != 'training step' else 2))
     print(f'{args.model}, {config["input_size"][-1]} px, {args.workers} workers, {args.rounds} rounds on {device.type}')
     for name, values in rates.items():
         print(f'{name:22} {statistics.median(values):8.1f} images/s  ({min(values):.1f} to {max(values):.1f})')

@@ -42,7 +42,8 @@ def load_runs(experiment):
 
 
 def load_experiments():
-    return {name: load_runs(name) for name in sorted({path.parent.name for path in RESULTS.glob('*/*.json')})}
+    names = {path.parent.name for path in RESULTS.glob('*/*.json')} - {'tuning'}  # whose page is written by hand
+    return {name: load_runs(name) for name in sorted(names)}
 
 
 def rank_runs(runs, method):

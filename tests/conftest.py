@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from training import ROOT
+from helpers.training import ROOT
 
 import timm_ddnn  # noqa: F401  the import registers the models
 from timm_ddnn.utils.modules import find_norms
@@ -26,6 +26,9 @@ EXPECTED_DEPTHS = {
     'ddnn_resnet44': (44, 32, 20),
     'ddnn_resnet56': (56, 32, 20),
     'ddnn_resnet110': (110, 56, 20),
+    'ddnn_cifar_resnet18': (18, 10),
+    'ddnn_cifar_resnet34': (34, 18, 10),
+    'ddnn_cifar_resnet50': (50, 26, 14),
 }
 
 

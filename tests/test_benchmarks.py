@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 from conftest import create, images
+from helpers.training import ROOT
 from torch.utils.flop_counter import FlopCounterMode
-from training import ROOT
 
 from timm_ddnn import EKDTask
 from timm_ddnn.utils.costs import count_costs

@@ -3,19 +3,21 @@ import random
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from image_files import CLASS_NAMES, DAMAGED, DIGITS, digit, png, write_images, write_parquet
+from helpers.image_files import CLASS_NAMES, DAMAGED, DIGITS, digit, png, write_images, write_parquet
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import to_tensor
 
-from timm_ddnn.data.datasets import align_labels, load_image_data
+from timm_ddnn.data.datasets import load_image_data, match_classes
 from timm_ddnn.data.images import ImageReadError, Images, convert_image, create_train_transform, seeded
-from timm_ddnn.data.loader import EpochSampler, create_loader
+from timm_ddnn.data.loader import EpochSampler, create_loader, normalize
+from timm_ddnn.utils.errors import InputError
 
 CONFIG = dict(input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), crop_pct=1.0)
 
@@ -93,15 +95,38 @@ def test_splits_whose_names_begin_alike(tmp_path):
         load_image_data(str(tmp_path / 'half'), training=False)
 
 
+def trained_on(class_names, count=None):
+    """What says of a model which classes it was trained on."""
+    return SimpleNamespace(num_classes=count or len(class_names), pretrained_cfg={'label_names': class_names})
+
+
 @pytest.mark.parametrize('class_names', [[*'9876543210'], ['none', *CLASS_NAMES]])
 def test_labels_get_the_indices_of_a_model(class_names):
     """Catches labels that keep the order of the data where the model has another."""
     data = load_image_data('digits')
-    aligned = align_labels(data, class_names)
+    aligned = match_classes(data, trained_on(class_names), same_names=True)
     assert aligned.class_names == class_names
     for split in ('train', 'validation'):
         assert pairs(aligned, split) == pairs(data, split)
         assert getattr(aligned, split).features['label'].names == class_names
+
+
+def test_other_classes_are_matched_by_index_or_refused(caplog):
+    """Catches other classes that pass without a word, and a model of as many classes without names that is refused."""
+    data, others = load_image_data('digits'), [f'class {i}' for i in range(10)]
+    for model in (trained_on(CLASS_NAMES), trained_on(None, 10), trained_on(others[:7], 10)):
+        assert match_classes(data, model, same_names=True) is data
+    assert not caplog.text
+    assert match_classes(data, trained_on(others)) is data
+    assert "10 classes are called otherwise in the data than in the model, the first '0' and 'class 0'" in caplog.text
+    with pytest.raises(InputError, match="the first '0' and 'class 0'"):
+        match_classes(data, trained_on(others), same_names=True)
+    for count in (9, 11):
+        with pytest.raises(InputError, match=f'must have the {count} classes of the model.* got 10'):
+            match_classes(data, trained_on(None, count))
+    assert match_classes(data, trained_on(None, 11), more=True) is data
+    with pytest.raises(InputError, match='must have the 9 classes'):
+        match_classes(data, trained_on(None, 9), more=True)
 
 
 def test_columns_without_types_are_found_by_name(tmp_path):
@@ -183,7 +208,7 @@ def test_two_label_columns_are_not_guessed_between(tmp_path):
 def augmented():
     """Digits with augmentation that draws from the generators of Python, NumPy and PyTorch."""
     transform = create_train_transform(
-        CONFIG, hflip=0.5, color_jitter=0.3, auto_augment='rand-m9-mstd0.5', re_prob=0.5, re_mode='pixel')
+        CONFIG, hflip=0.5, color_jitter=0.3, auto_augment='rand-m9-mstd0.5', re_prob=0.5)
     return Images(load_image_data('digits'), 'train', transform, seed=3)
 
 
@@ -299,12 +324,11 @@ def test_pad_crop_shifts_by_at_most_an_eighth():
     """Catches a crop that scales the image, never moves it, or moves it further than its padding."""
     transform = create_train_transform(CONFIG, hflip=0.0, color_jitter=None)
     white = Image.new('RGB', (32, 32), 'white')
-    level = torch.tensor([(1 - m) / s for m, s in zip(CONFIG['mean'], CONFIG['std'], strict=True)])
     shifts = set()
     for i in range(300):
         with seeded(0, i):
             image = transform(white)
-        inside = (image - level[:, None, None]).abs().amax(dim=0) < 1e-5
+        inside = (image == 255).all(dim=0)
         rows, columns = inside.any(dim=1), inside.any(dim=0)
         assert torch.equal(inside, rows[:, None] & columns[None, :])
         shifts |= {32 - int(rows.sum()), 32 - int(columns.sum())}
@@ -312,7 +336,7 @@ def test_pad_crop_shifts_by_at_most_an_eighth():
 
 
 def test_train_transform_is_timms_above_64_px():
-    """Catches the small-image crop on photographs, and a normalization other than that of evaluation."""
+    """Catches the small-image crop on photographs."""
     config = dict(CONFIG, input_size=(3, 96, 96))
     image = Image.effect_noise((120, 100), 60).convert('RGB')
     ours, timms = (
@@ -320,8 +344,7 @@ def test_train_transform_is_timms_above_64_px():
             lambda c: create_train_transform(c, color_jitter=None),
             lambda c: create_transform(
                 c['input_size'], is_training=True, color_jitter=None, interpolation=c['interpolation'],
-                mean=c['mean'], std=c['std'],
-            ),
+                normalize=False),
         )
     )
     with seeded(1):
@@ -331,11 +354,36 @@ def test_train_transform_is_timms_above_64_px():
     assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize('in_chans', [1, 3])
+def test_images_that_were_normalized_by_the_device_are_timms(in_chans):
+    """Catches another normalization than the one by which timm's models are run, and erasing that leaves a trace."""
+    config = CONFIG | dict(input_size=(in_chans, 32, 32), mean=CONFIG['mean'][:in_chans], std=CONFIG['std'][:in_chans])
+    data = load_image_data('digits')
+    augmentation = dict(hflip=0.5, re_prob=0.7, color_jitter=None)
+    for split, options in ('train', augmentation), ('validation', {}):
+        if options:
+            make, timms = create_train_transform, create_transform(**config, is_training=True, **options)
+            timms.transforms[0] = make(config, **options).transforms[0]
+        else:
+            make, timms = (lambda c: create_transform(**c, normalize=False)), create_transform(**config)
+        loaders = [
+            create_loader(Images(data, split, transform, in_chans=in_chans, seed=5), 50, training=False)
+            for transform in (make(config, **options), timms)
+        ]
+        images, target = next(normalize(loaders[0], config, 'cpu'))
+        expected, labels = next(iter(loaders[1]))
+        assert next(iter(loaders[0]))[0].dtype == torch.uint8
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+        assert torch.equal(target, labels)
+        erased = (images == 0).all(dim=1).flatten(1).any(dim=1)
+        assert (0 < int(erased.sum()) < 50) == bool(options)
+
+
 def test_processes_of_the_host_program_end_as_they_would(tmp_path):
     """Catches an exit that kills daemons which are no workers of a loader, before they have cleaned up."""
     (tmp_path / 'host.py').write_text(textwrap.dedent("""
         import multiprocessing, pathlib, signal, sys, time
-        import timm_ddnn.images
+        import timm_ddnn.data.images
 
         def work():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path('cleaned').touch()))

@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 from conftest import create, images
-from image_files import write_images
+from helpers.image_files import write_images
+from helpers.training import FAST, read, run
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 from torchmetrics.classification import MulticlassCalibrationError
-from training import FAST, read, run
 
 from timm_ddnn.cascade import Cascade
 from timm_ddnn.data.datasets import load_image_data

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 from conftest import create
+from helpers.training import ROOT
 from PIL import Image
-from training import ROOT
 
 from timm_ddnn.hub.save import save_model
 

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from conftest import create
-from image_files import DAMAGED, png, write_parquet
+from helpers.image_files import DAMAGED, png, write_parquet
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform

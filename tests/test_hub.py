@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_models import logits, make_model, save
 
-from timm_ddnn.utils.modules import state_sum
+from timm_ddnn.utils.modules import state_dict_sha256
 from timm_ddnn.weights.download import fetch
 
 hub = hub_server.hub  # the fixture
@@ -131,11 +131,11 @@ def test_one_depth_is_a_stock_timm_repository(hub, tmp_path):
 def test_the_sum_of_a_state_is_of_its_names_and_values():
     """Catches another net that passes for the same, and weights that cannot be written as safetensors."""
     model, other = make_model(), make_model()
-    assert state_sum(model) == state_sum(other.to(memory_format=torch.channels_last))
+    assert state_dict_sha256(model) == state_dict_sha256(other.to(memory_format=torch.channels_last))
     other.get_classifier().bias.data[0] += 1
-    assert state_sum(model) != state_sum(other)
+    assert state_dict_sha256(model) != state_dict_sha256(other)
     tied = torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 2)
-    assert len({state_sum(tied), state_sum(tied[:1]), state_sum(tied.bfloat16())}) == 3
+    assert len({state_dict_sha256(tied), state_dict_sha256(tied[:1]), state_dict_sha256(tied.bfloat16())}) == 3
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from image_files import write_parquet
-from training import FAST, MODEL, ROOT, SCRIPT, assert_same_run, checkpoints, history, read, run, top1
+from helpers.image_files import write_parquet
+from helpers.training import FAST, MODEL, ROOT, SCRIPT, assert_same_run, checkpoints, history, read, run, top1
 
 pytestmark = pytest.mark.usefixtures('surroundings')
 

@@ -10,7 +10,7 @@ from PIL import Image
 from small_models import make_model, save
 
 import timm_ddnn
-from timm_ddnn.utils.files import file_sum
+from timm_ddnn.utils.files import file_sha256
 from timm_ddnn_cli.main import main
 
 
@@ -52,11 +52,11 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     assert 'import timm_ddnn' in card
     assert 'Unknown model' in card
     assert 'embedded knowledge distillation' in card
-    assert file_sum(target / 'model.safetensors') in card
+    assert file_sha256(target / 'model.safetensors') in card
     assert Image.open(target / 'accuracy.png').format == 'PNG'
 
     config = json.loads((target / 'config.json').read_text())
-    assert config['weights_sha256'] == file_sum(target / 'model.safetensors')
+    assert config['weights_sha256'] == file_sha256(target / 'model.safetensors')
     assert [row['top1'] for row in config['depths']] == [70.0, 71.0, 72.0]
     assert config['label_names'] == [f'class {i}' for i in range(10)]
     assert config['model_args']['channels'] == [4, 8, 16]

@@ -5,7 +5,7 @@ import re
 from statistics import mean, stdev
 
 import pytest
-from training import ROOT
+from helpers.training import ROOT
 
 
 def read_csv(path):

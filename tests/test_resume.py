@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers.training import FAST, SCRIPT, assert_same_run, checkpoints, history, read, run
 from safetensors.torch import load_file
-from training import FAST, SCRIPT, assert_same_run, checkpoints, history, read, run
 
 import timm_ddnn.evaluation.predict
 from timm_ddnn import EKDLoss

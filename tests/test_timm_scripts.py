@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers.training import ROOT
 from sklearn.datasets import load_digits
 from timm.models import load_checkpoint, save_for_hf
-from training import ROOT
 
 from timm_ddnn import EKDLoss
 

@@ -8,16 +8,23 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers.training import FAST, assert_same_run, few_digits, history, read, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.models import save_for_hf
-from training import FAST, assert_same_run, history, read, run
 
 from timm_ddnn import EKDLoss, EKDTask
 
 pytestmark = pytest.mark.usefixtures('surroundings')
 
-SHORT = [*FAST, '-b', 128, '--epochs', 2]  # of 11 updates
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Plots take longer than most of these runs; other tests look at them."""
+    for name in ('plot_accuracy', 'plot_curves'):
+        monkeypatch.setattr(f'timm_ddnn.train.recipe.{name}', lambda *args: None)
+
+
+SHORT = [*FAST, *few_digits(), '-b', 32, '--epochs', 2]  # of 22 updates
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
@@ -126,13 +133,13 @@ def test_averaged_weights_of_every_depth(monkeypatch):
     state = load_file('out/checkpoints/step-00000022/ema_0.safetensors')
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(record[f'ema_top1_{depth}'] != record[f'top1_{depth}'] for depth in (14, 8))
-    run('--evaluate', '--pretrained', '--model', 'local-dir:out', '--output', 'out', '-j', 0)
+    run('--evaluate', '--pretrained', '--model', 'local-dir:out', '--output', 'out', '-j', 0, *few_digits())
     assert [row['top1'] for row in read('out', 'evaluation.json')['depths']] == [
         record[f'ema_top1_{depth}'] for depth in (14, 8)]
 
 
 def test_the_average_teaches(seen, plain):
-    """Catches an option that does nothing, and a run that goes on with another teacher."""
+    """Catches an option that does nothing, and a run that resumes with another teacher."""
     average = ['--model-ema', '--model-ema-decay', 0.5, '--ema-teacher']
     run(*SHORT, *average, '--output', 'out')
     assert seen['teacher'] is not None
@@ -146,7 +153,7 @@ def test_the_average_teaches(seen, plain):
 
 
 def test_a_net_that_was_trained_before_teaches(seen, plain, capsys):
-    """Catches a teacher that is not asked, is not the one of the weights, and a run that goes on with another."""
+    """Catches a teacher that is not asked, is not the one of the weights, and a run that resumes with another."""
     run(*SHORT, '--teacher', plain, '--output', 'out')
     record = history('out')[-1]
     assert {'train_kl_14', 'train_attention_14', 'train_kl_8', 'train_attention_8'} <= record.keys()
@@ -243,7 +250,7 @@ def test_a_tracker_that_is_not_installed(monkeypatch, capfd):
     assert capfd.readouterr().err.endswith('error: --report-to wandb needs its package: pip install wandb\n')
 
 
-def test_a_run_that_goes_on_is_the_same_run_to_the_tracker(monkeypatch):
+def test_a_run_that_resumes_is_the_same_run_to_the_tracker(monkeypatch):
     """Catches a preempted job whose curves are scattered over as many runs as it had starts."""
     names = []
 

@@ -1,18 +1,21 @@
-"""What command lines share: the parser, types of arguments, and errors of one line."""
+"""What command lines share: the parser, types of arguments, and errors of one line.
+
+A list is written as separate words (`--cascade 14 26 50`); a comma only joins what belongs to one net (`2,2,2,2`).
+"""
 import argparse
 import ast
+import io
 import math
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-__all__ = [
-    'ArgumentParser', 'fail', 'integers', 'number', 'one_line_errors', 'parse_blocks', 'parse_option', 'parse_weight',
-    'run', 'run_script',
-]
+__all__ = ['ArgumentParser', 'fail', 'number', 'parse_blocks', 'parse_option', 'parse_weight', 'run', 'run_script']
+
+
+_MAX_LENGTH = 2_000  # of a message: that of an OSError may hold the answer of a server
 
 
 def fail(message: str, status: int = 2, every_process: bool = False) -> NoReturn:
@@ -24,35 +27,31 @@ def fail(message: str, status: int = 2, every_process: bool = False) -> NoReturn
         every_process: Whether each of several processes prints it, and not the first of every machine alone.
     """
     if every_process or os.environ.get('LOCAL_RANK', '0') == '0':
-        print(f'error: {" ".join(message.split())}', file=sys.stderr)
+        print(f'error: {" ".join(message.split())[:_MAX_LENGTH]}', file=sys.stderr)
     sys.exit(status)
 
 
 def run(main: Callable[[], Any]) -> None:
     """Run a program: an `InputError` or OSError becomes one line and its exit status, a bug keeps its traceback.
 
+    What the console cannot show is replaced.
+
     Args:
         main: The program.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='replace')
     try:
         main()
     except Exception as e:  # InputError is known by its attributes: importing it would import torch and timm
         status = 2 if isinstance(e, OSError) else getattr(e, 'exit_status', None)
         if status is None:
             raise
-        fail(str(e), status, getattr(e, 'on_every_process', False))
-
-
-@contextmanager
-def one_line_errors(*kinds: type[Exception], every_process: bool = False) -> Iterator[None]:
-    """Turn exceptions of some types into one line on stderr and exit status 2."""
-    try:
-        yield
-    except kinds as e:
         message = str(e)
         if 'in DataLoader worker process' in message:  # then it is a traceback that ends in the message proper
-            message = message.strip().splitlines()[-1].partition(': ')[2]
-        fail(message, every_process=every_process)
+            message = e.args[0].strip().splitlines()[-1].partition(': ')[2]
+        fail(message, status, getattr(e, 'on_every_process', False))
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -98,20 +97,16 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return parse
 
 
-def integers(what: str) -> Callable[[str], tuple[int, ...]]:
-    """Make a parser of integers with commas between them, for the `type` of an argument.
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """Parse the blocks per stage of a net, for example '2,2,2,2'.
 
-    Args:
-        what: What they are and an example, for the error.
+    Raises:
+        ArgumentTypeError: If the text is not integers with commas between them.
     """
-    def parse(text: str) -> tuple[int, ...]:
-        try:
-            return tuple(int(n) for n in text.split(','))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f'must be {what}, got {text!r}') from None
-    return parse
-
-parse_blocks = integers("blocks per stage such as '2,2,2,2'")
+    try:
+        return tuple(int(n) for n in text.split(','))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be blocks per stage such as '2,2,2,2', got {text!r}") from None
 
 
 def parse_weight(text: str) -> tuple[int, float]:
@@ -128,7 +123,7 @@ def parse_weight(text: str) -> tuple[int, float]:
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """Parse a keyword argument, for example 'channels=16,32,64'. What is no Python literal is a string.
+    """Parse a keyword argument, for example 'channels=16,32,64'. A value that is not a Python literal is a string.
 
     Raises:
         ArgumentTypeError: If the text is not a name, '=' and a value.

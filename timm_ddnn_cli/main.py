@@ -1,21 +1,21 @@
-"""The command `timm-ddnn`: finds a command's module in `commands/`, and reports every wrong input in one line."""
+"""The command `timm-ddnn`: parses the arguments, runs a command of `commands/`, and prints what it returns as JSON.
+
+Until the arguments are parsed only the standard library is imported, so that help and wrong arguments cost no time.
+"""
 import argparse
 import importlib
 import json
 import logging
-import pkgutil
 import sys
 from collections.abc import Sequence
 
-import timm_ddnn
-
-from . import commands
-from .arguments import ArgumentParser, fail, one_line_errors
+from .arguments import ArgumentParser, fail, run
+from .commands import NAMES
 
 __all__ = ['main']
 
 
-EXIT_STATUSES = 'exit status: 0 done, 1 an error in this program, 2 wrong input, 3 nothing fulfils what was asked for'
+EXIT_STATUSES = 'exit status: 0 done, 1 an error in this program, 2 wrong input, 3 nothing is within the limits'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,35 +24,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name, that of the process if None.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s', stream=sys.stderr)
-    logging.getLogger('huggingface_hub').propagate = False  # it writes to stderr itself
-    # where there is CUDA and no GPU, it says so when something imports it, amid the one line of an error
-    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
-    try:
-        args = _parse(arguments)
-        with one_line_errors(ValueError, OSError):
-            result = args.run(args)
-    except ModuleNotFoundError as e:
-        if e.name and e.name.split('.')[0] == 'timm_ddnn':
-            raise
-        extras = 'train' if e.name and e.name.startswith('sklearn') else 'cli,export'
-        fail(f"timm-ddnn needs the package {e.name} for this: pip install 'timm-ddnn[{extras}]'")
-    if args.json:
-        print(json.dumps(result, indent=2, allow_nan=False))
+    run(lambda: _main(arguments))
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser('Dynamic-depth networks: from a trained model to a device.', epilog=EXIT_STATUSES)
-    parser.add_argument('--version', action='version', version=f'timm-ddnn {timm_ddnn.__version__}')
-    subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    names = [name for _, name, _ in pkgutil.iter_modules(commands.__path__)]
-    # the command that is asked for does not wait for what the others import
-    for name in arguments[:1] if arguments and arguments[0] in names else names:
-        module = importlib.import_module(f'{commands.__name__}.{name}')
+def _main(arguments: Sequence[str] | None) -> None:
+    parser = _create_parser()
+    args = parser.parse_args(arguments)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f'timm-ddnn {version("timm-ddnn")}')
+    elif args.command is None:
+        parser.print_help()
+    else:
+        _run_command(args)
+
+
+def _create_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        'Dynamic-depth networks for timm: train, evaluate, bring to a device, publish.', prog='timm-ddnn',
+        epilog=EXIT_STATUSES)
+    parser.add_argument('--version', action='store_true', help='print the version')
+    subparsers = parser.add_subparsers(dest='command', metavar='COMMAND')
+    for name in NAMES:
+        module = importlib.import_module(f'.commands.{name}', __package__)
         command = subparsers.add_parser(
             name, description=module.HELP, help=module.HELP, epilog=f'examples:\n{module.EXAMPLES}\n\n{EXIT_STATUSES}')
         module.add_arguments(command)
         command.add_argument('--json', action='store_true', help='print JSON in the place of tables')
         command.set_defaults(run=module.run)
-    return parser.parse_args(arguments)
+    return parser
+
+
+def _run_command(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s', stream=sys.stderr)
+    logging.getLogger('huggingface_hub').propagate = False  # it writes to stderr itself
+    # where CUDA is installed and there is no GPU, it warns when something imports it
+    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
+    try:
+        result = args.run(args)
+    except ModuleNotFoundError as e:
+        if e.name and e.name.split('.')[0] in ('timm_ddnn', 'timm_ddnn_cli'):
+            raise
+        extra = 'train' if e.name and e.name.startswith('sklearn') else 'cli,export'
+        fail(f"timm-ddnn needs the package {e.name} for this: pip install 'timm-ddnn[{extra}]'")
+    if args.json and result is not None:  # one of several processes prints
+        print(json.dumps(result, indent=2, allow_nan=False))

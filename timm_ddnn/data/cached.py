@@ -1,4 +1,4 @@
-"""Small images that are decoded once and augmented by whole batches."""
+"""Small images that are decoded once and augmented by whole batches; they are normalized as all others."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ __all__ = ['MemoryImages']
 
 
 class MemoryImages(Dataset):
-    """Small images, decoded once and kept as bytes, that are cropped, flipped and normalized by whole batches.
+    """Small images, decoded once and kept as bytes, that are cropped and flipped by whole batches.
 
     What is random is a function of (seed, epoch, index), as in `Images`, though not the same function.
     """
@@ -62,8 +62,6 @@ class MemoryImages(Dataset):
             rows = slice(start, start + len(batch))
             self.images[rows], self.targets[rows] = batch, targets  # not kept: those of workers are open files
             start = rows.stop
-        self.mean = torch.tensor(data_config['mean'], device=device)[:, None, None]
-        self.std = torch.tensor(data_config['std'], device=device)[:, None, None]
         self.padding = [side // 8 if split == 'train' else 0 for side in size]
         self.hflip = hflip
         self.seed = seed
@@ -79,7 +77,7 @@ class MemoryImages(Dataset):
         return len(self.images)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make the batch of some (epoch, index) of one epoch, as `EpochSampler` gives them."""
+        """Make the batch of some (epoch, index) of one epoch, as `EpochSampler` gives them: bytes [B, C, H, W]."""
         epoch = keys[0][0]
         index = torch.tensor([index for _, index in keys])
         if self.device.type == 'cuda':
@@ -93,7 +91,7 @@ class MemoryImages(Dataset):
             crops = padded.unfold(2, height, 1).unfold(3, width, 1)
             images = crops[torch.arange(len(index), device=self.device), :, offsets[:, 0], offsets[:, 1]]
             images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-        return images.float().div_(255).sub_(self.mean).div_(self.std), self.targets[index]
+        return images, self.targets[index]
 
     def _draw(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw, for every image, the corner of its crop in the padded image, [N, 2], and whether it is flipped, [N]."""

@@ -8,15 +8,17 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from torch import nn
 
-__all__ = ['ImageData', 'align_labels', 'load_image_data', 'match_classes', 'quiet_datasets']
+from ..utils.errors import InputError
+
+__all__ = ['ImageData', 'class_names', 'load_image_data', 'match_classes', 'quiet_datasets']
 
 
 _logger = logging.getLogger(__name__)
@@ -108,33 +110,65 @@ def load_image_data(
     return ImageData(splits.get('train'), splits['validation'], input_key, target_key, class_names)
 
 
-def align_labels(data: ImageData, class_names: Sequence[str]) -> ImageData:
+def class_names(model: nn.Module) -> list[str] | None:
+    """Names of the classes of a model that were saved with its weights, None if none were.
+
+    Args:
+        model: timm model.
+    """
+    names = model.pretrained_cfg.get('label_names')
+    return list(names) if names and len(names) == model.num_classes else None
+
+
+def match_classes(
+        data: ImageData,
+        model: nn.Module,
+        *,
+        more: bool = False,
+        same_names: bool = False,
+) -> ImageData:
     """Give labels the indices that a model has for their classes.
 
     A split may lack classes that the model was trained on, or have them in another order. Where all its classes are
-    known to the model by name, the name decides. Else the index does, with a warning, or, where the model has another
-    number of classes, nothing is changed.
+    known to the model by name, the name decides: names that were saved with weights win. Else the index does, with a
+    warning if the names are others.
 
     Args:
         data: What `load_image_data` found.
-        class_names: Name of every class of the model, the index being its output.
+        model: timm model.
+        more: Whether the model may have more classes than the data where the index decides.
+        same_names: Whether the index decides only where the model has no names.
 
     Returns:
-        Data whose class names are those of the model, or the data as they are.
+        Data whose class names are those of the model, or the same data if nothing is to be changed.
+
+    Raises:
+        InputError: If the model has another number of classes, or other names where that matters, and does not know
+            those of the data by name.
     """
-    own, class_names = data.class_names, list(class_names)
-    if own == class_names:
-        return data
-    if not set(own) <= set(class_names):
-        differ = [pair for pair in zip(own, class_names, strict=False) if pair[0] != pair[1]]
-        if len(own) == len(class_names):
-            _logger.warning(
-                f'{len(differ)} classes are called otherwise in the data than in the model, the first {differ[0][0]!r} '
-                f'and {differ[0][1]!r}: accuracy is by index, and so only right if the order is the same.'
-            )
-        return data
-    index = np.array([class_names.index(name) for name in own])
-    feature = datasets.ClassLabel(names=class_names)
+    own, names = data.class_names, class_names(model)
+    if names and set(own) <= set(names):
+        return data if own == names else _align(data, names)
+    if not (len(own) == model.num_classes or (more and len(own) < model.num_classes)):
+        raise InputError(
+            f'data must have the {model.num_classes} classes of the model, or some of them by the same names, got '
+            f'{len(own)}'
+        )
+    if names:
+        differ = [pair for pair in zip(own, names, strict=False) if pair[0] != pair[1]]
+        message = (
+            f'{len(differ)} classes are called otherwise in the data than in the model, the first {differ[0][0]!r} '
+            f'and {differ[0][1]!r}'
+        )
+        if same_names:
+            raise InputError(message)
+        _logger.warning(f'{message}: they are matched by index, which is only right if the order is the same')
+    return data
+
+
+def _align(data: ImageData, names: list[str]) -> ImageData:
+    index = np.array([names.index(name) for name in data.class_names])
+    feature = datasets.ClassLabel(names=names)
 
     def align(split: datasets.Dataset | None) -> datasets.Dataset | None:
         if split is None:
@@ -142,26 +176,7 @@ def align_labels(data: ImageData, class_names: Sequence[str]) -> ImageData:
         labels = split.select_columns(data.target_key).with_format('numpy')[:][data.target_key]
         return split.remove_columns(data.target_key).add_column(data.target_key, index[labels], feature=feature)
 
-    return data._replace(train=align(data.train), validation=align(data.validation), class_names=class_names)
-
-
-def match_classes(data: ImageData, model: Any) -> ImageData:
-    """Align the labels with the classes of a model, see `align_labels`, and make sure that it has as many.
-
-    Args:
-        data: What `load_image_data` found.
-        model: timm model.
-
-    Raises:
-        ValueError: If it has other classes.
-    """
-    data = align_labels(data, model.pretrained_cfg.get('label_names') or ())
-    if model.num_classes != len(data.class_names):
-        raise ValueError(
-            f'data must have the {model.num_classes} classes of the model, or some of them by the same names, got '
-            f'{len(data.class_names)}'
-        )
-    return data
+    return data._replace(train=align(data.train), validation=align(data.validation), class_names=names)
 
 
 def _load_digits() -> datasets.DatasetDict:

@@ -13,17 +13,28 @@ import numpy as np
 import PIL.Image
 import torch
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from ..utils.errors import InputError
 from .datasets import ImageData
 
 __all__ = ['ImageReadError', 'Images', 'convert_image', 'create_train_transform', 'seeded']
 
 
-class ImageReadError(ValueError):
+class ImageReadError(InputError):
     """An image that cannot be read or decoded."""
+
+    on_every_process = True
+
+    def __str__(self) -> str:
+        """Return the message. A loader raises the error of a worker process anew, with a traceback as the message."""
+        message = super().__str__()
+        if 'in DataLoader worker process' not in message:
+            return message
+        return message.strip().splitlines()[-1].partition(': ')[2]
 
 
 @contextmanager
@@ -125,6 +136,7 @@ def create_train_transform(
         data_config: dict[str, Any],
         *,
         crop_mode: str | None = None,
+        re_prob: float = 0.0,
         **augmentation: Any,
 ) -> Callable[[Any], torch.Tensor]:
     """Create the transform of training images: timm's, and for small images the crop that CIFAR is trained with.
@@ -133,28 +145,54 @@ def create_train_transform(
         data_config: As `timm.data.resolve_data_config` gives it.
         crop_mode: 'pad' (resize, pad by an eighth of the size with zeros, crop at random) or one of timm's modes 'rrc',
             'rkrc' and 'rkrr'. 'pad' up to 64 px and 'rrc' above, if None.
+        re_prob: Probability of random erasing, [0, 1].
         **augmentation: Further arguments of `timm.data.create_transform`.
 
+    Returns:
+        The transform of a PIL image to bytes [C, H, W], which are still to be normalized; with random erasing to
+        [C + 1, H, W], the last channel being 1, or 0 where the image is erased.
+
     Raises:
-        ValueError: If there is a scale or a ratio of the crop, and the mode is 'pad', which has none.
+        InputError: If there is a scale or a ratio of the crop, and the mode is 'pad', which has none; or timm has no
+            such augmentation.
     """
     height, width = data_config['input_size'][-2:]
     crop_mode = crop_mode or ('pad' if max(height, width) <= 64 else 'rrc')
     given = [name for name in ('scale', 'ratio') if augmentation.get(name)]
     if crop_mode == 'pad' and given:
-        raise ValueError(f"{given[0]} must be for a crop mode such as 'rrc', got 'pad', the default up to 64 px")
-    transform = create_transform(
-        data_config['input_size'],
-        is_training=True,
-        train_crop_mode=None if crop_mode == 'pad' else crop_mode,
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        **augmentation,
-    )
+        raise InputError(f"{given[0]} must be for a crop mode such as 'rrc', got 'pad', the default up to 64 px")
+    try:
+        transform = create_transform(
+            data_config['input_size'],
+            is_training=True,
+            train_crop_mode=None if crop_mode == 'pad' else crop_mode,
+            interpolation=data_config['interpolation'],
+            mean=data_config['mean'],
+            normalize=False,
+            **augmentation,
+        )
+    except (AssertionError, ValueError) as e:  # by which timm judges the policy
+        raise InputError(f'--aa {augmentation.get("auto_augment")}: {e}') from e
     if crop_mode == 'pad':
         transform.transforms[0] = transforms.Compose([
             transforms.Resize((height, width), interpolation=str_to_interp_mode(data_config['interpolation'])),
             transforms.RandomCrop((height, width), padding=(width // 8, height // 8)),
         ])
+    if re_prob:
+        transform.transforms.append(AppendErasing(re_prob))
     return transform
+
+
+class AppendErasing:
+    """Appends a channel to an image that is 1, and 0 in the rectangle that timm's `RandomErasing` draws.
+
+    What is erased is 0 after normalization, which no byte stands for before.
+    """
+
+    def __init__(self, probability: float) -> None:
+        """Erase with a probability, [0, 1]."""
+        self.erase = RandomErasing(probability, device='cpu')
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Map [C, H, W] to [C + 1, H, W]."""
+        return torch.cat([image, self.erase(torch.ones_like(image[:1]))])

@@ -1,10 +1,13 @@
-"""The loader: the order of an epoch, batches, and worker processes that end with the program."""
+"""The loader: the order of an epoch, batches, worker processes that end with the program, and normalization.
+
+Images cross from the workers as bytes and are normalized on the device of the model, as by timm's `PrefetchLoader`.
+"""
 import atexit
 import copy
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ['EpochSampler', 'create_loader']
+__all__ = ['EpochSampler', 'create_loader', 'normalize']
 
 
 class EpochSampler(Sampler):
@@ -90,7 +93,7 @@ def create_loader(
         training: bool,
         num_workers: int = 0,
 ) -> DataLoader:
-    """Create a loader of batches: images [B, C, H, W] and labels [B].
+    """Create a loader of batches: images [B, C, H, W] and labels [B]. Those of bytes are for `normalize`.
 
     Args:
         images: The images.
@@ -115,3 +118,29 @@ def create_loader(
         drop_last=training,
         generator=torch.Generator(),  # else it draws from the global one, and more or less often with the workers
     )
+
+
+def normalize(
+        batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        data_config: Mapping[str, Any],
+        device: torch.device | str,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Move batches to a device, and normalize their images there.
+
+    Args:
+        batches: Images [B, C, H, W] or [B, C + 1, H, W], bytes, and labels [B]. What is 0 in the channel that the model
+            has not, see `create_train_transform`, is erased: 0 in all channels after normalization.
+        data_config: As `timm.data.resolve_data_config` gives it.
+        device: The device.
+
+    Yields:
+        Images [B, C, H, W], float32, and labels [B].
+    """
+    channels = data_config['input_size'][0]
+    mean, std = (255 * torch.tensor(data_config[key], device=device)[:, None, None] for key in ('mean', 'std'))
+    for images, target in batches:
+        images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        normalized = images[:, :channels].float().sub_(mean).div_(std)
+        if images.shape[1] > channels:
+            normalized *= images[:, channels:]
+        yield normalized, target

@@ -1,24 +1,29 @@
 """Adapter that moves the depth of a running program, such that latency keeps a budget under a changing load.
 
-This module imports the standard library and one function of `selection.py`, no more.
+It does not know models: a program asks it for a depth and reports latencies.
 """
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from ..utils.checks import Number, check_value
+from ..utils.errors import InputError
 from .choose import percentile_90
 
 __all__ = ['DepthController']
 
 
+_POSITIVE = Number(float, 1e-12)
+_COUNT = Number(int, 1)
+
 class DepthController:
     """Moves the depth such that latency stays within a budget under a changing load.
 
         profile = read_profile('output/profile/profile.json')
-        costs = {row['depth']: row['median_ms'] for row in profile_rows(profile, threads=2)}
+        rows = profile_rows(profile, runtime='eager', batch_size=1, threads=2)
+        costs = {row['depth']: row['median_ms'] for row in rows}
         controller = DepthController(costs, budget_ms=50)
         with controller.measure() as depth:
             logits = model(x, depth=depth)
@@ -58,19 +63,18 @@ class DepthController:
             patience: Calls in a row for which it must be predicted to.
 
         Raises:
-            ValueError: If an argument is out of its range.
+            InputError: If an argument is out of its range.
         """
-        if not isinstance(costs, Mapping):
-            raise ValueError(f'costs must be a mapping from depths to numbers, got {costs!r}')
+        if not (isinstance(costs, Mapping) and costs):
+            raise InputError(f'costs must be a mapping from depths to numbers, got {costs!r}')
+        for depth, cost in costs.items():
+            check_value(depth, _COUNT, 'depth in costs')
+            check_value(cost, _POSITIVE, f'cost of depth {depth}')
+        check_value(budget_ms, _POSITIVE, 'budget_ms')
+        check_value(headroom, Number(float, 1e-12, 1), 'headroom')
+        check_value(window, _COUNT, 'window')
+        check_value(patience, _COUNT, 'patience')
         costs = dict(sorted(costs.items(), reverse=True))
-        if not costs or not all(cost > 0 and math.isfinite(cost) for cost in costs.values()):
-            raise ValueError(f'costs must be numbers above 0 by depth, got {costs}')
-        if not (budget_ms > 0 and math.isfinite(budget_ms)):
-            raise ValueError(f'budget_ms must be a number above 0, got {budget_ms}')
-        if not 0 < headroom <= 1:
-            raise ValueError(f'headroom must be above 0 and at most 1, got {headroom}')
-        if window < 1 or patience < 1:
-            raise ValueError(f'window and patience must be at least 1, got {window} and {patience}')
         self.depths = tuple(costs)
         self.budget_ms = budget_ms
         self._costs = costs
@@ -117,12 +121,11 @@ class DepthController:
             The depth of the next call.
 
         Raises:
-            ValueError: If there is no such depth, or the latency is negative or not finite.
+            InputError: If there is no such depth, or the latency is negative or not finite.
         """
-        if not (latency_ms >= 0 and math.isfinite(latency_ms)):
-            raise ValueError(f'latency_ms must be a number of at least 0, got {latency_ms}')
+        check_value(latency_ms, Number(float, 0), 'latency_ms')
         if depth is not None and depth not in self._costs:
-            raise ValueError(f'depth must be one of {self.depths}, got {depth!r}')
+            raise InputError(f'depth must be one of {self.depths}, got {depth!r}')
         with self._lock:
             if depth in (None, self._depth):
                 self._latencies.append(latency_ms)

@@ -1,5 +1,4 @@
 """One depth saved as a plain net that timm loads."""
-
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ def extract_model(name: str, depth: int, output: str | Path) -> dict[str, Any]:
     saved with the model.
 
     Args:
-        name: As for `cli.load_model`.
+        name: As for `load_model`.
         depth: One of the model's depths.
         output: Folder to write, new or empty.
 
@@ -29,7 +28,7 @@ def extract_model(name: str, depth: int, output: str | Path) -> dict[str, Any]:
         is not known), imports (packages that must be imported to load it).
 
     Raises:
-        ValueError: If there is no such model or depth.
+        InputError: If there is no such model or depth.
         OSError: If the folder cannot be written.
     """
     with staged_folder(output, new=True) as folder:

@@ -20,10 +20,13 @@ import timm
 import torch
 from torch import nn
 
-__all__ = ['measure_memory', 'measure_memory_cuda', 'onnx_function']
+from ..utils.errors import InputError
+
+__all__ = ['is_out_of_memory', 'measure_memory', 'measure_memory_cuda', 'onnx_function']
 
 
 _CALLS = 3  # the caches of the allocators are full after two
+_EXIT_NO_MEMORY = 12  # ENOMEM
 
 
 def measure_memory(
@@ -53,8 +56,8 @@ def measure_memory(
         Bytes by batch size.
 
     Raises:
-        RuntimeError: If the process ends with an error, such as that of too little memory.
-        ValueError: If the net was built with an argument that is no number, string or list, such as a class.
+        InputError: If memory is too small, or the net was built with an argument that JSON cannot hold.
+        RuntimeError: If the process ends with another error.
     """
     task = {
         'runtime': runtime,
@@ -65,15 +68,15 @@ def measure_memory(
         'model_args': {**net._model_args, 'num_classes': net.num_classes},
     }
     try:
-        task = json.dumps(task)
+        task_text = json.dumps(task)
     except TypeError as e:
-        raise ValueError(
+        raise InputError(
             f'memory is measured of models built with numbers, strings and lists of them, got {net._model_args}'
         ) from e
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get('PYTHONPATH')]
     with tempfile.TemporaryDirectory() as cache:  # else memory would depend on whether it was compiled before
         run = subprocess.run(
-            [sys.executable, '-P', '-m', 'timm_ddnn.deploy.peak_memory', task],
+            [sys.executable, '-P', '-m', 'timm_ddnn.deploy.peak_memory', task_text],
             capture_output=True,
             text=True,
             env={
@@ -83,10 +86,12 @@ def measure_memory(
                 'TORCHINDUCTOR_CACHE_DIR': cache,
             },
         )
+    if run.returncode in (_EXIT_NO_MEMORY, -signal.SIGKILL):  # the kernel kills where memory runs out
+        raise InputError(
+            f'memory must be larger for {task["architecture"]} with batches of {max(batch_sizes)} images '
+            f'{list(input_size)} under {runtime}')
     if run.returncode:
-        lines = run.stderr.strip().splitlines() or ['no message']
-        killed = 'it was killed, as is done where memory runs out: ' if run.returncode == -signal.SIGKILL else ''
-        raise RuntimeError(f'the process that measures memory ended with status {run.returncode}: {killed}{lines[-1]}')
+        raise RuntimeError(f'the process that measures memory ended with status {run.returncode}:\n{run.stderr}')
     return dict(zip(sorted(batch_sizes), json.loads(run.stdout.splitlines()[-1]), strict=True))
 
 
@@ -122,6 +127,13 @@ def measure_memory_cuda(
         _run(function, torch.randn(batch_size, *input_size, device=device))
         peaks[batch_size] = torch.cuda.max_memory_allocated(device) - before
     return peaks
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell an error of too little memory, for which PyTorch's allocator of the CPU has no type, from others."""
+    # PyTorch's, its on Windows, ONNX Runtime's
+    texts = "can't allocate memory", 'not enough memory', 'Failed to allocate memory'
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _prepare(net: nn.Module, runtime: str) -> Callable[[Any], Any]:
@@ -189,4 +201,6 @@ if __name__ == '__main__':
     try:
         print(json.dumps(_main(json.loads(sys.argv[1]))))
     except Exception as e:
-        sys.exit(f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}')
+        if not is_out_of_memory(e):
+            raise
+        sys.exit(_EXIT_NO_MEMORY)

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from ..cascade import StepCost
-from .predict import Predictions
-from .thresholds import choose_threshold, exit_steps, trace_thresholds
+from ..utils.errors import InputError
+from .predict import Predictions, percent
+from .thresholds import Tradeoff, choose_threshold, exit_steps, trace_thresholds
 
 __all__ = ['add_accuracies', 'calibration_bins', 'class_rows', 'depth_metrics', 'evaluate_cascade', 'split_images']
 
@@ -61,17 +62,13 @@ def depth_metrics(predictions: Predictions) -> list[dict[str, Any]]:
         bins = calibration_bins(predictions.confidences[i], predictions.correct[i])
         rows.append({
             'depth': depth,
-            'top1': _percent(predictions.correct[i]),
-            'top5': _percent(predictions.top5[i]),
+            'top1': percent(predictions.correct[i]),
+            'top5': percent(predictions.top5[i]),
             'ece': round(_calibration_error(bins), 4),
-            'agreement': _percent(predictions.classes[i] == predictions.classes[0]),
+            'agreement': percent(predictions.classes[i] == predictions.classes[0]),
             'calibration': bins,
         })
     return rows
-
-
-def _percent(values: torch.Tensor) -> float:
-    return round(100 * float(values.double().mean()), 4)
 
 
 def class_rows(predictions: Predictions, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -89,7 +86,7 @@ def class_rows(predictions: Predictions, class_names: Sequence[str]) -> list[dic
         own = predictions.target == label
         correct = predictions.correct[:, own]
         rows.append({'class': name, 'images': int(own.sum())} | {
-            f'top1_{depth}': _percent(hits) if len(hits) else None
+            f'top1_{depth}': percent(hits) if len(hits) else None
             for depth, hits in zip(predictions.depths, correct, strict=True)
         })
     return rows
@@ -106,11 +103,11 @@ def split_images(count: int, holdout: float) -> tuple[torch.Tensor, torch.Tensor
         Indices of the images of both parts, in random order.
 
     Raises:
-        ValueError: If a part has no image.
+        InputError: If a part has no image.
     """
     first = round(count * holdout)
     if not 0 < first < count:
-        raise ValueError(f'the share of held-out images must leave some in both parts of {count}, got {holdout}')
+        raise InputError(f'the share of held-out images must leave some in both parts of {count}, got {holdout}')
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return order[:first], order[first:]
 
@@ -151,22 +148,19 @@ def evaluate_cascade(
             others.confidences, others.correct, macs, target_top1=target_top1, budget_macs=budget_macs)
         threshold, chosen = point.threshold, {'images': len(others.target), 'top1': point.top1, 'macs': point.macs}
     own = reported.select(torch.arange(len(reported.target)), depths)
-    steps = exit_steps(own.confidences, threshold)
-    total = torch.tensor(macs).cumsum(0)
-    rows = [
+    ends = exit_steps(own.confidences, threshold)
+    top1 = percent(own.correct[ends, torch.arange(len(ends))])
+    mean_macs = float(torch.tensor(macs).cumsum(0)[ends].double().mean())
+    steps = [
         {
             **cost._asdict(),
             'macs_alone': cost.macs + cost.reused,
-            'top1_alone': _percent(own.correct[i]),
-            'ends': _percent(steps == i),
+            'top1_alone': percent(own.correct[i]),
+            'ends': percent(ends == i),
         }
         for i, cost in enumerate(costs)
     ]
-    curve = trace_thresholds(own.confidences, own.correct, macs)
-    points = len(curve.thresholds)
-    some = torch.linspace(0, points - 1, min(points, CURVE_POINTS), dtype=torch.float64).round().long()
-    top1, mean_macs = _percent(own.correct[steps, torch.arange(len(steps))]), float(total[steps].double().mean())
-    better = [row for row in rows if row['top1_alone'] >= top1 and row['macs_alone'] <= mean_macs]
+    better = [step for step in steps if step['top1_alone'] >= top1 and step['macs_alone'] <= mean_macs]
     return {
         'depths': depths,
         'confidence': 'greatest softmax probability; an image goes on where it is not above the threshold',
@@ -177,10 +171,17 @@ def evaluate_cascade(
         'images': len(own.target),
         'top1': top1,
         'macs': mean_macs,
-        'steps': rows,
-        'beaten_by': max(better, key=lambda row: row['top1_alone'])['depth'] if better else None,
-        'curve': {name: values[some].tolist() for name, values in curve._asdict().items()},
+        'steps': steps,
+        'beaten_by': max(better, key=lambda step: step['top1_alone'])['depth'] if better else None,
+        'curve': _thin_out(trace_thresholds(own.confidences, own.correct, macs)),
     }
+
+
+def _thin_out(curve: Tradeoff) -> dict[str, list[float]]:
+    """Take points at equal distances of a curve, for a file."""
+    points = len(curve.thresholds)
+    some = torch.linspace(0, points - 1, min(points, CURVE_POINTS), dtype=torch.float64).round().long()
+    return {name: values[some].tolist() for name, values in curve._asdict().items()}
 
 
 def add_accuracies(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -188,7 +189,7 @@ def add_accuracies(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, floa
 
     Args:
         rows: Rows with depth, as `count_costs` gives them.
-        metrics: top1_<depth> and top5_<depth>, as `evaluation.evaluate` gives them.
+        metrics: top1_<depth> and top5_<depth>, as `evaluate` gives them.
 
     Returns:
         Rows of results.

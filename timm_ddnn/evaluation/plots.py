@@ -18,7 +18,7 @@ def plot_accuracy(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> 
 
     Args:
         path: PNG file to write.
-        rows: Rows of results.
+        rows: Rows with depth, macs and top1.
         title: Title.
     """
     figure = Figure(figsize=(6, 4), layout='constrained')
@@ -40,7 +40,8 @@ def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequen
 
     Args:
         path: PNG file to write.
-        history: Metrics by epoch, see the head of this module.
+        history: Records with epoch, and by depth train_ce_<depth>, train_kl_<depth>, train_attention_<depth>,
+            top1_<depth> and ema_top1_<depth>, of which some may be missing.
         depths: Depths, the full-net's first.
         title: Title.
     """
@@ -96,9 +97,18 @@ def plot_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
     """
     figure = Figure(figsize=(11, 5.2), layout='constrained')
     figure.suptitle(title)
-    axes, reliability = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2)
     colors = {row['depth']: f'C{i}' for i, row in enumerate(result['depths'])}
-    cascade = result['cascade']
+    _draw_accuracy(left, result, colors)
+    _draw_calibration(right, result, colors)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=2)
+    save_figure(figure, path)
+
+
+def _draw_accuracy(axes: Axes, result: Mapping[str, Any], colors: Mapping[int, str]) -> None:
+    cascade, title = result['cascade'], 'accuracy'
     if cascade:
         points = [(step['depth'], step['macs_alone'], step['top1_alone']) for step in cascade['steps']]
         axes.plot(cascade['curve']['macs'], cascade['curve']['top1'], color='0.5', label='cascade, all thresholds')
@@ -106,26 +116,25 @@ def plot_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
             cascade['macs'], cascade['top1'], '*', color='black', markersize=13, zorder=3,
             label=f'threshold {cascade["threshold"]:.4f}: {cascade["top1"]:.2f} %',
         )
+        if cascade['chosen']:
+            title += f' on {cascade["images"]:,} images, the threshold chosen on others'
     else:
         points = [(row['depth'], row['macs'], row['top1']) for row in result['depths']]
     for depth, macs, top1 in points:
         axes.plot(macs, top1, 'o', color=colors[depth], label=f'depth {depth} alone: {top1:.2f} %')
     show_macs(axes, max(macs for _, macs, _ in points))
     axes.margins(x=0.1, y=0.1)
-    on = f' on {cascade["images"]:,} images, the threshold chosen on others' if cascade and cascade['chosen'] else ''
-    axes.set(title=f'accuracy{on}', xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
+    axes.set(title=title, xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
 
-    reliability.plot([0, 1], [0, 1], ':', color='black', label='calibrated')
+
+def _draw_calibration(axes: Axes, result: Mapping[str, Any], colors: Mapping[int, str]) -> None:
+    axes.plot([0, 1], [0, 1], ':', color='black', label='calibrated')
     for row in result['depths']:
-        counts, confidences, accuracies = zip(
-            *(values for values in zip(*row['calibration'].values(), strict=True) if values[0]), strict=True)
+        bins = [values for values in zip(*row['calibration'].values(), strict=True) if values[0]]
+        counts, confidences, accuracies = zip(*bins, strict=True)
+        color, sizes = colors[row['depth']], [200 * count / sum(counts) for count in counts]
         label = f'depth {row["depth"]}: calibration error {row["ece"]:.2f} %'
-        reliability.plot(confidences, accuracies, linewidth=0.8, color=colors[row['depth']], label=label)
-        sizes = [200 * count / sum(counts) for count in counts]
-        reliability.scatter(confidences, accuracies, sizes, color=colors[row['depth']], clip_on=False, zorder=3)
-    reliability.set_title('calibration, points sized by images', pad=14)  # points at 1 reach beyond the axes
-    reliability.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))
-    for part in (axes, reliability):
-        part.grid(alpha=0.3)
-        part.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=2)
-    save_figure(figure, path)
+        axes.plot(confidences, accuracies, linewidth=0.8, color=color, label=label)
+        axes.scatter(confidences, accuracies, sizes, color=color, clip_on=False, zorder=3)
+    axes.set_title('calibration, points sized by images', pad=14)  # points at 1 reach beyond the axes
+    axes.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))

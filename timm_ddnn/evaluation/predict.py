@@ -1,13 +1,16 @@
-"""One pass of all depths over images; what is computed from it is in `metrics.py`."""
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+"""The one pass of all depths over images; what is computed from it is in `metrics.py`."""
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from ..cascade import confidence
+from ..utils.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 __all__ = ['Predictions', 'autocast', 'evaluate', 'predict']
 
@@ -44,36 +47,46 @@ class Predictions(NamedTuple):
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches: Iterable[Any], precision: str = 'no') -> Predictions:
+def predict(
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        gather: Callable[[list[torch.Tensor]], list[torch.Tensor]] = list,
+) -> Predictions:
     """Run all depths on images, each batch once for all of them.
 
     Args:
         model: Dynamic-depth model. It is left in eval mode.
         batches: Images [B, C, H, W] and labels [B].
-        precision: 'no' or 'bf16', as in accelerate.
+        autocast: Makes the context in which the model runs, as `Accelerator.autocast`.
+        gather: Collects from all processes tensors whose first dimension is that of the images, as
+            `Accelerator.gather_for_metrics`.
 
     Returns:
-        The predictions, on the CPU.
+        The predictions for the images of all processes, on the CPU.
 
     Raises:
-        ValueError: If logits are not finite.
+        InputError: If the model gives logits that are not finite.
     """
     model.eval()
     device = next(model.parameters()).device
     parts = []
     for images, target in batches:
-        with autocast(device, precision):
+        with autocast():
             outputs = model(images.to(device, non_blocking=True), depth='all')
-        target, found = target.to(device), []
-        for depth, output in outputs.items():
-            logits = output.logits.float()
-            if not logits.isfinite().all():
-                raise ValueError(f'the model gives logits at depth {depth} that are not finite')
-            best = logits.topk(min(5, logits.shape[-1])).indices
-            found.append((logits.argmax(-1), confidence(logits), (best == target[:, None]).any(-1)))
-        parts.append([target.cpu(), *(torch.stack(values).cpu() for values in zip(*found, strict=True))])
-    target, *values = zip(*parts, strict=True)
-    return Predictions(model.depths, torch.cat(target), *(torch.cat(value, dim=1) for value in values))
+        logits = torch.stack([output.logits.float() for output in outputs.values()], dim=1)          # [B, D, classes]
+        target = target.to(device, non_blocking=True)
+        best = logits.topk(min(5, logits.shape[-1])).indices
+        sure = confidence(logits).where(logits.isfinite().all(-1), torch.nan)
+        parts.append(gather([target, logits.argmax(-1), sure, (best == target[:, None, None]).any(-1)]))
+    # moved at the end: a copy waits for all the work that was queued on the device
+    target, *values = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    classes, confidences, top5 = (value.T.contiguous() for value in values)
+    for depth, sure in zip(model.depths, confidences, strict=True):
+        if sure.isnan().any():
+            raise InputError(f'the model gives logits at depth {depth} that are not finite')
+    return Predictions(model.depths, target, classes, confidences, top5)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -81,9 +94,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == 'bf16')
 
 
-@torch.inference_mode()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
-    """Measure the accuracy of every depth, each batch running once for all depths and each image counting once.
+def evaluate(accelerator: 'Accelerator', model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
+    """Measure the accuracy of every depth over all processes, each image counting once.
 
     Args:
         accelerator: Accelerator of the run.
@@ -92,21 +104,18 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: Iterable[Any]) 
 
     Returns:
         'top1_<depth>' and 'top5_<depth>' in percent, the latter for the best k if there are k < 5 classes.
+
+    Raises:
+        InputError: If the model gives logits that are not finite; in all processes.
     """
-    model.eval()
-    classes = model.num_classes
-    accuracies = {
-        f'top{k}_{depth}': MulticlassAccuracy(
-            classes, top_k=min(k, classes), average='micro', validate_args=False, sync_on_compute=False,
-        ).to(accelerator.device)
-        for k in (1, 5) for depth in model.depths
+    predictions = predict(model, loader, autocast=accelerator.autocast, gather=accelerator.gather_for_metrics)
+    return {
+        f'{name}_{depth}': percent(hits)
+        for name, values in (('top1', predictions.correct), ('top5', predictions.top5))
+        for depth, hits in zip(predictions.depths, values, strict=True)
     }
-    for images, target in loader:
-        with accelerator.autocast():
-            outputs = model(images, depth='all')
-        logits = [output.logits.float() for output in outputs.values()]
-        *logits, target = accelerator.gather_for_metrics([*logits, target])
-        for depth, z in zip(outputs, logits, strict=True):
-            accuracies[f'top1_{depth}'].update(z, target)
-            accuracies[f'top5_{depth}'].update(z, target)
-    return {name: round(100 * float(accuracy.compute()), 4) for name, accuracy in accuracies.items()}
+
+
+def percent(values: torch.Tensor) -> float:
+    """Compute the share of images that something is true of, [N], in percent."""
+    return round(100 * float(values.double().mean()), 4)

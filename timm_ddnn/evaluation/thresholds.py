@@ -4,11 +4,15 @@ from typing import NamedTuple
 
 import torch
 
+from ..utils.errors import InputError
+
 __all__ = ['OperatingPoint', 'Tradeoff', 'UnreachableError', 'choose_threshold', 'exit_steps', 'trace_thresholds']
 
 
-class UnreachableError(ValueError):
+class UnreachableError(InputError):
     """No threshold fulfils what was asked for."""
+
+    exit_status = 3
 
 
 class OperatingPoint(NamedTuple):
@@ -94,11 +98,11 @@ def choose_threshold(
         budget_macs: Mean multiply-accumulates per image to stay within. Of equal accuracies the cheapest is taken.
 
     Raises:
-        ValueError: If both `target_top1` and `budget_macs` are given.
+        InputError: If both `target_top1` and `budget_macs` are given.
         UnreachableError: If no threshold reaches the accuracy or stays within the budget.
     """
     if target_top1 is not None and budget_macs is not None:
-        raise ValueError(f'one of target_top1 and budget_macs is expected, got {target_top1} and {budget_macs}')
+        raise InputError(f'one of target_top1 and budget_macs is expected, got {target_top1} and {budget_macs}')
     thresholds, top1, mean_macs = trace_thresholds(confidences, correct, macs)
     if budget_macs is not None:
         within = top1[mean_macs <= budget_macs]

@@ -13,7 +13,7 @@ from timm.data import resolve_input_data_config
 from torch import nn
 
 from ..models.dynamic_depth import DynamicDepthMixin
-from ..utils.files import file_sum
+from ..utils.files import file_sha256, git_sha1
 from ..weights.download import read_config
 from .model_card import create_model_card
 
@@ -102,7 +102,7 @@ def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None
             summary = json.loads((source / 'summary.json').read_text())
     if not isinstance(model, DynamicDepthMixin):
         raise ValueError(f'source must be a dynamic-depth model (ddnn_*), got {type(model).__name__}')
-    wanted = model.depths if depth is None else (model.select_depth(depth),)
+    wanted = model.depths if depth is None else (model.resolve_depth(depth),)
     untrained = [d for d in wanted if d not in model.trained_depths]
     if untrained:
         raise ValueError(
@@ -164,7 +164,7 @@ def _same(folder: Path, files: dict[str, int], info: ModelInfo) -> bool:
         file = there.get(name)
         if file is None:
             return False
-        kind, expected = ('sha256', file.lfs.sha256) if file.lfs else ('git', file.blob_id)
-        if file_sum(folder / name, kind) != expected:
+        found = file_sha256(folder / name) == file.lfs.sha256 if file.lfs else git_sha1(folder / name) == file.blob_id
+        if not found:
             return False
     return True

@@ -12,7 +12,7 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from ..utils.files import file_sum, write_json
+from ..utils.files import file_sha256, write_json
 
 __all__ = ['save_model']
 
@@ -48,7 +48,7 @@ def save_model(
         config = json.loads(path.read_text())
         # It stands at top level as well, and transformers cannot load a timm model that gets it twice.
         config.get('model_args', {}).pop('num_classes', None)
-        config['weights_sha256'] = file_sum(Path(temporary) / 'model.safetensors')
+        config['weights_sha256'] = file_sha256(Path(temporary) / 'model.safetensors')
         write_json(path, config)
         shutil.copymode(path, Path(temporary) / 'model.safetensors')  # safetensors lets nobody but the owner read it
         for name in ('model.safetensors', 'config.json'):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..weights.build import build_model
 from ..weights.download import ORGANIZATION
-from .cifar_resnet import CIFAR_FEATURES, CifarResNet, cifar_cfg
+from .cifar_resnet import CIFAR100_ARGS, CifarResNet, cifar100_cfg, cifar_cfg, feature_cfg
 from .dynamic_depth import DynamicDepthMixin
 
 __all__ = ['DynamicDepthCifarResNet', 'DynamicDepthResNet']
@@ -55,12 +55,15 @@ def read_weights_cfgs(folder: Path) -> dict[str, dict[str, Any]]:
 _IMAGENET_MODELS = (
     'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet50d', 'seresnet50', 'resnext50_32x4d')
 _OWN_WEIGHTS = read_weights_cfgs(WEIGHTS)
-_CIFAR_MODELS = [f'ddnn_resnet{depth}' for depth in (20, 32, 44, 56, 110)]
+_CIFAR_CFGS = {
+    **{f'ddnn_resnet{depth}': cifar_cfg() for depth in (20, 32, 44, 56, 110)},
+    **{f'ddnn_cifar_resnet{depth}': cifar100_cfg() for depth in (18, 34, 50)},
+}
 default_cfgs = generate_default_cfgs({
     **_OWN_WEIGHTS,
     **{f'ddnn_{cfg.architecture}.{cfg.tag}': cfg for cfg in map(get_pretrained_cfg, _IMAGENET_MODELS)},
     # A second entry without a tag would be listed as one more set of weights
-    **{name: cifar_cfg() for name in _CIFAR_MODELS if not any(tag.startswith(f'{name}.') for tag in _OWN_WEIGHTS)},
+    **{name: cfg for name, cfg in _CIFAR_CFGS.items() if not any(tag.startswith(f'{name}.') for tag in _OWN_WEIGHTS)},
 })
 
 
@@ -82,7 +85,7 @@ def _create_ddnn(cls: type[DynamicDepthMixin], variant: str, pretrained: bool = 
         pretrained,
         construct=construct,
         pretrained_filter_fn=lambda state_dict, _: model.extract_state_dict(state_dict),
-        feature_cfg=dict(CIFAR_FEATURES) if cls is DynamicDepthCifarResNet else None,
+        feature_cfg=feature_cfg(kwargs['layers']),
         **kwargs,
     )
 
@@ -177,3 +180,24 @@ def ddnn_resnet110(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifar
     """Construct a dynamic CIFAR ResNet of depths 110, 56 and 20."""
     model_args = dict(block=BasicBlock, layers=(18, 18, 18), subnets=((9,) * 3, (3,) * 3))
     return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic ResNet of depths 18 and 10, for images of 32 px."""
+    model_args = dict(CIFAR100_ARGS, block=BasicBlock, layers=(2, 2, 2, 2), subnets=((1, 1, 1, 1),))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_cifar_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_cifar_resnet34(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic ResNet of depths 34, 18 and 10, for images of 32 px."""
+    model_args = dict(CIFAR100_ARGS, block=BasicBlock, layers=(3, 4, 6, 3), subnets=((2, 2, 2, 2), (1, 1, 1, 1)))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_cifar_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_cifar_resnet50(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic ResNet of depths 50, 26 and 14, for images of 32 px."""
+    model_args = dict(CIFAR100_ARGS, **_RESNET50)
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_cifar_resnet50', pretrained, **dict(model_args, **kwargs))

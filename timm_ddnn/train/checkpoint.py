@@ -1,4 +1,4 @@
-"""Checkpoints that a training run resumes from. What is trained is not known here.
+"""Checkpoints that a training run resumes from.
 
 A checkpoint is a folder `step-<updates>` with what `accelerate` saves (weights as safetensors; optimizer, gradient
 scaler and random states as PyTorch files that are read with `weights_only=True`), the averaged weights, `state.json`
@@ -9,7 +9,7 @@ folder must lie on a file system that they share.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..utils.files import file_sum
+from ..utils.errors import InputError
+from ..utils.files import file_sha256
+from .state import TrainState
 
 __all__ = ['CheckpointError', 'Checkpoints']
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written, read, or gone on from."""
+class CheckpointError(InputError):
+    """A checkpoint that cannot be written, read, or resumed from."""
+
+    on_every_process = True
 
 
 class Checkpoints:
@@ -45,22 +49,20 @@ class Checkpoints:
         self.keep = keep
         self.current: str | None = None
 
-    def list(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         """List the checkpoints, the newest first. They need not be intact."""
         return sorted(self.folder.glob('step-*'), reverse=True)
 
-    def save(self, updates: int, state: Mapping[str, Any], best: int | None = None) -> None:
+    def save(self, state: TrainState) -> None:
         """Save a checkpoint, to be called by all processes, and remove those that are not to be kept.
 
         Args:
-            updates: Updates of the weights so far, which name the checkpoint.
-            state: What JSON can hold of the position in the run.
-            best: Updates of the best checkpoint, which is kept.
+            state: Position in the run. Its updates name the checkpoint.
 
         Raises:
             CheckpointError: If it cannot be written. Those before it are left as they are.
         """
-        target = self.folder / f'step-{updates:08d}'
+        target = self.folder / f'step-{state.updates:08d}'
         if self.current == target.name:
             return
         temporary = self.folder / f'.{target.name}.tmp'
@@ -79,25 +81,55 @@ class Checkpoints:
                 save_file(tensors, temporary / f'ema_{self.accelerator.process_index}.safetensors')
             self.accelerator.wait_for_everyone()
             if main_process:
-                (temporary / 'state.json').write_text(json.dumps(state))
+                (temporary / 'state.json').write_text(json.dumps(asdict(state)))
                 checksums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
                 (temporary / 'checksums.json').write_text(json.dumps(checksums, indent=2) + '\n')
                 for path in (*temporary.iterdir(), temporary):
                     _flush(path)
-                if target.exists():  # of a run that went on from an earlier one
+                if target.exists():  # of a run that resumed from an earlier one
                     self._remove(target)
                 os.replace(temporary, target)
                 _flush(self.folder)
-                kept = [path.name for path in self.list()[:self.keep]] + [f'step-{best or 0:08d}']
-                for path in self.list():
+                kept = [path.name for path in self.paths()[:self.keep]] + [f'step-{state.best_updates or 0:08d}']
+                for path in self.paths():
                     if path.name not in kept:
                         self._remove(path)
         except (OSError, RuntimeError, SafetensorError) as e:
             shutil.rmtree(temporary, ignore_errors=True)
-            intact = ', '.join(path.name for path in self.list()) or 'none'
+            intact = ', '.join(path.name for path in self.paths()) or 'none'
             raise CheckpointError(f'checkpoint {target} cannot be written: {e}. Left as they were: {intact}') from e
         self.accelerator.wait_for_everyone()
         self.current = target.name
+
+    def find(self, resume: str | None) -> tuple[Path | None, list[str]]:
+        """Find the checkpoint to resume from; damaged ones that are newer are renamed to damaged-*.
+
+        Args:
+            resume: 'auto' for the newest intact one, if there is any; a folder; None for none.
+
+        Returns:
+            The checkpoint, None to begin; and a line for each that is damaged.
+
+        Raises:
+            CheckpointError: If there are checkpoints but none is intact, or some are newer than the given one.
+        """
+        if not resume:
+            return None, []
+        if resume != 'auto':
+            newer = [path.name for path in self.paths() if path.name > Path(resume).resolve().name]
+            if newer:
+                raise CheckpointError(
+                    f'--resume {resume} is older than {", ".join(newer)} in {self.folder}: choose another --output')
+            return Path(resume), []
+        path, damaged = self.newest()
+        lines = []
+        for other, damage in damaged.items():
+            aside = other.with_name(f'damaged-{other.name}')
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.replace(other, aside)
+            lines.append(f'{other} is damaged, left aside as {aside.name}: {damage}')
+        return path, lines
 
     def newest(self) -> tuple[Path | None, dict[Path, str]]:
         """Find the newest checkpoint that is intact.
@@ -109,7 +141,7 @@ class Checkpoints:
             CheckpointError: If there are checkpoints but none is intact.
         """
         damaged = {}
-        for path in self.list():
+        for path in self.paths():
             damage = _find_damage(path)
             if not damage:
                 return path, damaged
@@ -120,7 +152,7 @@ class Checkpoints:
         return None, {}
 
     def read_state(self, path: Path) -> dict[str, Any]:
-        """Read the state that `save` got, after a check that the checkpoint is intact.
+        """Read the state that was saved, after a check that the checkpoint is intact.
 
         Args:
             path: Folder of the checkpoint.
@@ -160,7 +192,7 @@ class Checkpoints:
 
 
 def _checksum(path: Path) -> dict[str, Any]:
-    return {'bytes': path.stat().st_size, 'sha256': file_sum(path)}
+    return {'bytes': path.stat().st_size, 'sha256': file_sha256(path)}
 
 
 def _flush(path: Path) -> None:

@@ -1,11 +1,33 @@
-"""What is watched while a model trains: the terms of its loss, and whether its numbers stay finite."""
+"""The steps of an epoch, the terms of the loss over them, and the checks that its numbers stay finite."""
+import argparse
+import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, unwrap_model
 from torch import nn
+from torch.utils.data import DataLoader
 
-__all__ = ['LossMeter', 'check_weights']
+from ..data.images import seeded
+from ..data.loader import normalize
+from ..utils.errors import InputError
+from .checkpoint import Checkpoints
+from .progress import TrainProgress
+from .signals import STOP_INTERVAL, StopRequest
+from .state import TrainState
+
+__all__ = ['LossMeter', 'NotFiniteError', 'check_weights', 'loss_record', 'train_one_epoch']
+
+
+class NotFiniteError(InputError):
+    """A loss or a weight that is not finite."""
+
+    on_every_process = True
 
 
 class LossMeter:
@@ -20,7 +42,7 @@ class LossMeter:
             steps: int = 0,
             sums: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """Begin an epoch, or go on with one.
+        """Begin an epoch, or resume one.
 
         Args:
             accelerator: Accelerator of the run.
@@ -65,14 +87,14 @@ class LossMeter:
             epoch: The epoch, from 0.
 
         Raises:
-            FloatingPointError: If it has not. The message names the first such step, the terms, and their depths.
+            NotFiniteError: If it has not. The message names the first such step, the terms, and their depths.
         """
         first = int(self._finite_steps.min())
         if first == self.steps:
             return
         bad = [name for name, at in zip(self.names, self._finite_steps.tolist(), strict=True) if at == first]
         terms = [name.replace('_', ' of depth ') for name in bad if name != 'loss'] or ['the sum of its terms']
-        raise FloatingPointError(f'loss is not finite in epoch {epoch + 1}, step {first + 1}: {", ".join(terms)}')
+        raise NotFiniteError(f'loss is not finite in epoch {epoch + 1}, step {first + 1}: {", ".join(terms)}')
 
 
 def check_weights(model: nn.Module, updates: int) -> None:
@@ -83,8 +105,112 @@ def check_weights(model: nn.Module, updates: int) -> None:
         updates: Updates of its weights so far, for the message.
 
     Raises:
-        FloatingPointError: If one is not. The message names it.
+        NotFiniteError: If one is not. The message names it.
     """
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
-            raise FloatingPointError(f'{name} is not finite after update {updates}')
+            raise NotFiniteError(f'{name} is not finite after update {updates}')
+
+
+def train_one_epoch(
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        task: nn.Module,
+        loader: DataLoader,
+        data_config: Mapping[str, Any],
+        optimizer: AcceleratedOptimizer,
+        scheduler: Scheduler,
+        state: TrainState,
+        checkpoints: Checkpoints,
+        progress: TrainProgress,
+        request: StopRequest,
+        *,
+        mixup: Mixup | None = None,
+        ema: ModelEmaV3 | None = None,
+) -> dict[str, float]:
+    """Train for an epoch, or for what is left of one; a signal ends it early, with a checkpoint.
+
+    Args:
+        args: Options of the run.
+        accelerator: Accelerator that has prepared task, loader and optimizer.
+        task: `EKDTask`.
+        loader: Batches of images, in bytes, and labels.
+        data_config: Preprocessing of the images.
+        optimizer: Optimizer.
+        scheduler: Schedule of the learning rate, by updates.
+        state: Position in the run, which moves on with every step.
+        checkpoints: Where the state is saved within the epoch.
+        progress: Shows the loss.
+        request: Whether a signal asks to stop.
+        mixup: Mixes a batch.
+        ema: Average of the weights, updated with them.
+
+    Returns:
+        Mean terms of the loss, over steps and processes.
+
+    Raises:
+        NotFiniteError: If the loss or the weights are not finite.
+        CheckpointError: If a checkpoint cannot be written.
+        ImageReadError: If an image cannot be read.
+    """
+    start, steps, accumulated = time.perf_counter() - state.seconds, len(loader), args.grad_accum_steps
+    ekd_task = unwrap_model(task)
+    model = unwrap_model(ekd_task.trainable_module)
+    meter = LossMeter(accelerator, state.step, state.sums)
+    progress.start_epoch(state.epoch, state.step)
+    loader.set_epoch(state.epoch)
+    if not state.step:  # else the random states are those of the checkpoint
+        torch.manual_seed(hash((args.seed, state.epoch, accelerator.process_index)))
+    task.train()
+    batches = accelerator.skip_first_batches(loader, state.step) if state.step else loader
+    for images, target in normalize(batches, data_config, accelerator.device):
+        if mixup:
+            with seeded(args.seed, state.epoch, state.step, accelerator.process_index + 1):
+                images, target = mixup(images, target)
+        images = images.contiguous(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+        ekd_task.depth = model.depths[:1] if state.updates < args.full_net_updates else 'all'
+        with accelerator.accumulate(task):
+            terms = task(images, target)
+            # accelerate divides by the accumulated batches, but the last update may be of fewer
+            parts = min(accumulated, steps - state.step // accumulated * accumulated)
+            accelerator.backward(terms['loss'] * (accumulated / parts))
+            if args.clip_grad and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(task.parameters(), args.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+        meter.update(terms)
+        progress.advance()
+        state.step += 1
+        if accelerator.sync_gradients:
+            state.updates += 1
+            scheduler.step_update(state.updates)
+            if ema:
+                ema.update(model, step=state.updates)
+
+        if accelerator.num_processes == 1 or state.step % STOP_INTERVAL == 0:
+            request.agree()
+        last = state.step == steps
+        log = last or state.step % args.log_interval == 0
+        due = request.agreed or (args.checkpoint_interval and state.updates % args.checkpoint_interval == 0)
+        save = due and accelerator.sync_gradients and not last
+        if log or save:
+            meter.check(state.epoch)
+        if log:
+            means = meter.means()  # waits for the device
+            progress.show(state.step, means)
+            if not last:
+                accelerator.log(loss_record(state, optimizer, means), step=state.updates)
+        if save:
+            state.seconds, state.sums = time.perf_counter() - start, meter.sums()
+            check_weights(model, state.updates)
+            checkpoints.save(state)
+            if request.agreed:
+                break
+    state.seconds = time.perf_counter() - start
+    return meter.means()
+
+
+def loss_record(state: TrainState, optimizer: AcceleratedOptimizer, means: Mapping[str, float]) -> dict[str, Any]:
+    """Name the mean terms of the loss, position and learning rate as in metrics.jsonl."""
+    record = {'epoch': state.epoch, 'updates': state.updates, 'lr': optimizer.param_groups[0]['lr']}
+    return record | {f'train_{term}': value for term, value in means.items()}

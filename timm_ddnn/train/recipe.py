@@ -1,14 +1,290 @@
-"""The training run: data, model, task, optimizer, loop, and what it writes."""
+"""The recipe of a training run: data, model, task, optimizer, loop, save.
 
-from collections.abc import Mapping
+Its parts are built in `build.py`. The steps of an epoch are in `loop.py`, the position in the run is in `state.py`, and
+what it resumes from in `checkpoint.py`.
+"""
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, set_seed
+from rich.console import Console
+from safetensors import SafetensorError
+from timm.data import resolve_input_data_config
+from timm.utils import distribute_bn, get_outdir
+from torch import nn
 
+from ..data.datasets import ImageData, quiet_datasets
+from ..data.loader import normalize
+from ..evaluation.metrics import add_accuracies
+from ..evaluation.plots import plot_accuracy, plot_curves
+from ..evaluation.predict import evaluate
+from ..hub.save import save_model
+from ..task import EKDTask
+from ..utils.costs import count_costs
 from ..utils.environment import describe_machine
+from ..utils.errors import InputError
+from ..utils.files import write_json, write_text
+from . import build
+from .checkpoint import CheckpointError, Checkpoints
+from .loop import check_weights, loss_record, train_one_epoch
+from .progress import TrainProgress, print_line, start_tracker
+from .signals import EXIT_STOPPED, stop_signals
+from .state import TrainState, fixed_arguments
 
-__all__ = ['describe_run']
+__all__ = ['describe_run', 'evaluate_only', 'train']
+
+
+def train(
+        args: argparse.Namespace,
+        ekd_options: Mapping[str, Any],
+        console: Console,
+        task_type: Callable[..., EKDTask] = EKDTask,
+) -> dict[str, Any] | None:
+    """Train a model, and write it, its metrics and its checkpoints to a folder.
+
+    Args:
+        args: Options of `timm-ddnn train`.
+        ekd_options: Arguments of `EKDLoss`.
+        console: Where to show progress.
+        task_type: `EKDTask`, or what takes its place.
+
+    Returns:
+        What summary.json holds, in the first process; None in the others.
+
+    Raises:
+        InputError: If an option is wrong, or does not go with the data, the model or the machine; if an image cannot be
+            read, a checkpoint or the output cannot be written, or a number is not finite.
+        SystemExit: With status 75 after a signal has stopped the run, which may be resumed.
+    """
+    quiet_datasets()
+    accelerator = build.create_accelerator(args)
+    device, main_process = accelerator.device, accelerator.is_main_process
+    console = console if main_process else Console(quiet=True)
+
+    # Data, model, task, optimizer
+    data = build.load_data(args, accelerator)
+    teacher, data = build.create_teacher(args, data, device)
+    set_seed(args.seed)
+    model, data = build.create_model(args, data, device, console)
+    data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
+    task = build.create_task(args, model, device, ekd_options, task_type)
+    build.set_teacher(args, task, teacher, data, data_config)
+    optimizer = build.create_optimizer(args, model)
+    train_loader = build.create_train_loader(args, data, data_config, device)
+    val_loader = build.create_val_loader(args, data, data_config, device)
+    ema = build.create_ema(args, model, task)
+    mixup = build.create_mixup(args, model.num_classes)
+    task, optimizer, train_loader, val_loader = accelerator.prepare(task, optimizer, train_loader, val_loader)
+    build.check_sizes(args, accelerator, model, data, data_config, batches=len(train_loader))
+    scheduler = build.create_scheduler(args, optimizer, batches=len(train_loader))
+
+    # Begin, or resume
+    name = f'{model.pretrained_cfg["architecture"]}-{Path(args.dataset).resolve().name}'
+    output = make_output(args.output, name)
+    arguments = fixed_arguments(args, accelerator, teacher)
+    checkpoints = Checkpoints(
+        accelerator, output / 'checkpoints', ema=ema.module if ema else None, keep=args.checkpoint_hist)
+    state = resume(args, checkpoints, arguments, console) or TrainState(arguments)
+    start_tracker(accelerator, args, output, f'{output.name}-{state.run}')
+    scheduler.step_update(state.updates)
+
+    # Loop: every epoch is evaluated and saved, by the averaged weights if there are any
+    nets = {'': model, 'ema_': ema.module} if ema else {'': model}
+    prefix, net = list(nets.items())[-1]
+    costs = count_costs(model, data_config['input_size'])
+    with stop_signals() as request, TrainProgress(console, args.epochs, len(train_loader)) as progress:
+        while state.epoch < args.epochs and not request.agreed:
+            means = train_one_epoch(
+                args, accelerator, task, train_loader, data_config, optimizer, scheduler, state, checkpoints, progress,
+                request, mixup=mixup, ema=ema)
+            if state.step < len(train_loader):  # stopped
+                break
+            check_weights(model, state.updates)
+            record = loss_record(state, optimizer, means)
+            for name_prefix, each in nets.items():
+                if accelerator.num_processes > 1:
+                    distribute_bn(each, accelerator.num_processes, reduce=True)
+                metrics = evaluate(accelerator, each, normalize(val_loader, data_config, device))
+                record |= {name_prefix + metric: value for metric, value in metrics.items()}
+            rows = add_accuracies(costs, metrics)
+            record |= {
+                'top1': sum(row['top1'] for row in rows) / len(rows),
+                'seconds': state.seconds,
+                'images_per_second': len(train_loader) * train_loader.total_batch_size / state.seconds,
+            }
+            state.end_epoch(record)
+            accelerator.log(record, step=state.updates)
+            if main_process:
+                write_epoch(output, net, state.history, rows, data_config, data.class_names)
+            checkpoints.save(state)  # last: a run that resumes from it has all that the epoch writes
+            print_line(console, describe_epoch(args, state, rows))
+            request.agree()
+    if request.agreed:
+        print_line(console, f'{request.agreed}: stopped after update {state.updates}, --resume auto resumes')
+        accelerator.end_training()
+        sys.exit(EXIT_STOPPED)
+
+    summary = None
+    if main_process:  # plots first: a summary means that the run is complete
+        metrics = {name.removeprefix(prefix): value for name, value in state.history[-1].items() if prefix in name}
+        rows = add_accuracies(costs, metrics)
+        plot_accuracy(output / 'accuracy.png', rows, name)
+        plot_curves(output / 'curves.png', state.history, model.depths, name)
+        summary = {
+            **describe_run(accelerator, vars(args)),
+            **describe_results(args, model, data, rows),
+            'weights': 'averaged' if ema else 'last',
+            'training_images': len(data.train),
+            'teacher_sha256': arguments['teacher_sha256'],
+            'seconds_per_epoch': _mean(state.history, 'seconds'),
+            'images_per_second': _mean(state.history, 'images_per_second'),
+        }
+        write_json(output / 'summary.json', summary)
+    accelerator.end_training()
+    return summary
+
+
+def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
+    """Evaluate saved weights, and write evaluation.json if there is a folder for it.
+
+    Args:
+        args: Options of `timm-ddnn train --evaluate`.
+        console: Where to show messages.
+
+    Returns:
+        What evaluation.json holds, in the first process; None in the others.
+
+    Raises:
+        InputError: If an option is wrong, or does not go with the data, the model or the machine, or an image cannot
+            be read.
+    """
+    quiet_datasets()
+    accelerator = build.create_accelerator(args)
+    data = build.load_data(args, accelerator)
+    model, data = build.create_model(args, data, accelerator.device, console)
+    data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
+    val_loader = accelerator.prepare(build.create_val_loader(args, data, data_config, accelerator.device))
+    if args.output:
+        make_output(args.output)
+    metrics = evaluate(accelerator, model, normalize(val_loader, data_config, accelerator.device))
+    rows = add_accuracies(count_costs(model, data_config['input_size']), metrics)
+    result = {**describe_run(accelerator, vars(args)), **describe_results(args, model, data, rows)}
+    if args.output and accelerator.is_main_process:
+        write_json(args.output / 'evaluation.json', result)
+    return result if accelerator.is_main_process else None
+
+
+def make_output(folder: Path | None, name: str = '') -> Path:
+    """Make the folder of a run, to be called by all processes.
+
+    Args:
+        folder: The folder; a new one in output/ if None.
+        name: Name of the new one.
+
+    Raises:
+        OSError: If nothing can be written there.
+    """
+    if PartialState().is_main_process:
+        folder = folder or Path(get_outdir('output', name, inc=True))
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # an error better now than after the training
+    return Path(broadcast_object_list([str(folder)])[0])
+
+
+def resume(
+        args: argparse.Namespace,
+        checkpoints: Checkpoints,
+        arguments: Mapping[str, Any],
+        console: Console,
+) -> TrainState | None:
+    """Load the checkpoint of --resume, to be called by all processes; None if there is none.
+
+    Args:
+        args: Options of the run.
+        checkpoints: Checkpoints of the run.
+        arguments: What decides its weights.
+        console: Where to say what is resumed from.
+
+    Raises:
+        InputError: If the checkpoint is damaged, of another run, or the end of one whose model is elsewhere.
+    """
+    path, damaged = checkpoints.find(args.resume) if PartialState().is_main_process else (None, [])
+    for line in damaged:
+        print_line(console, line)
+    path = broadcast_object_list([path])[0]
+    if path is None:
+        return None
+    state = TrainState.from_dict(checkpoints.read_state(path), arguments)
+    output = checkpoints.folder.parent
+    if state.epoch == args.epochs and not (output / 'model.safetensors').exists():
+        raise InputError(f'--resume {path} is the end of a run, whose model is not in --output {output}')
+    checkpoints.load(path)
+    print_line(console, f'resuming from {path}')
+    return state
+
+
+def write_epoch(
+        output: Path,
+        net: nn.Module,
+        history: list[dict[str, Any]],
+        rows: list[dict[str, Any]],
+        data_config: Mapping[str, Any],
+        class_names: list[str],
+) -> None:
+    """Write the metrics and the model after an epoch.
+
+    Args:
+        output: Folder of the run.
+        net: Model to save.
+        history: Metrics of every epoch.
+        rows: Rows of results.
+        data_config: Preprocessing of the images.
+        class_names: Name of every class.
+
+    Raises:
+        CheckpointError: If they cannot be written.
+    """
+    try:
+        (output / 'summary.json').unlink(missing_ok=True)  # of an earlier run
+        write_text(output / 'metrics.jsonl', ''.join(json.dumps(record, allow_nan=False) + '\n' for record in history))
+        save_model(net, output, data_config=data_config, class_names=class_names, rows=rows)
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f'{output} cannot be written to: {e}. Checkpoints are intact') from e
+
+
+def describe_epoch(args: argparse.Namespace, state: TrainState, rows: list[dict[str, Any]]) -> str:
+    """Describe what an epoch gave, in a line."""
+    record = state.history[-1]
+    tops = ', '.join(f'{row["top1"]:.2f} (depth {row["depth"]})' for row in rows)
+    averaged = ' of averaged weights' if args.model_ema else ''
+    return (
+        f'epoch {state.epoch}/{args.epochs}: loss {record["train_loss"]:.3f}, top-1 {tops}{averaged}, '
+        f'{record["images_per_second"]:.0f} images/s'
+    )
+
+
+def describe_results(
+        args: argparse.Namespace,
+        model: nn.Module,
+        data: ImageData,
+        rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Describe what was evaluated, and the results per depth."""
+    return {
+        'architecture': model.pretrained_cfg['architecture'],
+        'parameters': sum(p.numel() for p in model.parameters()),
+        'validation_images': len(data.validation),
+        'validation_split': str(data.validation.split),
+        'data_on_hub': args.dataset != 'digits' and not os.path.isdir(args.dataset),
+        'depths': rows,
+    }
 
 
 def describe_run(accelerator: Accelerator, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -16,7 +292,7 @@ def describe_run(accelerator: Accelerator, arguments: Mapping[str, Any]) -> dict
 
     Args:
         accelerator: Accelerator of the run.
-        arguments: Arguments of the script.
+        arguments: Options of the run.
     """
     return {
         'arguments': {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
@@ -25,3 +301,7 @@ def describe_run(accelerator: Accelerator, arguments: Mapping[str, Any]) -> dict
         'mixed_precision': accelerator.mixed_precision,
         **describe_machine(),
     }
+
+
+def _mean(history: list[dict[str, Any]], metric: str) -> float:
+    return sum(record[metric] for record in history) / len(history)

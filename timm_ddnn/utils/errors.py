@@ -3,6 +3,9 @@
 __all__ = ['InputError']
 
 
+_MAX_LENGTH = 1_000
+
+
 class InputError(ValueError):
     """Something that a user gave is wrong; the message names what is allowed and what was given.
 
@@ -17,3 +20,10 @@ class InputError(ValueError):
 
     exit_status = 2
     on_every_process = False
+
+    def __str__(self) -> str:
+        """Return the message; what is given may be of any size, so the middle of a long one is left out."""
+        message = super().__str__()
+        if len(message) <= _MAX_LENGTH:
+            return message
+        return f'{message[:_MAX_LENGTH // 2]} ... {message[-_MAX_LENGTH // 2:]}'

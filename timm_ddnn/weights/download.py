@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
-from ..utils.files import file_sum
+from ..utils.files import file_sha256, git_sha1
 
 __all__ = ['ORGANIZATION', 'fetch', 'find_weights', 'read_config']
 
@@ -103,7 +103,7 @@ def _damage(path: Path, sha256: str | None) -> str | None:
         if sums[kind] != announced:
             return f'{kind} {announced} announced, {sums[kind]} published'
     for kind, expected in sums.items():
-        got = file_sum(path, kind)
+        got = (file_sha256 if kind == 'sha256' else git_sha1)(path)
         if got != expected:
             return f'{kind} {got} instead of {expected}'
     return None
@@ -161,8 +161,8 @@ def find_weights(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) ->
         if not path.is_file():
             raise FileNotFoundError(f'weights must be in model.safetensors, which is not in {folder}')
         published = _published_sum(folder / 'config.json')
-        if published is not None and file_sum(path) != published:
-            raise OSError(f'{path} is damaged: SHA-256 {file_sum(path)} instead of {published} as config.json says')
+        if published is not None and file_sha256(path) != published:
+            raise OSError(f'{path} is damaged: SHA-256 {file_sha256(path)} instead of {published} as config.json says')
         return path
     if (cfg.get('source') != 'hf-hub' and (cfg.get('state_dict') or cfg.get('file'))) or not cfg.get('hf_hub_id'):
         return None

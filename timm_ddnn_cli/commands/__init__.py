@@ -1,11 +1,14 @@
-"""The commands of `timm-ddnn`, a module each, with a function each that Python code can call as well.
+"""The commands of `timm-ddnn`, a module each: arguments and printing. What a command does is in `timm_ddnn`.
 
-A module of this package has
+A module has
 
     HELP: str                     one line, for `timm-ddnn --help`
     EXAMPLES: str                 command lines that run, for `timm-ddnn NAME --help`
     add_arguments(parser)         declares its arguments
     run(args)                     does it, prints, and returns what `--json` prints in the place of tables
 
-and no logic besides: what a command does is in the modules of `timm_ddnn`, which know nothing of arguments and tables.
+and imports the standard library alone, what it needs besides inside `run`.
 """
+
+# In the order of the work
+NAMES = ('list', 'train', 'evaluate', 'profile', 'choose', 'calibrate', 'extract', 'export', 'push')

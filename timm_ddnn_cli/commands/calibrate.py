@@ -3,13 +3,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from timm_ddnn.data.datasets import quiet_datasets
-from timm_ddnn.deploy.calibrate import calibrate_model
-
 from ..arguments import number, parse_blocks
-from ..tables import result_table
 
 HELP = 'Add a depth without training: its batch-norm statistics are estimated, and every accuracy is measured.'
 EXAMPLES = """  timm-ddnn calibrate output/ddnn_resnet50-food --blocks 3,4,4,2 --data FOLDER --output ddnn_resnet50-41
@@ -28,19 +22,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='training images for the statistics, taken at random')
     parser.add_argument('-b', '--batch-size', type=number(int, 2), default=64, metavar='N', help='images per batch')
     parser.add_argument('-j', '--workers', type=number(int, 0), default=2, metavar='N', help='processes that load data')
+    parser.add_argument('--device', help="'cpu', 'cuda', ...: the GPU if there is one, else the CPU, if not given")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Add the depth, and print the accuracy of every depth."""
+    from timm_ddnn.data.datasets import quiet_datasets
+    from timm_ddnn.deploy.calibrate import calibrate_model
+
+    from ..tables import print_files, print_table, result_table, show_status
+
     quiet_datasets()
-    with Console(stderr=True).status('calibrating and measuring'):
+    with show_status('calibrating and measuring'):
         result = calibrate_model(
             args.model, args.blocks, args.data, args.output, num_images=args.images, batch_size=args.batch_size,
-            num_workers=args.workers,
+            num_workers=args.workers, device=args.device,
         )
     if not args.json:
         title = f'depth {result["depth"]} calibrated on {result["images"]:,} images'
-        console = Console()
-        console.print(result_table(result['depths'], title, result['parameters']))
-        console.print(f'{args.output}: config.json model.safetensors', soft_wrap=True, markup=False, highlight=False)
+        print_table(result_table(result['depths'], title, result['parameters']))
+        print_files(args.output, ('config.json', 'model.safetensors'))
     return result

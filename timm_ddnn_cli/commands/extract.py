@@ -3,10 +3,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from timm_ddnn.deploy.extract import extract_model
-
 HELP = 'Save one depth as a stock timm model, for machines that never heard of this library.'
 EXAMPLES = """  timm-ddnn extract output/ddnn_resnet50-food --depth 26 --output resnet26-food
   timm-ddnn extract hf-hub:OWNER/NAME --depth 14 --output resnet14"""
@@ -20,17 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Save the depth, and say how to load it."""
+    """Save the depth, and print how to load it."""
+    from timm_ddnn.deploy.extract import extract_model
+
+    from ..tables import print_files, print_line
+
     result = extract_model(args.model, args.depth, args.output)
     if not args.json:
-        about = f'depth {result["depth"]}, blocks {"-".join(map(str, result["blocks"]))}'
+        print_files(result['output'], ('config.json', 'model.safetensors'))
+        print_line(f'architecture {result["architecture"]}, blocks {"-".join(map(str, result["blocks"]))}')
         if result['top1'] is not None:
-            about += f', top-1 {result["top1"]:.2f} % where it was trained'
-        console = Console(soft_wrap=True, markup=False, highlight=False)
-        console.print(f'{result["output"]}: config.json model.safetensors')
-        console.print(f'{result["architecture"]} ({about}). It is loaded by')
-        console.print(f'    import {", ".join(result["imports"])}')
-        console.print(f"    timm.create_model('local-dir:{result['output']}', pretrained=True)")
-        if 'timm_ddnn' in result['imports']:
-            console.print('timm has no CIFAR ResNets: these need this library where they are loaded.')
+            print_line(f'top-1 of depth {result["depth"]} where it was trained: {result["top1"]:.2f} %')
+        print_line('load it with:')
+        print_line(f'    import {", ".join(result["imports"])}')
+        print_line(f"    timm.create_model('local-dir:{result['output']}', pretrained=True)")
     return result

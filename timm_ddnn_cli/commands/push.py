@@ -3,12 +3,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from timm_ddnn.hub.publish import push_to_hub
-
-HELP = 'Publish a training output folder on the Hugging Face Hub, in one commit, in the place of weights there.'
+HELP = 'Publish the output folder of a training run on the Hugging Face Hub, in one commit that replaces weights there.'
 EXAMPLES = """  hf auth login                                                    # once
   timm-ddnn push output/ddnn_resnet20-digits me/ddnn_resnet20.digits --dry-run
   timm-ddnn push output/ddnn_resnet20-digits me/ddnn_resnet20.digits
@@ -18,15 +13,19 @@ EXAMPLES = """  hf auth login                                                   
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument('source', type=Path, help='output folder of a training run')
-    parser.add_argument('repo_id', help='owner/name of the repository, created if there is none')
+    parser.add_argument('repo_id', help='owner/name of the repository, created if it does not exist')
     parser.add_argument('--depth', type=int, help='publish the plain net of this depth alone')
     parser.add_argument('--private', action='store_true', help='create a private repository')
-    parser.add_argument('--revision', help='branch, created if there is none')
+    parser.add_argument('--revision', help='branch, created if it does not exist')
     parser.add_argument('--dry-run', action='store_true', help='write the files into output/hub/, send nothing')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Publish, and print what went where."""
+    from timm_ddnn.hub.publish import push_to_hub
+
+    from ..tables import create_table, print_line, print_table
+
     publication = push_to_hub(
         args.source,
         args.repo_id,
@@ -36,13 +35,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         dry_run=args.dry_run,
     )
     if not args.json:
-        table = Table(caption=f'{sum(publication.files.values()):,} bytes')
-        table.add_column('file')
-        table.add_column('bytes', justify='right')
+        table = create_table(('file', 'bytes'), fold=('file',))
         for name, size in publication.files.items():
             table.add_row(name, f'{size:,}')
-        console = Console()
-        console.print(table)
+        print_table(table)
         what = f'commit {publication.commit} of' if publication.commit else 'written, not sent:'
-        console.print(what, publication.url, soft_wrap=True, highlight=False)
+        print_line(f'{what} {publication.url}')
     return publication._asdict()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..cascade import Cascade
-from ..evaluation.predict import autocast
+from .predict import autocast
 
 __all__ = ['measure_speed']
 

@@ -1,34 +1,28 @@
-"""Command-line options of `train_scripts/train_ekd.py`, named as in timm's training script where that has them."""
+"""`timm-ddnn train`: all depths at once by embedded knowledge distillation; `train_ekd.py` is the same."""
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
-from timm_ddnn_cli.arguments import ArgumentParser, number, parse_blocks, parse_option, parse_weight
+from ..arguments import fail, number, parse_blocks, parse_option
+from ..ekd_options import add_ekd_options, ekd_options
 
-from ..loss import EKDLoss
+HELP = 'Train all depths of a dynamic-depth model at once by embedded knowledge distillation.'
+EXAMPLES = """  timm-ddnn train                                                     # small model, scikit-learn's digits
+  timm-ddnn train --model ddnn_resnet50 --pretrained --dataset FOLDER --mixed-precision bf16
+  timm-ddnn train --output FOLDER --resume auto --checkpoint-interval 500    # begins, or resumes
+  timm-ddnn train --evaluate --pretrained --model FOLDER --dataset FOLDER
 
-__all__ = ['UNESSENTIAL', 'parse_args']
-
-
-# Two runs that differ in nothing else end with the same weights
-UNESSENTIAL = {
-    'output', 'resume', 'workers', 'validation_batch_size', 'log_interval', 'report_to', 'checkpoint_interval',
-    'checkpoint_hist',
-}
+several processes: accelerate launch --multi_gpu --num_processes 4 train_scripts/train_ekd.py, with the same options"""
 
 
-def parse_args(description: str) -> argparse.Namespace:
-    """Parse and check the command line.
-
-    Args:
-        description: What the script does.
-    """
-    parser = ArgumentParser(description)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments, named as in timm's training script where that has them."""
     count, fraction, amount = number(int, 1), number(float, 0, 1), number(float, 0)
 
     arg = parser.add_argument_group('model').add_argument
     arg('--model', default='ddnn_resnet20', help="timm's name, the folder or hf-hub:ID of a dynamic-depth model")
-    arg('--subnets', nargs='*', type=parse_blocks,
+    arg('--subnets', nargs='*', type=parse_blocks, metavar='BLOCKS',
         help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'; of none: the full-net alone")
     arg('--pretrained', action='store_true', help='start from published or saved weights')
     arg('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in a file, of as many classes')
@@ -60,19 +54,11 @@ def parse_args(description: str) -> argparse.Namespace:
     arg('--mixup', type=amount, default=0.0, help='alpha of mixup')
     arg('--cutmix', type=amount, default=0.0, help='alpha of cutmix')
 
-    arg = parser.add_argument_group('loss').add_argument
-    loss = EKDLoss()
-    arg('--temperature', type=amount, default=loss.temperature, help='temperature of the KL divergence')
-    arg('--alpha', type=amount, default=loss.alpha, help='weight of the KL divergence')
-    arg('--beta', type=amount, default=loss.beta, help='weight of the attention')
-    arg('--attention', choices=('energy', 'standardized'), default=loss.attention, help='form of the attention')
-    arg('--stages', nargs='+', type=int, help='stages whose attention is compared, from 0, all if not given')
-    arg('--weights', nargs='+', type=parse_weight, default=[], metavar='DEPTH=WEIGHT', help='loss weights of sub-nets')
+    group = parser.add_argument_group('loss')
+    add_ekd_options(group)
+    arg = group.add_argument
     arg('--full-net-updates', type=number(int, 0), default=0, metavar='N',
         help='train the full-net alone in the first N updates, and all depths in the others')
-    arg('--teacher', metavar='MODEL',
-        help="timm's name, the folder or hf-hub:ID of a trained net that teaches all depths, the full-net too, in the "
-             "place of the full-net; for one without the maps of the model: --beta 0")
     arg('--smoothing', type=fraction, default=0.0, help='label smoothing')
     arg('--bce-loss', action='store_true', help='binary cross-entropy in the place of cross-entropy')
 
@@ -91,13 +77,11 @@ def parse_args(description: str) -> argparse.Namespace:
     arg('--model-ema', action='store_true', help='average the weights; the average is reported and saved')
     arg('--model-ema-decay', type=fraction, default=0.9998, help='decay of the average')
     arg('--model-ema-warmup', action='store_true', help='let the decay rise to its value')
-    arg('--ema-teacher', action='store_true',
-        help='the average teaches all depths, the full-net too, in the place of the full-net')
 
     arg = parser.add_argument_group('run').add_argument
     arg('--evaluate', action='store_true', help='report the accuracy of every depth, without training')
     arg('--output', type=Path, help='folder to write to, a new one in output/ if not given')
-    arg('--resume', metavar='auto|PATH', help='go on from the newest checkpoint in --output, if any, or from that one')
+    arg('--resume', metavar='auto|PATH', help='resume from the newest checkpoint in --output, if any, or from that one')
     arg('--checkpoint-interval', type=number(int, 0), default=0, help='updates between checkpoints within an epoch')
     arg('--checkpoint-hist', type=count, default=2, help='newest checkpoints to keep, besides the best')
     arg('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='seed of everything random')
@@ -108,37 +92,65 @@ def parse_args(description: str) -> argparse.Namespace:
     arg('--sync-bn', action='store_true', help='batch-norm statistics over all processes (GPUs)')
     arg('--log-interval', type=count, default=50, help='batches between two reports of the loss')
     arg('--report-to', choices=('none', 'tensorboard', 'trackio', 'wandb'), default='none', help='experiment tracker')
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | None:
+    """Train or evaluate, and print the accuracy of every depth.
+
+    Args:
+        args: The arguments.
+        task_type: What takes the place of `EKDTask`, if anything does.
+    """
+    _check(args)
+    from rich.console import Console
+
+    from timm_ddnn.task import EKDTask
+    from timm_ddnn.train.recipe import evaluate_only, train
+
+    from ..tables import result_table
+
+    console = Console(stderr=args.json)
+    options = argparse.Namespace(**{
+        name: value for name, value in vars(args).items() if name not in ('command', 'json', 'run')})
+    if args.evaluate:
+        result = evaluate_only(options, console)
+    else:
+        result = train(options, ekd_options(args), console, task_type or EKDTask)
+    if result and not args.json:
+        title = f'{result["architecture"]}-{Path(args.dataset).resolve().name}'
+        console.print(result_table(result['depths'], title, result['parameters']))
+    return result
+
+
+def _check(args: argparse.Namespace) -> None:
+    """End the program if options do not go together."""
     if args.evaluate and not (args.pretrained or args.initial_checkpoint):
-        parser.error('--evaluate needs weights: --pretrained or --initial-checkpoint')
+        fail('--evaluate needs weights: --pretrained or --initial-checkpoint')
     if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
-        parser.error(f'--initial-checkpoint must be a file, got {args.initial_checkpoint!r}')
+        fail(f'--initial-checkpoint must be a file, got {args.initial_checkpoint!r}')
     for name in ('scale', 'ratio'):
         low, high = getattr(args, name) or (0, 0)
         if low > high:
-            parser.error(f'--{name} must be a lower and an upper bound, got {low} {high}')
+            fail(f'--{name} must be a lower and an upper bound, got {low} {high}')
     if args.in_memory:
         other = {name: getattr(args, name) for name in ('scale', 'ratio', 'color_jitter', 'aa', 'reprob')}
         other['train_crop_mode'] = args.train_crop_mode if args.train_crop_mode != 'pad' else None
         for name in filter(other.get, other):
             flag = '--' + name.replace('_', '-')
-            parser.error(f'--in-memory goes with --train-crop-mode pad and --hflip alone, got {flag} {other[name]}')
-    if args.ema_teacher and args.teacher:
-        parser.error(f'--ema-teacher must be without --teacher, got {args.teacher}')
+            fail(f'--in-memory goes with --train-crop-mode pad and --hflip alone, got {flag} {other[name]}')
     if args.ema_teacher and not args.model_ema:
-        parser.error('--ema-teacher needs the average: --model-ema')
+        fail('--ema-teacher needs the average: --model-ema')
     if args.evaluate and args.resume:
-        parser.error(f'--resume is for training, not for --evaluate, got {args.resume!r}')
+        fail(f'--resume is for training, not for --evaluate, got {args.resume!r}')
     if args.resume == 'auto' and not args.output:
-        parser.error('--resume auto needs --output, the folder of the run')
+        fail('--resume auto needs --output, the folder of the run')
     if args.resume not in (None, 'auto'):
         if not os.path.isfile(os.path.join(args.resume, 'checksums.json')):
-            parser.error(f"--resume must be 'auto' or a folder checkpoints/step-* to train on, got {args.resume!r}")
+            fail(f"--resume must be 'auto' or a folder checkpoints/step-* to resume from, got {args.resume!r}")
         args.output = args.output or Path(args.resume).resolve().parent.parent
     if args.output and args.output.exists() and not args.output.is_dir():
-        parser.error(f'--output must be a folder, got the file {args.output}')
+        fail(f'--output must be a folder, got the file {args.output}')
     if args.output and not (args.evaluate or args.resume) and any(args.output.glob('checkpoints/step-*')):
-        parser.error(f'--output {args.output} has checkpoints: go on by --resume auto, or choose another folder')
+        fail(f'--output {args.output} has checkpoints: resume by --resume auto, or choose another folder')
     if (args.mixup or args.cutmix) and args.batch_size % 2:
-        parser.error(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')
-    return args
+        fail(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')

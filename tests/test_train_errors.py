@@ -1,0 +1,151 @@
+"""What training says to wrong input, in one line and with status 2; a bug keeps its traceback and ends with 1."""
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+from helpers.image_files import DAMAGED, png, write_parquet
+from helpers.training import FAST, error_lines, few_digits, fork, join, run
+from timm.models import save_for_hf
+
+from timm_ddnn import EKDLoss
+from timm_ddnn.train.loop import LossMeter
+
+pytestmark = pytest.mark.usefixtures('surroundings')
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """Wrong data sets, and models of which none goes with digits."""
+    folder = tmp_path_factory.mktemp('files')
+    (folder / 'file').write_text('neither a folder nor weights')
+    (folder / 'empty').mkdir()
+    save_for_hf(timm.create_model('test_resnet', num_classes=3), folder / 'stock')
+    save_for_hf(timm.create_model('test_vit', num_classes=10), folder / 'vit', model_args=dict(dynamic_img_size=False))
+    for split in ('train', 'test'):
+        (folder / 'text' / split / 'a').mkdir(parents=True)
+        (folder / 'text' / split / 'a' / 'a.txt').write_text('no image')
+        (folder / 'noparquet').mkdir(exist_ok=True)
+        (folder / 'noparquet' / f'{split}.parquet').write_text('text')
+        write_parquet(folder / 'labels' / f'{split}.parquet', range(4), labels=[0, 11, 2, 3])
+        write_parquet(folder / 'damaged' / f'{split}.parquet', range(4), files=[png(0), png(1), png(2), DAMAGED])
+    return folder
+
+
+WRONG = [
+    ('--model ddnn_resnet21', 'dynamic-depth model such as .*ddnn_resnet20.*, got .ddnn_resnet21'),
+    ('--model resnet50', 'dynamic-depth model such as ddnn_resnet50.*, got .resnet50'),
+    ('--model local-dir:nowhere', "'local-dir:nowhere' cannot be created: nowhere is no folder of a model"),
+    ('--pretrained --model ddnn_resnet110', 'No pretrained weights exist for ddnn_resnet110'),
+    ('--model-kwargs foo=1', "unexpected keyword argument 'foo'"),
+    ('--opt adahessian', '--opt must be an optimizer of first order, got adahessian'),
+    ('--opt foo', '--opt foo: Optimizer foo'),
+    ('--scale 0.9 0.1', '--scale must be a lower and an upper bound, got 0.9 0.1'),
+    ('--scale 0.5 1', "scale must be for a crop mode such as 'rrc', got 'pad'"),
+    ('-b 1 --model ddnn_resnet18 --img-size 32', '--batch-size must be at least 2 for images of 32 px'),
+    ('--model-kwargs drop_rate=0.1', 'other arguments than .*drop_rate.* options of their own, got drop_rate'),
+    ('--model-kwargs foo', "KEY=VALUE .*, got 'foo'"),
+    ('--model-kwargs in_chans=5', 'in_chans must be 1 or 3, got 5'),
+    ('--subnets 1,1', r'3 integers, from 1 up to \(3, 3, 3\), got \(1, 1\)'),
+    ('--subnets two', "blocks per stage such as '2,2,2,2', got 'two'"),
+    ('--initial-checkpoint nowhere.pth', "must be a file, got 'nowhere.pth'"),
+    ('--initial-checkpoint file', "cannot be created with the weights in 'file': it is no file of weights"),
+    ('--model output/nowhere', "must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got 'output/nowhere'"),
+    ('--num-classes 5', '--num-classes must be at least 10 for this data set, got 5'),
+    ('--evaluate', '--evaluate needs weights'),
+    ('--ema-teacher', '--ema-teacher needs the average: --model-ema'),
+    ('--model-ema --ema-teacher --teacher some', '--teacher: not allowed with argument --ema-teacher'),
+    ('--teacher nowhere', "--teacher nowhere: model 'nowhere' cannot be created: Unknown model"),
+    ('--teacher stock', '--teacher stock: data must have the 3 classes of the model, .* got 10'),
+    ('--teacher vit --beta 0', r"--teacher vit: Input height \(32\) doesn't match model \(160\)"),
+    ('--teacher ddnn_resnet20.ekd_cifar10',
+     "--teacher .*: 10 classes are called otherwise in the data than in the model, the first '0' and 'airplane'"),
+    ('--dataset nowhere', "no data set 'nowhere': not 'digits', not a folder here"),
+    ('--dataset empty', "'empty' has neither SPLIT"),
+    ('--dataset text', "data set 'text' cannot be read: .*no data"),
+    ('--dataset noparquet', "data set 'noparquet' cannot be read: Parquet file size"),
+    ('--dataset labels', r"0\.\.9 for 10 classes, got 11 in row 1 of split 'train'"),
+    ('--dataset labels --target-key foo', r"--target-key must be one of the columns .*, got 'foo'"),
+    ('--dataset damaged -b 2', r'row 3 of split .train. \(no file name\) cannot be read: unknown format'),
+    ('--dataset damaged -b 2 -j 2', r'row 3 of split .train. \(no file name\) cannot be read: unknown format'),
+    ('--val-split foo', r"--val-split must be one of the splits \['train', 'validation'\], got 'foo'"),
+    ('--output file', '--output must be a folder, got the file file'),
+    ('--output file/out', r"Not a directory: 'file/out'"),
+    ('--batch-size 0', "batch-size: must be an integer of at least 1, got '0'"),
+    ('--batch-size 1438', '--batch-size must be at most 1437 for 1437 images, got 1438'),
+    ('--batch-size 7 --mixup 0.2', '--batch-size must be even for .*, got 7'),
+    ('--epochs x', "must be an integer of at least 1, got 'x'"),
+    ('--lr nan', "must be a number of at least 0, got 'nan'"),
+    ('--lr 1e30 --log-interval 1', 'loss is not finite in epoch 1'),
+    ('--drop 1.5', "must be a number from 0 to 1, got '1.5'"),
+    ('--weights 14', "DEPTH=WEIGHT .*, got '14'"),
+    ('--weights 20=1', r'sub-nets of \(14, 8\), got \[20\]'),
+    ('--weights 8=-1', r'weight of depth 8 must be .* >= 0, got -1'),
+    ('--full-net-updates 22', '--full-net-updates must be less than the 22 updates of the run, got 22'),
+    ('--temperature 0', 'temperature must be .* > 0, got 0'),
+    ('--alpha nan', 'alpha must be a finite number >= 0, got nan'),
+    ('--stages 3', r'stages must be from -3 to 2, got \[3\]'),
+    ('--attention foo', "invalid choice: 'foo' .*energy"),
+    ('--aa foo', '--aa foo: Unknown AA policy foo'),
+    ('--torchcompile foo', '--torchcompile must be a backend such as .*inductor.*, got foo'),
+    ('--mixed-precision fp16', "on a CPU there are 'no' and 'bf16'"),
+    ('--foo', 'unrecognized arguments: --foo'),
+    ('--in-memory --aa rand-m9', 'got --aa rand-m9'),
+    ('--in-memory --train-crop-mode rrc', 'got --train-crop-mode rrc'),
+    ('--in-memory --reprob 0.2', 'got --reprob 0.2'),
+]
+
+
+@pytest.mark.parametrize('arguments, message', WRONG, ids=[arguments for arguments, _ in WRONG])
+def test_wrong_input_is_one_line_and_status_2(arguments, message, files, capfd):
+    """Catches a traceback, a status of 0 or 1, or a message without what is allowed and what was received."""
+    shutil.copytree(files, '.', dirs_exist_ok=True)
+    with pytest.raises(SystemExit) as exit_info:
+        run('-j', 0, '--epochs', 1, '--output', 'out', *arguments.split())
+    assert exit_info.value.code == 2
+    lines = error_lines(capfd, without=['Pretrained '])
+    assert len(lines) == 1, lines
+    assert re.match(f'error: .*{message}', lines[0]), lines
+    assert Path('out').exists() == ('damaged' in arguments or '1e30' in arguments)  # wrong before training began
+    assert not list(Path().glob('out/*.safetensors'))
+
+
+@pytest.mark.parametrize('error', [RuntimeError, ValueError, AssertionError, KeyError])
+def test_a_bug_keeps_its_traceback(error, monkeypatch, capfd):
+    """Catches an error of the program that is reported as one of its user."""
+    def fail(*args):
+        raise error('planted')
+
+    monkeypatch.setattr(EKDLoss, 'terms', fail)
+    with pytest.raises(error, match='planted'):
+        run(*FAST, *few_digits(), '--epochs', 1, '--output', 'out')
+    assert 'error:' not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('images, status', [('damaged', 2), ('intact', 1)])
+def test_a_run_that_fails_ends(images, status):
+    """Catches worker processes that are waited for for ever after an error, an unexpected one too."""
+    def plant():
+        def fail(*args):
+            raise KeyError('planted')
+        if images == 'intact':
+            LossMeter.update = fail
+
+    last = DAMAGED if images == 'damaged' else png(3)
+    write_parquet(Path('set/train.parquet'), range(4), files=[png(0), png(1), png(2), last])
+    write_parquet(Path('set/test.parquet'), range(4))
+    forks = fork('--dataset', 'set', '-b', 2, '-j', 2, '--epochs', 1, '--output', 'out', before=plant)
+    statuses, output = join(forks)
+    assert statuses == [status], output
+    assert ('Traceback' in output) == (status == 1)
+
+
+def test_one_process_of_a_machine_speaks(monkeypatch, capfd):
+    """Catches a wrong argument reported once per GPU, or not at all on a machine where alone it is wrong."""
+    monkeypatch.setenv('RANK', '9')
+    for local_rank, lines in ('1', 0), ('0', 1):
+        monkeypatch.setenv('LOCAL_RANK', local_rank)
+        with pytest.raises(SystemExit):
+            run('--epochs', 0)
+        assert len(error_lines(capfd)) == lines
