@@ -10,6 +10,7 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 from torch import nn
 
+from ..utils.errors import InputError
 from ..weights.build import build_model
 
 __all__ = ['CIFAR100_ARGS', 'CifarResNet', 'cifar100_cfg', 'cifar_cfg', 'feature_cfg']
@@ -82,15 +83,15 @@ class CifarResNet(ResNet):
             dtype: Type of the parameters.
 
         Raises:
-            ValueError: If `layers` and `channels` are not of three stages, or of four, or `output_stride` is not a
+            InputError: If `layers` and `channels` are not of three stages, or of four, or `output_stride` is not a
                 power of two to 32.
         """
         nn.Module.__init__(self)
         if len(layers) not in (3, 4) or len(channels) != len(layers):
-            raise ValueError(
+            raise InputError(
                 f'layers and channels must be of three stages, or both of four, got {layers!r} and {channels!r}')
         if output_stride not in (1, 2, 4, 8, 16, 32):
-            raise ValueError(f'output_stride must be 1, 2, 4, 8, 16 or 32, got {output_stride!r}')
+            raise InputError(f'output_stride must be 1, 2, 4, 8, 16 or 32, got {output_stride!r}')
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans

@@ -1,6 +1,7 @@
 """Depth-level dynamic networks: a forward that runs one or several depths of the same weights.
 
-How the weights are shared is in `shared_weights.py`, state dicts are in `state_dict.py`, the architectures and entrypoints are in `ddnn_resnet.py`.
+How the weights are shared is in `shared_weights.py`, state dicts are in `state_dict.py`, the architectures and
+entrypoints in `ddnn_resnet.py`.
 """
 import copy
 import re

@@ -92,8 +92,8 @@ class SubNetModule(nn.Module):
         if self._is_norm:
             if 'running_mean' not in original._buffers:
                 raise InputError(
-                    f'{type(original).__name__} stands in the place of a norm whose statistics differ by depth: convert '
-                    'what extract(depth) returns, not a model of several depths')
+                    f'a norm whose statistics differ by depth was replaced by {type(original).__name__}: convert what '
+                    'extract(depth) returns, not a model of several depths')
             for hook in original._forward_pre_hooks.values():  # by which torch.nn.utils.prune masks weights
                 hook(module, (x,))
             if isinstance(x, torch.fx.Proxy):  # torch.fx does not trace into norms of torch.nn, whose check it cannot
@@ -242,7 +242,8 @@ class SharedWeightsMixin:
         valid = all(isinstance(w, int) and not isinstance(w, bool) for w in wanted)
         depths = tuple(d for d in self.depths if any(d == w for w in wanted)) if valid else ()
         if not depths or len(depths) < len(wanted):
-            raise InputError(f"depth must be of {self.depths}, a sequence of these, or 'all', got {reprlib.repr(depth)}")
+            raise InputError(
+                f"depth must be of {self.depths}, a sequence of these, or 'all', got {reprlib.repr(depth)}")
         return depths, single
 
     def path(self, depth: int) -> list[nn.Module]:

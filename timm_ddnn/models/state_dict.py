@@ -1,6 +1,7 @@
 """State dicts of models with sub-nets: which ones load, and which entries are those of a depth.
 
-A state dict holds the full-net under the names of a stock ResNet, and under `subnets.` what sub-nets have for themselves.
+A state dict holds the full-net under the names of a stock ResNet, and under `subnets.` what sub-nets have for
+themselves.
 """
 import logging
 import re
