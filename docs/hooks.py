@@ -3,16 +3,19 @@ import contextlib
 import io
 import os
 from pathlib import Path
+from typing import Any
 
-from mkdocs.structure.files import File
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = (
-    'results/README.md', 'results/PROTOCOL.md', 'results/*.png', 'results/*.csv', 'benchmarks/README.md', 'MODEL_CARD.md',
-    'CONTRIBUTING.md', 'CHANGELOG.md')
+    'MODEL_CARD.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'benchmarks/README.md', 'results/README.md', 'results/PROTOCOL.md',
+    'results/*.png', 'results/*.csv')
 
 
-def on_files(files, config):
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of the repository that the site shows too, under the paths that they have there."""
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
@@ -20,7 +23,7 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown, page, **_):
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Append to the command reference the help of every command."""
     if page.file.src_uri != 'commands.md':
         return markdown
@@ -30,7 +33,7 @@ def on_page_markdown(markdown, page, **_):
     return '\n'.join([markdown, *helps])
 
 
-def get_help(name):
+def get_help(name: str) -> str:
     """Return what `timm-ddnn NAME --help` prints."""
     from timm_ddnn_cli.main import main
 

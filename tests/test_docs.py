@@ -1,6 +1,8 @@
 """Every snippet of README and the site runs, and what their tables and sentences say of the models is so."""
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -8,13 +10,14 @@ import pytest
 import timm
 import torch
 from conftest import EXPECTED_DEPTHS
+from helpers.hub_server import User, child, hub  # noqa: F401  a fixture
 from helpers.snippets import ROOT, make_place, run_page
-from hub_server import User, child, hub  # noqa: F401  a fixture
 from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_ddnn
 from timm_ddnn.utils.costs import count_costs
+from timm_ddnn_cli.commands import NAMES
 
 README = (ROOT / 'README.md').read_text()
 PAGES = ['README.md', 'MODEL_CARD.md', 'CONTRIBUTING.md', 'results/README.md', 'benchmarks/README.md',
@@ -23,43 +26,47 @@ WITH_HUB = [page for page in PAGES if re.search('^timm-ddnn push', (ROOT / page)
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
+def first_place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('place')
     make_place(folder)
     return folder
 
 
-def run_in_child(hub, page, *options):  # noqa: F811
-    """Run a page in a process of its own, where the test server is the Hub, which a client learns when it is imported."""
+@pytest.fixture
+def place(first_place, surroundings, tmp_path, monkeypatch):
+    """A folder of its own for a page, which is the working directory."""
+    shutil.copytree(first_place, tmp_path / 'place')
+    monkeypatch.chdir(tmp_path / 'place')
+
+
+def run_in_child(hub, *arguments):  # noqa: F811
+    """Run pages in a process of their own, where the test server is the Hub: it is found out at import."""
     hub.users[hub.token] = User(hub.user, (hub.organization, 'OWNER'))
-    result = child(hub, ['-m', 'helpers.snippets', ROOT / page, *options], timeout=600, PYTHONPATH=f'{ROOT}:{ROOT / "tests"}')
+    path = f'{ROOT}{os.pathsep}{ROOT / "tests"}'
+    result = child(hub, ['-m', 'helpers.snippets', *arguments], timeout=800, PYTHONPATH=path)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.mark.parametrize('page', [page for page in PAGES if page not in WITH_HUB])
-def test_snippets(page, place, surroundings, monkeypatch):
+def test_snippets(page, place):
     """Catches a snippet that does not run, an option that is not there, and a page whose snippets are not found."""
-    monkeypatch.chdir(place)
     assert run_page(ROOT / page) == len(re.findall(r'^```(?:python|sh)$', (ROOT / page).read_text(), re.MULTILINE))
 
 
-@pytest.mark.parametrize('page', WITH_HUB)
-def test_snippets_with_the_hub(page, place, hub, monkeypatch):  # noqa: F811
-    """As `test_snippets`, of what publishes and downloads."""
-    monkeypatch.chdir(place)
-    run_in_child(hub, page)
+def test_snippets_with_the_hub(place, hub):  # noqa: F811
+    """As `test_snippets`, of pages that publish and download."""
+    assert WITH_HUB == ['README.md', 'docs/hub.md']
+    run_in_child(hub, *(ROOT / page for page in WITH_HUB))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('page', [page for page in PAGES if re.search(
     r'^(timm-ddnn (train|export)|.*--runtimes|accelerate)', (ROOT / page).read_text(), re.MULTILINE)])
-def test_snippets_that_train_and_export(page, tmp_path, hub, monkeypatch):  # noqa: F811
+def test_snippets_that_train_and_export(page, place, hub):  # noqa: F811
     """Catches options that parse and do not go together, and files that are named otherwise."""
-    make_place(tmp_path)
-    monkeypatch.chdir(tmp_path)
     hub.publish('timm/resnet50.a1_in1k', {'model.safetensors': save(timm.create_model('resnet50').state_dict())})
-    run_in_child(hub, page, '--slow')
+    run_in_child(hub, ROOT / page, '--slow')
 
 
 @pytest.mark.parametrize('code', [
@@ -78,7 +85,7 @@ def test_a_wrong_snippet_is_found(code, tmp_path, surroundings):
 def test_names_of_the_package_exist():
     """Catches a name that a page uses and the package does not have."""
     used = {name for page in PAGES for name in re.findall(r'\btimm_ddnn\.(\w+)', (ROOT / page).read_text())}
-    assert {'Cascade', 'EKDLoss'} <= used and not used - {*timm_ddnn.__all__, 'models'}
+    assert {'Cascade', 'EKDLoss'} <= used and not used - {*timm_ddnn.__all__, 'models', 'utils'}
 
 
 @pytest.mark.parametrize('name', list(EXPECTED_DEPTHS))
@@ -106,7 +113,8 @@ def test_cost_of_all_depths_together():
     with FlopCounterMode(display=False) as together:
         model(x, depth='all')
     apart = sum(cost['macs'] for cost in count_costs(model, (3, 224, 224)))
-    assert f'share once: {together.get_total_flops() / 2e9:.2f} GMACs, one by one {apart / 1e9:.2f}' in ' '.join(README.split())
+    cost = f'share once: {together.get_total_flops() / 2e9:.2f} GMACs, one by one {apart / 1e9:.2f}'
+    assert cost in ' '.join(README.split())
 
 
 def test_readme_is_short_and_has_the_two_commands():
@@ -128,5 +136,5 @@ def test_site_fetches_nothing_when_it_is_viewed(tmp_path):
         loads += re.findall(r'<link[^>]*\brel="(?:stylesheet|preconnect|icon)"[^>]*\bhref="([^"]+)"', text)
         loads += re.findall(r'<link[^>]*\bhref="([^"]+)"[^>]*\brel="(?:stylesheet|preconnect|icon)"', text)
         assert loads and not [url for url in loads if re.match(r'(https?:)?//', url)], path
-    commands = (tmp_path / 'site/commands.html').read_text()
-    assert all(f'timm-ddnn {name}</h2>' in re.sub(r'<a.*?</a>', '', commands) for name in ('evaluate', 'export', 'push'))
+    commands = re.sub(r'<a.*?</a>', '', (tmp_path / 'site/commands.html').read_text())
+    assert all(f'timm-ddnn {name}</h2>' in commands and f'usage: timm-ddnn {name}' in commands for name in NAMES)

@@ -1,6 +1,6 @@
 """Runs the Python and shell snippets of a Markdown page, in a folder that has what they name.
 
-    python -m helpers.snippets PAGE [--slow]      # in the folder, where the environment says what the Hub is
+    python -m helpers.snippets PAGE... [--slow]      # in the folder, where the environment says what the Hub is
 
 A command that trains, exports or measures runs only if `slow`, else its arguments are parsed; so are those of a command
 that needs GPUs, other hosts or a script of timm, always. `make_place` makes the folder.
@@ -56,10 +56,10 @@ def run_page(path, slow=False):
         str(path), PythonCodeBlockParser(), CodeBlockParser('sh', lambda example: run_shell(example.parsed, slow)),
         SkipParser())
     document.namespace['__name__'] = '__main__'
-    count = 0
-    for count, example in enumerate(document, start=1):
+    examples = list(document)
+    for example in examples:
         example.evaluate()
-    return count
+    return len(examples)
 
 
 def run_shell(text, slow):
@@ -92,9 +92,9 @@ def run_line(words, slow):
         known = re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.MULTILINE)
         return None if {a for a in arguments if '=' not in a} <= set(known) else f'make has {known}'
     if words[:2] == ['pip', 'install']:
-        extras = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']['optional-dependencies']
-        wanted = re.fullmatch(r'\.(?:\[(.*)\])?', words[2])
-        return None if wanted and set((wanted[1] or 'cli').split(',')) <= set(extras) else f'the extras are {list(extras)}'
+        project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+        extras, wanted = project['optional-dependencies'], re.fullmatch(r'\.\[(.*)\]', words[2])
+        return None if wanted and {*wanted[1].split(',')} <= {*extras} else f'the extras are {list(extras)}'
     return None if words == ['hf', 'auth', 'login'] else f'no test knows how to run {program}'
 
 
@@ -130,7 +130,11 @@ def parse_script(arguments):
         mock.patch.object(sys, 'argv', argv),
         mock.patch.object(sys, 'path', [str(path.parent), *sys.path]),
         mock.patch.object(argparse.ArgumentParser, 'parse_args', parse_and_stop),
-        mock.patch.object(timm_ddnn_cli.arguments, 'run_script', stop),  # of train_timm.py, which parses a part
+        # train_timm.py parses a part, puts its task into timm, and runs the script
+        mock.patch.object(timm_ddnn_cli.arguments, 'run_script', stop),
+        mock.patch.object(timm.task, 'ClassificationTask', timm.task.ClassificationTask),
+        mock.patch.object(timm.task.classification, 'ClassificationTask', timm.task.ClassificationTask),
+        mock.patch.object(timm.task.TrainingTask, '__init__', timm.task.TrainingTask.__init__),
     ):
         return expect(Parsed, runpy.run_path, str(path), run_name='__main__')
 
@@ -188,4 +192,6 @@ def make_image(label, size):
 
 
 if __name__ == '__main__':
-    run_page(sys.argv[1], slow='--slow' in sys.argv)
+    for page in sys.argv[1:]:
+        if page != '--slow':
+            run_page(page, slow='--slow' in sys.argv)
