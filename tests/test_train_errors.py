@@ -1,16 +1,18 @@
 """What training says to wrong input, in one line and with status 2; a bug keeps its traceback and ends with 1."""
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import timm
 from helpers.image_files import DAMAGED, png, write_parquet
-from helpers.training import FAST, error_lines, few_digits, fork, join, run
+from helpers.training import FAST, error_lines, few_digits, run
 from timm.models import save_for_hf
 
 from timm_ddnn import EKDLoss
-from timm_ddnn.train.loop import LossMeter
 
 pytestmark = pytest.mark.usefixtures('surroundings')
 
@@ -123,22 +125,20 @@ def test_a_bug_keeps_its_traceback(error, monkeypatch, capfd):
     assert 'error:' not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize('images, status', [('damaged', 2), ('intact', 1)])
-def test_a_run_that_fails_ends(images, status):
-    """Catches worker processes that are waited for for ever after an error, an unexpected one too."""
-    def plant():
-        def fail(*args):
-            raise KeyError('planted')
-        if images == 'intact':
-            LossMeter.update = fail
-
-    last = DAMAGED if images == 'damaged' else png(3)
-    write_parquet(Path('set/train.parquet'), range(4), files=[png(0), png(1), png(2), last])
-    write_parquet(Path('set/test.parquet'), range(4))
-    forks = fork('--dataset', 'set', '-b', 2, '-j', 2, '--epochs', 1, '--output', 'out', before=plant)
-    statuses, output = join(forks)
-    assert statuses == [status], output
-    assert ('Traceback' in output) == (status == 1)
+def test_a_program_with_a_bug_ends():
+    """Catches worker processes that are waited for for ever after an error, and a bug that ends with 2."""
+    code = (
+        'import sys, timm_ddnn.train.loop, timm_ddnn_cli.main\n'
+        'def fail(*args): raise ValueError("planted")\n'
+        'timm_ddnn.train.loop.LossMeter.update = fail\n'
+        'timm_ddnn_cli.main.main(["train", *sys.argv[1:]])'
+    )
+    process = subprocess.run(
+        [sys.executable, '-c', code, *FAST, *few_digits(), '-j', '2', '--output', 'out'],
+        env=dict(os.environ, ACCELERATE_USE_CPU='1'), capture_output=True, text=True, timeout=120,
+    )
+    assert process.returncode == 1, process.stderr
+    assert process.stderr.startswith('Traceback') and process.stderr.endswith('ValueError: planted\n')
 
 
 def test_one_process_of_a_machine_speaks(monkeypatch, capfd):

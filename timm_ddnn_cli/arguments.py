@@ -48,10 +48,7 @@ def run(main: Callable[[], Any]) -> None:
         status = 2 if isinstance(e, OSError) else getattr(e, 'exit_status', None)
         if status is None:
             raise
-        message = str(e)
-        if 'in DataLoader worker process' in message:  # then it is a traceback that ends in the message proper
-            message = e.args[0].strip().splitlines()[-1].partition(': ')[2]
-        fail(message, status, getattr(e, 'on_every_process', False))
+        fail(str(e), status, getattr(e, 'on_every_process', False))
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

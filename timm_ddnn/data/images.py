@@ -29,12 +29,11 @@ class ImageReadError(InputError):
 
     on_every_process = True
 
-    def __str__(self) -> str:
-        """Return the message. A loader raises the error of a worker process anew, with a traceback as the message."""
-        message = super().__str__()
-        if 'in DataLoader worker process' not in message:
-            return message
-        return message.strip().splitlines()[-1].partition(': ')[2]
+    def __init__(self, message: str) -> None:
+        """Keep the message; a loader raises the error of a worker process anew, with a traceback as the message."""
+        if 'in DataLoader worker process' in message:
+            message = message.strip().splitlines()[-1].partition(': ')[2]
+        super().__init__(message)
 
 
 @contextmanager
