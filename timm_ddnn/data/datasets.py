@@ -75,7 +75,7 @@ def load_image_data(
 
     Raises:
         FileNotFoundError: If there is no such data set, or a shard of it is missing.
-        ValueError: If a split or column cannot be told or does not exist, or labels are not integers 0..C-1.
+        InputError: If a split or column cannot be told or does not exist, or labels are not integers 0..C-1.
     """
     if name == 'digits':
         available = _load_digits()
@@ -95,7 +95,7 @@ def load_image_data(
         try:
             available = datasets.load_dataset(builder, data_files=files, **options)
         except Exception as e:  # datasets and the formats that it reads raise many types, and none that they share
-            raise ValueError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
+            raise InputError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
     splits = {role: available[split] for role, split in roles.items()}
 
     features = splits['validation'].features
@@ -105,7 +105,7 @@ def load_image_data(
         try:
             splits = {role: split.cast_column(input_key, datasets.Image()) for role, split in splits.items()}
         except (pa.ArrowException, TypeError, ValueError) as e:
-            raise ValueError(f'column {input_key!r} holds no images but {features[input_key]}') from e
+            raise InputError(f'column {input_key!r} holds no images but {features[input_key]}') from e
     class_names = _check_labels({roles[role]: split for role, split in splits.items()}, target_key, training)
     return ImageData(splits.get('train'), splits['validation'], input_key, target_key, class_names)
 
@@ -224,7 +224,7 @@ def _check_folders(splits: list[Path]) -> None:
     for split in splits:
         deeper = next(filter(Path.is_file, split.glob('*/*/*')), None)
         if deeper and not any(split.glob('metadata.*')):
-            raise ValueError(f'images must lie in SPLIT/CLASS/, got {deeper}')
+            raise InputError(f'images must lie in SPLIT/CLASS/, got {deeper}')
 
 
 def _load_from_hub(name: str) -> datasets.DatasetDict:
@@ -237,10 +237,10 @@ def _load_from_hub(name: str) -> datasets.DatasetDict:
 
 def _pick_split(available: dict[str, Any], given: str | None, usual: tuple[str, ...], flag: str) -> str:
     if given is not None and given not in available:
-        raise ValueError(f'{flag} must be one of the splits {sorted(available)}, got {given!r}')
+        raise InputError(f'{flag} must be one of the splits {sorted(available)}, got {given!r}')
     found = [split for split in usual if split in available] if given is None else [given]
     if not found:
-        raise ValueError(f'{flag} must name one of the splits {sorted(available)}: none is called {" or ".join(usual)}')
+        raise InputError(f'{flag} must name one of the splits {sorted(available)}: none is called {" or ".join(usual)}')
     return found[0]
 
 
@@ -254,13 +254,13 @@ def _pick_column(
     """Choose a column by the name given, else by its type, else by its name, the name deciding between several."""
     if given is not None:
         if given not in features:
-            raise ValueError(f'{flag} must be one of the columns {list(features)}, got {given!r}')
+            raise InputError(f'{flag} must be one of the columns {list(features)}, got {given!r}')
         return given
     found = [column for column, feature in features.items() if isinstance(feature, kind)] or list(features)
     if len(found) > 1 or not isinstance(features[found[0]], kind):
         found = [column for column in found if column in usual]
     if len(found) != 1:
-        raise ValueError(f'{flag} must name one of the columns {list(features)}: which of them it is cannot be told')
+        raise InputError(f'{flag} must name one of the columns {list(features)}: which of them it is cannot be told')
     return found[0]
 
 
@@ -270,10 +270,10 @@ def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool)
     for split, data in splits.items():
         column = data.select_columns(key).with_format('arrow')[:][key]
         if not len(column):
-            raise ValueError(f'split {split!r} is empty')
+            raise InputError(f'split {split!r} is empty')
         if column.null_count or not pa.types.is_integer(column.type):
             got = f'nothing in row {column.is_null().index(True)}' if column.null_count else column.type
-            raise ValueError(f'column {key!r} must hold integers 0..C-1, got {got} in split {split!r}')
+            raise InputError(f'column {key!r} must hold integers 0..C-1, got {got} in split {split!r}')
         labels[split] = column.to_numpy()
 
     feature = next(iter(splits.values())).features[key]
@@ -284,11 +284,11 @@ def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool)
         # Where it is trained on, every label is there, else the numbers do not begin at 0 or have holes
         class_names = [str(i) for i in range(len(present) if training else int(present[-1]) + 1)]
     if training and len(class_names) < 2:
-        raise ValueError(f'column {key!r} must name at least 2 classes, got {class_names}')
+        raise InputError(f'column {key!r} must name at least 2 classes, got {class_names}')
     for split, values in labels.items():
         wrong = np.flatnonzero((values < 0) | (values >= len(class_names)))
         if len(wrong):
-            raise ValueError(
+            raise InputError(
                 f'labels must be 0..{len(class_names) - 1} for {len(class_names)} classes, '
                 f'got {values[wrong[0]]} in row {wrong[0]} of split {split!r}'
             )
