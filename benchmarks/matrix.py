@@ -3,7 +3,10 @@ from itertools import product
 from typing import NamedTuple
 
 import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from timm_ddnn.utils.modules import eval_mode
 from timm_ddnn_cli.arguments import parse_blocks
 
 LOADER = '--in-memory', '-j', '0'
@@ -71,6 +74,14 @@ def compare(experiment, model, data, recipe, methods, seeds):
                 truncate=method == 'truncation',
             ))
     return runs
+
+
+def forward_macs(model, depth, size=(3, 32, 32)):
+    """Count the multiply-accumulates of one image at a depth, or at several at once."""
+    image = torch.zeros(1, *size, device=next(model.parameters()).device)
+    with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image, depth=depth)
+    return counter.get_total_flops() // 2
 
 
 def weigh(depths, middle, shallow):
@@ -242,6 +253,44 @@ def ablations(seeds):
     ]
 
 
+# What was tried for results/PROTOCOL.md before a judged run, by the images to choose by: results/tuning/README.md.
+# A net of the family of its regime A.1 whose full-net fits 5,000 images within 40 epochs.
+SMALL = {
+    '--model': 'ddnn_cifar_resnet18', '--epochs': '40', '--warmup-epochs': '4', '-b': '64', '--mixed-precision': 'no'}
+NARROW = 'channels=16,32,64,128'
+ALONE_18 = SMALL | CE_ONLY | {'--subnets': '', '--model-kwargs': NARROW}
+ALONE_10 = ALONE_18 | {'--model-kwargs': f'{NARROW} layers=1,1,1,1'}
+ALL = SMALL | {'--model-kwargs': NARROW, '--epochs': '44'}  # for the cost of both alone
+
+
+# For SGD, half the rate and twice the decay is half the loss: in EKD, the second is the first with weights of sum 1
+RATES = ('0.1', '5e-4'), ('0.05', '1e-3'), ('0.1', '1e-3'), ('0.05', '5e-4'), ('0.1', '2e-3')
+TUNED = {'alone_18': ALONE_18, 'alone_10': ALONE_10, 'joint': ALL | CE_ONLY, 'ekd': ALL | EKD}
+# The full-net alone first, for two fifths of its epochs; then its frozen copy teaches all depths, which start from it,
+# by losses whose weights sum to 4. The first rate and decay make that a sum of 1.
+FIRST = ALONE_18 | {'--epochs': '16'}
+THEN = ALL | {
+    '--epochs': '25', '--warmup-epochs': '2', '--initial-checkpoint': '{teacher}/model.safetensors',
+    '--teacher': '{teacher}', '--alpha': '1', '--temperature': '4', '--beta': '0'}
+THEN_RATES = ('0.025', '2e-3'), ('0.05', '1e-3')
+
+
+def tuning():
+    def run(name, options, lr, decay, seed, teacher=None):
+        options = options | {'--lr': lr, '--weight-decay': decay}
+        teacher = teacher and f'tuning/{teacher}-{seed}'
+        return Run(f'tuning/{name}_lr_{lr}_wd_{decay}-{seed}', 'cifar10_5k_tuning', seed, options, teacher)
+
+    return [
+        run(name, options, *rate, seed, teacher)
+        for seed in (0, 100, 101)
+        for variants, rates, teacher in (
+            (TUNED, RATES, None), ({'first': FIRST}, RATES[:1], None),
+            ({'then': THEN}, THEN_RATES, 'first_lr_0.1_wd_5e-4'))
+        for (name, options), rate in product(variants.items(), rates)
+    ]
+
+
 def all_runs():
     several = (
         'alone', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep', 'kd_shared_deep_private', 'joint', 'ekd',
@@ -259,5 +308,6 @@ def all_runs():
         *compare('tiny_imagenet_resnet34', 'ddnn_resnet34', 'tiny_imagenet', tiny, main, {}),
         *compare('tiny_imagenet_resnet50', 'ddnn_resnet50', 'tiny_imagenet', tiny | {'--epochs': '15'}, main, {}),
         *ablations(seeds=3),
+        *tuning(),
     ]
     return {run.name: run for run in runs}

@@ -48,15 +48,15 @@ class MethodTask(timm_ddnn.EKDTask):
             # It is a module of the task, too, and so in the mode of the net in training
             self.set_teacher(self.average.module)
 
-    def forward(self, input, target):
-        run = self.subnets if self.depth == 'all' else []
+    def forward(self, input, target, depth='all'):
+        run = self.subnets if depth == 'all' else []
         if self.method.sample and run:
             run = [self.subnets[torch.randint(len(self.subnets), ()).item()]]
         outputs = self.trainable_module(input, depth=(self.full, *run))
         loss_fn = self.loss_fn
         if self.average:
             self.average.update(unwrap_model(self.trainable_module), step=self.steps.item())
-        terms = loss_fn.terms(outputs, target, self.run_teacher(input))
+        terms = loss_fn.terms(outputs, target, self.teacher and self.teacher(input))
         if self.average:
             for name in ('kl', 'attention'):
                 terms.pop(f'{name}_{self.full}', None)

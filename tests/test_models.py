@@ -12,7 +12,9 @@ from timm_ddnn import CifarResNet
 from timm_ddnn.utils.modules import find_norms
 
 NAMES = list(EXPECTED_DEPTHS)
-CIFAR_NAMES = ['ddnn_resnet20', 'ddnn_resnet32', 'ddnn_resnet44', 'ddnn_resnet56', 'ddnn_resnet110']
+CIFAR_NAMES = [
+    'ddnn_resnet20', 'ddnn_resnet32', 'ddnn_resnet44', 'ddnn_resnet56', 'ddnn_resnet110', 'ddnn_cifar_resnet18',
+    'ddnn_cifar_resnet34', 'ddnn_cifar_resnet50']
 
 
 def some_at_once(*names):
@@ -20,12 +22,12 @@ def some_at_once(*names):
     return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
-ONE_OF_EACH_KIND = some_at_once('ddnn_resnet18', 'ddnn_resnet50', 'ddnn_resnet20')
+ONE_OF_EACH_KIND = some_at_once('ddnn_resnet18', 'ddnn_resnet50', 'ddnn_resnet20', 'ddnn_cifar_resnet18')
 
 
 def test_registry_lists_all_entrypoints():
     assert sorted(timm.list_models('ddnn_*')) == sorted(NAMES)
-    assert len(timm.list_models('cifar_resnet*')) == 7
+    assert len(timm.list_models('cifar_resnet*')) == 10
     assert timm.models.is_model_in_modules('ddnn_resnet50', ['ddnn_resnet'])
     assert 'ddnn_resnet50' not in timm.list_models(module='resnet'), 'registered among the models of timm itself'
 
@@ -68,11 +70,24 @@ def test_every_depth_equals_the_extracted_plain_net(name):
     ('ddnn_resnet50d', 26, 'resnet26d', None),
     ('ddnn_resnet152', 101, 'resnet101', None),
     ('ddnn_resnet56', 32, 'cifar_resnet32', None),
+    ('ddnn_cifar_resnet34', 18, 'cifar_resnet18', None),
+    ('ddnn_cifar_resnet50', 14, 'cifar_resnet50', [1, 1, 1, 1]),
 ])
 def test_extraction_takes_the_stock_name_where_there_is_one(name, depth, architecture, layers):
     plain = timm.create_model(name, device='meta').extract(depth)
     assert plain.pretrained_cfg['architecture'] == architecture
     assert plain._model_args.get('layers') == layers
+
+
+def test_a_narrow_net_is_extracted_as_narrow():
+    """Catches a stock net of that depth, cifar_resnet14 here, which cannot be built with the model's arguments."""
+    model = timm.create_model('ddnn_cifar_resnet50', channels=(8, 16, 32, 64), device='meta')
+    for depth in model.depths:
+        plain = model.extract(depth)
+        assert plain.pretrained_cfg['architecture'] == 'cifar_resnet50'
+        again = timm.create_model('cifar_resnet50', **plain._model_args, device='meta')
+        assert [(k, v.shape) for k, v in again.state_dict().items()] == [
+            (k, v.shape) for k, v in plain.state_dict().items()]
 
 
 def test_a_depth_of_other_blocks_than_timms_is_not_given_timms_name():
@@ -114,7 +129,7 @@ def test_timm_arguments_and_classifier_at_every_depth(name):
         name, num_classes=5, in_chans=1, drop_rate=0.1, drop_path_rate=0.2, global_pool='max', output_stride=8,
         device='meta', dtype=torch.bfloat16)
     x = torch.empty(2, 1, 64, 64, device='meta', dtype=torch.bfloat16)
-    stride = 4 if name in CIFAR_NAMES else 8
+    stride = min(8, model.feature_info[-1]['reduction'])
     assert all(t.device.type == 'meta' for t in [*model.parameters(), *model.buffers()])
     for depth in model.depths:
         features = model.forward_features(x, depth=depth)
@@ -350,6 +365,7 @@ def test_cifar_family_is_that_of_the_paper():
     assert shortcut.shape == (1, 32, 4, 4)
     assert torch.equal(shortcut[:, :16], x[:, :, ::2, ::2]) and not shortcut[:, 16:].any()
     assert len(find_norms(net)) == 109
+    assert isinstance(timm.create_model('cifar_resnet18', device='meta').layer4[0].downsample, torch.nn.Sequential)
     with pytest.raises(ValueError, match='three stages'):
         timm.create_model('cifar_resnet20', layers=(1, 1, 1, 1))
     with pytest.raises(ValueError, match='got 3'):

@@ -1,11 +1,11 @@
 """Tags of weights: those that come with the library, those on the Hub, those of timm, and none."""
 import json
 
-import hub_server
 import pytest
 import timm
 import torch
-from hub_server import child
+from helpers import hub_server
+from helpers.hub_server import child
 from small_models import IMAGES, logits, make_model, save
 from timm.models import PretrainedCfg
 

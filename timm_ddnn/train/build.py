@@ -252,8 +252,8 @@ def set_teacher(
         raise InputError(f'--teacher {args.teacher}: its classes must be in the order of those of the model')
     try:
         task.set_teacher(teacher)
-        task.run_teacher(torch.zeros(1, *data_config['input_size'], device=next(teacher.parameters()).device))
-    except (ValueError, AssertionError) as e:  # timm's nets judge the size of images by assertions
+        task.teacher(torch.zeros(1, *data_config['input_size'], device=next(teacher.parameters()).device))
+    except InputError as e:
         raise InputError(f'--teacher {args.teacher}: {e}') from e
 
 
