@@ -2,23 +2,27 @@
 
 Reading and augmenting the images is in `images.py`. Models and losses need neither, nor the `datasets` library.
 """
-import glob
+import hashlib
+import json
 import logging
 import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch import nn
 
 from ..utils.errors import InputError
+from .folders import find_splits, read_folders
 
-__all__ = ['ImageData', 'class_names', 'load_image_data', 'match_classes', 'quiet_datasets']
+__all__ = ['ImageData', 'class_names', 'fingerprint', 'load_image_data', 'match_classes', 'quiet_datasets']
 
 
 _logger = logging.getLogger(__name__)
@@ -26,6 +30,7 @@ TRAIN_SPLITS = ('train',)
 VAL_SPLITS = ('validation', 'val', 'valid', 'test')
 INPUT_KEYS = ('image', 'img')
 TARGET_KEYS = ('label', 'labels', 'fine_label')
+MOST_HASHED_BYTES = 2 ** 28
 
 
 def quiet_datasets() -> None:
@@ -88,14 +93,13 @@ def load_image_data(
 
     if os.path.isdir(name) and name != 'digits':
         files = {split: available[split] for split in roles.values()}
-        builder, options = 'parquet', {}
-        if not next(iter(files.values()))[0].endswith('.parquet'):
-            builder, options = 'imagefolder', {'drop_labels': False}  # folders are classes also where there is only one
-            _check_folders([Path(name) / split for split in files])
-        try:
-            available = datasets.load_dataset(builder, data_files=files, **options)
-        except Exception as e:  # datasets and the formats that it reads raise many types, and none that they share
-            raise InputError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
+        if isinstance(next(iter(files.values())), Path):
+            available = read_folders(files)
+        else:
+            try:
+                available = datasets.load_dataset('parquet', data_files=files)
+            except Exception as e:  # datasets and pyarrow raise many types, and none that they share
+                raise InputError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
     splits = {role: available[split] for role, split in roles.items()}
 
     features = splits['validation'].features
@@ -108,6 +112,42 @@ def load_image_data(
             raise InputError(f'column {input_key!r} holds no images but {features[input_key]}') from e
     class_names = _check_labels({roles[role]: split for role, split in splits.items()}, target_key, training)
     return ImageData(splits.get('train'), splits['validation'], input_key, target_key, class_names)
+
+
+def fingerprint(data: ImageData) -> dict[str, Any]:
+    """Compute what tells a data set from another, for a run that resumes.
+
+    Args:
+        data: What `load_image_data` found.
+
+    Returns:
+        How many images the splits have, and 'sha256', over names, sizes and classes of all images, and over their bytes
+        if these are at most 256 MiB. It does not depend on where the files lie, nor on their times.
+    """
+    splits = {'training_images': data.train, 'validation_images': data.validation}
+    digest = hashlib.sha256(json.dumps(data.class_names).encode())
+    total = 0
+    for split in splits.values():
+        for path, size, label in _image_sizes(split, data):
+            total += size
+            digest.update(f'{"/".join(Path(path).parts[-2:])} {size} {label}\n'.encode())
+    if total <= MOST_HASHED_BYTES:
+        for split in splits.values():
+            for row in split.cast_column(data.input_key, datasets.Image(decode=False)).select_columns(data.input_key):
+                image = row[data.input_key]
+                digest.update(Path(image['path']).read_bytes() if image['bytes'] is None else image['bytes'])
+    return {'sha256': digest.hexdigest(), **{name: len(split) for name, split in splits.items()}}
+
+
+def _image_sizes(split: datasets.Dataset, data: ImageData) -> Iterator[tuple[str, int, int]]:
+    """Path ('' without one), bytes and label of every image; the images are not read."""
+    columns = split.cast_column(data.input_key, datasets.Image(decode=False)).with_format('arrow')
+    for batch in columns.select_columns([data.input_key, data.target_key]).iter(1000):
+        images = batch[data.input_key].combine_chunks()
+        sizes = pc.binary_length(images.field('bytes')).to_pylist()
+        paths, labels = images.field('path').to_pylist(), batch[data.target_key].to_pylist()
+        for path, size, label in zip(paths, sizes, labels, strict=True):
+            yield path or '', os.path.getsize(path) if size is None else size, label
 
 
 def class_names(model: nn.Module) -> list[str] | None:
@@ -195,8 +235,8 @@ def _load_digits() -> datasets.DatasetDict:
     })
 
 
-def _find_files(folder: Path) -> dict[str, list[str]]:
-    """Map the splits in a folder to their parquet files, or to the pattern of their image files."""
+def _find_files(folder: Path) -> dict[str, list[str]] | dict[str, Path]:
+    """Map the splits in a folder to their parquet files, or to their folders of images."""
     for place in (folder, folder / 'data'):
         splits: dict[str, list[str]] = {}
         shards: Counter[tuple[str, str]] = Counter()
@@ -210,21 +250,10 @@ def _find_files(folder: Path) -> dict[str, list[str]]:
                 raise FileNotFoundError(f'split {split!r} in {str(place)!r} lacks some of its {int(count)} files')
         if splits:
             return splits
-    splits = {
-        path.name: [f'{glob.escape(str(path.resolve()))}/**'] for path in sorted(folder.iterdir())
-        if path.is_dir() and next(path.glob('*/*'), None)
-    }
-    if not splits:
+    folders = find_splits(folder)
+    if not folders:
         raise FileNotFoundError(f'folder {str(folder)!r} has neither SPLIT*.parquet nor SPLIT/CLASS/IMAGE files')
-    return splits
-
-
-def _check_folders(splits: list[Path]) -> None:
-    """Refuse images in folders of a class folder, whose labels would be those of the inner ones."""
-    for split in splits:
-        deeper = next(filter(Path.is_file, split.glob('*/*/*')), None)
-        if deeper and not any(split.glob('metadata.*')):
-            raise InputError(f'images must lie in SPLIT/CLASS/, got {deeper}')
+    return folders
 
 
 def _load_from_hub(name: str) -> datasets.DatasetDict:
