@@ -312,7 +312,7 @@ def tuning():
     half = equal_cost('ddnn_cifar_resnet18', 60, common | {'-b': '128'}, channels=(32, 64, 128, 256))
     runs = []
     for (prefix, data, rows), seed in product(
-            (('', 'cifar10_5k', small), ('cifar100_', 'cifar100_10k', half)), (0, 100, 101)):
+            (('', 'cifar10_2500', small), ('cifar100_', 'cifar100_10k', half)), (0, 100, 101)):
         for row, (options, teacher) in rows.items():
             for lr, decay in {'first': RATES[:1], 'then': THEN_RATES}.get(row, RATES):
                 rate = {'--lr': lr, '--weight-decay': decay}
