@@ -59,7 +59,7 @@ TUNING = {
     'cifar100': ('cifar100', range(45_000), range(45_000, 50_000)),
     'cifar10_10k': ('cifar10', range(10_000), range(40_000, 50_000)),
     'cifar100_10k': ('cifar100', range(10_000), range(40_000, 50_000)),
-    'cifar10_5k': ('cifar10', range(5_000), range(40_000, 50_000)),
+    'cifar10_2500': ('cifar10', range(2_500), range(40_000, 50_000)),
     'photos': ('photos', range(2_557), range(2_557, 3_157)),
 }
 # Data set and splits by name. 'validation' is evaluated after every epoch, 'test' once, at the end of a run: by
@@ -70,7 +70,7 @@ PARTS = {
         'validation': range(35_000, 40_000), 'test': range(5_000, 35_000), 'few': range(5_000),
         'train': [*range(40_000, 50_000), *range(5_000)]}),
     **{
-        f'{name}_{kind}': (source, {'validation': choose[:1_000], 'test': test, 'train': train})
+        f'{name}_{kind}': (source, {'validation': choose[:500], 'test': test, 'train': train})
         for name, (source, train, choose) in TUNING.items() for kind, test in (('tuning', choose), ('judged', None))
     },
 }

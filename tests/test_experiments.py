@@ -245,7 +245,7 @@ def test_a_net_is_cut_with_statistics_of_its_own(modules, monkeypatch, tmp_path)
         assert 'bn1.running_mean' not in differ[depth]  # before the nets part
 
 
-@pytest.mark.parametrize('name', ['cifar10', 'cifar10_10k', 'cifar10_5k'])
+@pytest.mark.parametrize('name', ['cifar10', 'cifar10_10k', 'cifar10_2500'])
 def test_judged_images_are_seen_in_the_end_alone(modules, tmp_path, name):
     """Catches a judged image that is evaluated after every epoch, or chosen by, and one that is trained on."""
     for split, first, count in ('train', 0, 50_000), ('validation', 50_000, 5_000):
@@ -258,7 +258,7 @@ def test_judged_images_are_seen_in_the_end_alone(modules, tmp_path, name):
     assert judged['test'] == set(range(50_000, 55_000))
     assert tuning['train'] == judged['train'] and tuning['validation'] == judged['validation'] < tuning['test']
     assert not tuning['train'] & tuning['test'] and max(tuning['train'] | tuning['test']) < 50_000
-    assert len(tuning['validation']) == 1_000
+    assert len(tuning['validation']) == 500
 
 
 def test_the_images_that_options_are_chosen_on_are_apart(modules, tmp_path):
