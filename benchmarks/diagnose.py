@@ -20,30 +20,35 @@ import torch.nn.functional as F
 from timm.data import resolve_data_config
 
 import timm_ddnn  # noqa: F401  the import registers the models
-from timm_ddnn.data import load_image_data
-from timm_ddnn.images import MemoryImages
-from timm_ddnn.model_card import markdown_table
+from timm_ddnn.data.cached import MemoryImages
+from timm_ddnn.data.datasets import load_image_data
+from timm_ddnn.data.loader import normalize
+from timm_ddnn.hub.model_card import markdown_table
 
 IMAGES, BATCH, BATCHES = 2_000, 128, 8
 
 
+def batches(images, data_config, size, count):
+    """-> The first `count` images of a split, normalized, and their labels, in batches."""
+    rows = [[(0, i) for i in range(start, start + size)] for start in range(0, count, size)]
+    return normalize(map(images.__getitems__, rows), data_config, 'cpu')
+
+
 @torch.no_grad()
-def losses(model, images):
+def losses(model, images, data_config):
     """-> Mean cross-entropy by depth."""
     total = dict.fromkeys(model.depths, 0.0)
-    for start in range(0, IMAGES, 250):
-        batch, target = images.__getitems__([(0, i) for i in range(start, start + 250)])
+    for batch, target in batches(images, data_config, 250, IMAGES):
         for depth, output in model(batch, depth='all').items():
             total[depth] += F.cross_entropy(output.logits, target, reduction='sum').item()
     return {depth: value / IMAGES for depth, value in total.items()}
 
 
-def cosines(model, images):
+def cosines(model, images, data_config):
     """-> Mean cosine between gradients by pair of depths."""
     weights = [p for name, p in model.named_parameters() if p.ndim == 4]
     found = {pair: [] for pair in combinations(model.depths, 2)}
-    for start in range(0, BATCHES * BATCH, BATCH):
-        batch, target = images.__getitems__([(0, i) for i in range(start, start + BATCH)])
+    for batch, target in batches(images, data_config, BATCH, BATCHES * BATCH):
         gradients = {
             depth: torch.autograd.grad(F.cross_entropy(output.logits, target), weights, retain_graph=True,
                                        allow_unused=True)
@@ -66,10 +71,10 @@ def main():
         config = resolve_data_config(model=model)
         train, test = (MemoryImages(data, split, config) for split in ('train', 'validation'))
         train.padding = [0, 0]  # as it is
-        learned, general = losses(model, train), losses(model, test)
+        learned, general = losses(model, train, config), losses(model, test, config)
         convolutions = [p for name, p in model.named_parameters() if p.ndim == 4]
         size = (sum(p.square().sum() for p in convolutions) / sum(p.numel() for p in convolutions)).sqrt().item()
-        angles = ', '.join(f'{c:.2f} ({a}, {b})' for (a, b), c in cosines(model.train(), train).items())
+        angles = ', '.join(f'{c:.2f} ({a}, {b})' for (a, b), c in cosines(model.train(), train, config).items())
         rows += [
             [f'`{folder.name}`', str(depth), f'{learned[depth]:.3f}', f'{general[depth]:.3f}', f'{size:.4f}', angles]
             for depth in model.depths
