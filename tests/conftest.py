@@ -29,7 +29,7 @@ def surroundings(monkeypatch, tmp_path):
 def modules(monkeypatch, tmp_path):
     """Import modules of benchmarks/ whose files go to a temporary folder."""
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    names = 'card', 'comparison', 'experiments', 'make_tag', 'matrix', 'results', 'train_method'
+    names = 'experiments', 'make_tag', 'matrix', 'model_card', 'results', 'train_method'
     modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for module in vars(modules).values():
         for place in {'RESULTS', 'WORK', 'WEIGHTS'} & vars(module).keys():

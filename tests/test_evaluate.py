@@ -3,44 +3,43 @@ import json
 import logging
 import math
 import shutil
+from contextlib import nullcontext
 
 import datasets
 import pytest
 import timm
 import torch
+from helpers.fitted_model import save_fitted
 from helpers.image_files import write_images
 from helpers.models import create, images
-from helpers.training import FAST, read, run
+from helpers.training import read, run
 from PIL import Image
-from timm.data import create_transform, resolve_input_data_config
-from torchmetrics.classification import MulticlassCalibrationError
 
 from timm_ddnn.cascade import Cascade
 from timm_ddnn.data.datasets import load_image_data
-from timm_ddnn.data.images import Images
-from timm_ddnn.evaluation.evaluate import evaluate_model
+from timm_ddnn.evaluation.batches import load_batches
+from timm_ddnn.evaluation.evaluate import CascadeOptions, evaluate_model
 from timm_ddnn.evaluation.metrics import calibration_bins, class_rows, depth_metrics, split_images
-from timm_ddnn.evaluation.predict import predict
+from timm_ddnn.evaluation.predict import evaluate, predict
+from timm_ddnn.utils.errors import InputError
 from timm_ddnn_cli.main import main
+from timm_ddnn_cli.tables import format_count
 
 DEPTHS = (14, 8)
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A model of depths 14 and 8 that has learned something of digits, and not all."""
-    output = tmp_path_factory.mktemp('evaluate') / 'trained'
-    run(*FAST, '--epochs', '2', '--in-memory', '--output', output)
-    return output
+    """A model of depths 14 and 8 that knows digits, and not all."""
+    return save_fitted(tmp_path_factory.mktemp('evaluate') / 'fitted')
 
 
 @pytest.fixture(scope='module')
 def digits(folder):
     """The model, and all images and labels of the validation split."""
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval().to(memory_format=torch.channels_last)
-    data = Images(load_image_data('digits'), 'validation', create_transform(**resolve_input_data_config(model)))
-    pairs = [data[0, i] for i in range(len(data))]
-    return model, torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+    batches = list(load_batches(load_image_data('digits'), 'validation', model, 64))
+    return model, torch.cat([x for x, _ in batches]), torch.cat([target for _, target in batches])
 
 
 @pytest.fixture(scope='module')
@@ -117,18 +116,6 @@ def test_top5_of_few_classes():
     assert [row['top5'] for row in rows] == [100, 100, 100]
 
 
-def test_calibration_error_is_that_of_torchmetrics():
-    """Catches bins, weights or signs that differ from the usual ones."""
-    logits = torch.randn(500, 10, generator=torch.Generator().manual_seed(0)) * 2
-    labels = (logits + 3 * torch.randn(500, 10, generator=torch.Generator().manual_seed(1))).argmax(-1)
-    sure, classes = logits.softmax(-1).max(-1)
-    bins = calibration_bins(sure, classes == labels)
-    error = sum(n * abs(a - c) for n, c, a in zip(*bins.values(), strict=True) if n) / 500
-    expected = MulticlassCalibrationError(10, n_bins=15)(logits.softmax(-1), labels).item()
-    assert error == pytest.approx(expected, abs=1e-5)
-    assert error > 0.01
-
-
 def test_confidences_on_edges_fall_into_the_bin_below():
     """Catches a bin of its own for a confidence of 1, which nets that are sure of all reach, and an index beyond."""
     sure = torch.tensor([1.0, 0.95, 1.0, 0.2], dtype=torch.float64)
@@ -139,12 +126,45 @@ def test_confidences_on_edges_fall_into_the_bin_below():
     assert bins['accuracy'][0] is None
 
 
-def test_metrics_of_a_diverged_model_are_refused(small):
-    """Catches accuracies of a model whose logits are not numbers."""
-    with torch.no_grad():
-        small.path(8)[2].bn1.running_var.fill_(math.nan)
-    with pytest.raises(ValueError, match='logits at depth 8 that are not finite'):
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_metrics_of_a_diverged_model_are_refused(value, small):
+    """Catches accuracies of a model whose logits are not numbers, also where a softmax would hide it."""
+    small.fc.register_forward_hook(
+        lambda module, inputs, output: output.index_fill(1, torch.tensor([3]), value) if len(calls) == 3 else None)
+    calls = []
+    small.fc.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    with pytest.raises(InputError, match='logits at depth 8 that are not finite'):
         predict(small, [(images(small), torch.tensor([0, 1]))])
+
+
+class Processes:
+    """Two processes in one: an accelerator that gathers what another one, whose images are others, gathers too."""
+
+    def __init__(self, others=None):
+        self.others, self.gathered = others, []
+
+    def autocast(self):
+        return nullcontext()
+
+    def gather_for_metrics(self, tensors):
+        self.gathered.append(tensors)
+        if self.others is None:
+            return tensors
+        return [torch.cat(pair) for pair in zip(tensors, self.others[len(self.gathered) - 1], strict=True)]
+
+
+def test_training_evaluates_the_images_of_all_processes(small):
+    """Catches accuracies of one process alone, and tensors that are gathered along depths."""
+    x, labels = images(small, batch=24), torch.randint(10, (24,), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        small.fc.weight.mul_(10)
+    mine, theirs = ([(x[i:i + 4], labels[i:i + 4]) for i in range(start, 24, 8)] for start in (0, 4))
+    other = Processes()
+    evaluate(other, small, theirs)
+    found = evaluate(Processes(other.gathered), small, mine)
+    rows = depth_metrics(predict(small, [(x, labels)]))
+    assert found == {f'{name}_{row["depth"]}': row[name] for row in rows for name in ('top1', 'top5')}
+    assert list(found) == [f'{name}_{depth}' for name in ('top1', 'top5') for depth in small.depths]
 
 
 def test_classes(small):
@@ -219,11 +239,12 @@ def test_command(folder, logits, digits, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('wish', [[], ['--target-top1', '60'], ['--budget-macs', '2.2e6'], ['--threshold', '0.5']])
-def test_cascade(folder, logits, digits, tmp_path, capsys, wish):
+def test_cascade(folder, logits, digits, capsys, wish):
     """Catches a threshold chosen on the wrong images or by the wrong rule, and a result that is not the cascade's."""
+    speed_images = 0 if wish else 50
     status, out, err = invoke(
-        capsys, folder, '--data', 'digits', '-j', 0, '--cascade', '8,14', *wish, '--speed-images', 50, '--json',
-        '--output', tmp_path)
+        capsys, folder, '--data', 'digits', '-j', 0, '--cascade', 8, 14, *wish, '--json',
+        '--speed-images', speed_images)
     assert status == 0 and 'error' not in err
     result = json.loads(out)
     cascade = result['cascade']
@@ -273,21 +294,20 @@ def test_cascade(folder, logits, digits, tmp_path, capsys, wish):
               if cost['top1_alone'] >= cascade['top1'] and cost['macs_alone'] <= cascade['macs']]
     assert cascade['beaten_by'] in better or (cascade['beaten_by'] is None and not better)
     speed = cascade['speed']
-    assert speed['images'] == 50
-    for row in (*speed['depths'], speed['cascade']):
-        assert 0 < row['low'] <= row['median'] <= row['high']
+    assert bool(speed) is bool(speed_images)
+    for row in (*speed['depths'], speed['cascade']) if speed else ():
+        assert speed['images'] == 50 and 0 < row['low'] <= row['median'] <= row['high']
 
 
 def test_cascade_for_people(folder, tmp_path, capsys):
     """Catches a table without the speed or the reuse, or that fails where there is no speed."""
-    args = [folder, '--data', 'digits', '-j', 0, '--cascade', '8,14', '--output', tmp_path]
+    args = [folder, '--data', 'digits', '-j', 0, '--cascade', '8', '14', '--output', tmp_path]
     _, out, _ = invoke(capsys, *args, '--speed-images', 20)
     cascade = read(tmp_path, 'evaluation.json')['cascade']
     assert f'threshold {cascade["threshold"]:.4f}, 180 images' in out
     assert f'{cascade["speed"]["cascade"]["median"]:.0f}' in out
     step = cascade['steps'][1]
-    share = 100 * step['reused'] / cascade['steps'][0]['macs_alone']
-    assert f'depth 14 reuses {share:.1f} % of the MACs of depth 8: the stem and 1 block' in out
+    assert f'depth 14 reuses {format_count(step["reused"])} MACs of depth 8: stem and blocks 1 to 1' in out
     assert 'chosen on 180 other images' in out
     status, out, err = invoke(capsys, *args, '--speed-images', 0)
     assert status == 0 and 'error' not in err and 'rounds' not in out
@@ -296,22 +316,24 @@ def test_cascade_for_people(folder, tmp_path, capsys):
 def test_bfloat16(folder):
     """Catches a precision without effect, and one that the cascade does not take over."""
     exact = evaluate_model(str(folder), 'digits')
-    rounded = evaluate_model(str(folder), 'digits', precision='bf16', cascade=(8, 14), speed_images=20)
+    rounded = evaluate_model(str(folder), 'digits', precision='bf16', cascade=CascadeOptions((8, 14), speed_images=20))
     assert rounded['precision'] == 'bf16'
     assert rounded['depths'][0]['ece'] != exact['depths'][0]['ece']
     assert rounded['depths'][0]['top1'] == pytest.approx(exact['depths'][0]['top1'], abs=3)
 
 
 @pytest.mark.parametrize(('args', 'message'), [
-    (['--cascade', '8,50'], 'two or more of the depths (8, 14), the shallowest first, got (8, 50)'),
-    (['--cascade', '14,8'], 'the shallowest first, got (14, 8)'),
-    (['--cascade', '8;14'], "must be depths such as '14,26,50', got '8;14'"),
-    (['--cascade', '8,14', '--threshold', '1.5'], "must be 'auto' or a number from 0 to 1, got '1.5'"),
-    (['--cascade', '8,14', '--threshold', 'high'], "must be 'auto' or a number from 0 to 1, got 'high'"),
-    (['--cascade', '8,14', '--holdout', '1'], 'some in both parts of 360, got 1.0'),
-    (['--threshold', '0.5'], "only for a cascade, got {'threshold': 0.5}"),
-    (['--cascade', '8,14', '--target-top1', '50', '--budget-macs', '1e6'], 'at most one of threshold, target_top1'),
+    (['--cascade', '8', '50'], 'two or more of the depths (8, 14), the shallowest first, got (8, 50)'),
+    (['--cascade', '14', '8'], 'the shallowest first, got (14, 8)'),
+    (['--cascade', '8,14'], "argument --cascade: invalid int value: '8,14'"),
+    (['--cascade', '8', '14', '--threshold', '1.5'], "must be 'auto' or a number from 0 to 1, got '1.5'"),
+    (['--cascade', '8', '14', '--threshold', 'high'], "must be 'auto' or a number from 0 to 1, got 'high'"),
+    (['--cascade', '8', '14', '--holdout', '1'], 'some in both parts of 360, got 1.0'),
+    (['--threshold', '0.5'], 'are for a cascade, got no --cascade'),
+    (['--cascade', '8', '14', '--target-top1', '50', '--budget-macs', '1e6'],
+     'argument --budget-macs: not allowed with argument --target-top1'),
     (['--device', 'tpu9'], 'device must be cpu'),
+    (['--device', 'meta'], "on this machine, got 'meta'"),
     (['--val-split', 'nowhere'], "--val-split must be one of the splits ['train', 'validation'], got 'nowhere'"),
     (['--data', 'no/such/folder'], "no data set 'no/such/folder'"),
 ])
@@ -338,7 +360,7 @@ def test_wrong_models_are_one_line(surroundings, capsys, name, message):
 
 def test_what_no_threshold_fulfils_ends_with_3(folder, tmp_path, capsys):
     """Catches the status of wrong input for a wish that was right and cannot be fulfilled, and files in spite of it."""
-    args = [folder, '--data', 'digits', '-j', 0, '--cascade', '8,14', '--output', tmp_path / 'output']
+    args = [folder, '--data', 'digits', '-j', 0, '--cascade', '8', '14', '--output', tmp_path / 'output']
     status, out, err = invoke(capsys, *args, '--target-top1', 100)
     assert (status, out) == (3, '')
     assert len(err.splitlines()) == 1 and 'no threshold has a top-1 accuracy of 100.0 %' in err
@@ -376,7 +398,7 @@ def test_a_split_may_lack_classes(kind, folder, digits, logits, tmp_path, monkey
         (tmp_path / 'set').mkdir()
         rows.cast_column('label', datasets.Value('int64')).to_parquet(tmp_path / 'set/val.parquet')
     expected = 100 * (logits[14].argmax(1) == labels)[chosen].float().mean().item()
-    result = evaluate_model(str(folder), str(tmp_path / 'set'), per_class=True)
+    result = evaluate_model(str(folder), str(tmp_path / 'set'))
     assert result['images'] == len(rows) and result['classes'] == 10
     assert result['depths'][0]['top1'] == pytest.approx(expected, abs=1e-3)
     assert [row['class'] for row in result['per_class'] if row['images']] == ['3', '7', '8']

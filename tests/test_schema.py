@@ -6,6 +6,7 @@ import torch
 
 from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.schema import (
+    all_of,
     any_of,
     brief,
     choice,
@@ -33,12 +34,13 @@ FILE = record({'rows': items(ROW, least=1, most=3)}, {'note': optional(text(5))}
     (text(pattern='[0-9a-f]{4}'), ['00ff'], ['00ff\n', '00f', '00fg']),
     (flag, [True, False], [0, 1, 'true', None]),
     (choice('a', 1), ['a', 1], ['b', True, 1.0]),
-    (items(integer(), 1, 2), [[1], [1, 2]], [[], [1, 2, 3], [1, 'a'], (1,), {'0': 1}]),
+    (items(integer(), 1, 2), [[1], [1, 2]], [[], [1, 2, 3], [1, 'a'], {'0': 1}, '1']),
     (mapping(integer(), most=1), [{}, {'a': 1}], [{'a': 'b'}, {'a': 1, 'b': 2}, [1]]),
     (record({'a': flag}, {'b': flag}), [{'a': True}, {'a': True, 'c': 1}], [{}, {'a': 1}, {'a': True, 'b': 1}, []]),
     (record({'a': flag}, strict=True), [{'a': True}], [{'a': True, 'c': 1}]),
     (optional(flag), [None, True], [1]),
     (any_of(flag, text()), [True, 'a'], [1, None]),
+    (all_of(number(0), number(-1, 2)), [0, 2], [-1, 3, 'a']),
 ])
 def test_checks(check, good, bad):
     """Catches a bound that is off by one, booleans that pass for integers, NaN, and a number for its text."""

@@ -12,7 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ['ArgumentParser', 'fail', 'number', 'parse_blocks', 'parse_option', 'parse_weight', 'run', 'run_script']
+__all__ = [
+    'ArgumentParser', 'fail', 'number', 'parse_blocks', 'parse_option', 'parse_weight', 'parse_workers', 'run',
+    'run_script',
+]
 
 
 _MAX_LENGTH = 2_000  # of a message: that of an OSError may hold the answer of a server
@@ -48,10 +51,7 @@ def run(main: Callable[[], Any]) -> None:
         status = 2 if isinstance(e, OSError) else getattr(e, 'exit_status', None)
         if status is None:
             raise
-        message = str(e)
-        if 'in DataLoader worker process' in message:  # then it is a traceback that ends in the message proper
-            message = e.args[0].strip().splitlines()[-1].partition(': ')[2]
-        fail(message, status, getattr(e, 'on_every_process', False))
+        fail(str(e), status, getattr(e, 'on_every_process', False))
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -95,6 +95,9 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
             raise argparse.ArgumentTypeError(f'must be {noun} {allowed}, got {text!r}')
         return value
     return parse
+
+
+parse_workers = number(int, 0, max(16, 4 * (os.cpu_count() or 1)))  # of processes that load data
 
 
 def parse_blocks(text: str) -> tuple[int, ...]:

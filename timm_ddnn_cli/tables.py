@@ -53,7 +53,7 @@ def create_table(
     """
     table = Table(
         title=Text(title) if title else None, caption=Text(caption) if caption else None, box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0), pad_edge=False)
+        padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for column in columns:
         text = column in left or column in fold
         table.add_column(

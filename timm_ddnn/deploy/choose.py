@@ -5,33 +5,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..utils.checks import Number, check_value, read_json
 from ..utils.errors import InputError
+from ..utils.schema import Check, integer, items, judge, mapping, number, optional, read_json, record, text
 
 __all__ = ['Choice', 'NoDepthError', 'percentile_90', 'profile_rows', 'read_accuracies', 'read_profile', 'select_depth']
 
 
 _logger = logging.getLogger(__name__)
-_DEPTH, _COUNT = Number(int, 1, 10 ** 6), Number(int, 1, 10 ** 9)
-_AMOUNT, _PERCENT = Number(float, 0), Number(float, 0, 100)
-PROFILE = {
-    'model?': str,
-    'architecture?': str,
-    'input_size?': [_COUNT],
-    'depths': [{'depth': _DEPTH, 'macs': _AMOUNT, 'top1?': _PERCENT}],
-    'measurements': [{
-        'depth': _DEPTH, 'runtime': str, 'batch_size': _COUNT, 'threads': _COUNT, 'median_ms': _AMOUNT,
-        'p90_ms': _AMOUNT, 'memory_mb?': _AMOUNT,
-    }],
-    'hardware?': {},
-    'versions?': {},
+
+# What files of other machines may hold; further keys are passed over
+_AMOUNT, _COUNT = number(0, 1e18), integer(1, 10 ** 9)
+_ROWS_MOST = 100_000
+_ABOUT = {
+    'model': optional(text()),
+    'architecture': text(),
+    'input_size': items(_COUNT, least=3, most=3),
 }
-EVALUATION = {
-    'model?': str,
-    'architecture?': str,
-    'input_size?': [_COUNT],
-    'depths': [{'depth': _DEPTH, 'top1': _PERCENT}],
-}
+_TOP1 = number(0, 100)
+EVALUATION = record({'depths': items(record({'depth': _COUNT, 'top1': _TOP1}), 1, _ROWS_MOST)}, _ABOUT)
+_COSTS = record({'depth': _COUNT, 'macs': _AMOUNT}, {'top1': optional(_TOP1)})
+_MEASUREMENT = record(
+    {
+        'depth': _COUNT, 'runtime': text(), 'batch_size': _COUNT, 'threads': _COUNT, 'median_ms': _AMOUNT,
+        'p90_ms': _AMOUNT,
+    },
+    {'memory_mb': optional(_AMOUNT)},
+)
+_ANYTHING = mapping(lambda value: None)
+PROFILE = record(
+    {'depths': items(_COSTS, 1, _ROWS_MOST), 'measurements': items(_MEASUREMENT, 1, _ROWS_MOST)},
+    {**_ABOUT, 'hardware': _ANYTHING, 'versions': _ANYTHING},
+)
 _COLUMNS = {'latency_ms': 'p90_ms', 'macs': 'macs', 'memory_mb': 'memory_mb', 'min_top1': 'top1'}  # by limit
 
 
@@ -88,7 +92,7 @@ def read_profile(path: str | Path) -> dict[str, Any]:
         OSError: If the file cannot be read.
         InputError: If it is not a profile.
     """
-    return read_json(path, PROFILE, '`timm-ddnn profile`')
+    return _read(path, PROFILE, '`timm-ddnn profile`')
 
 
 def read_accuracies(
@@ -113,7 +117,7 @@ def read_accuracies(
         OSError: If the file cannot be read.
         InputError: If it has no such rows.
     """
-    content = read_json(path, EVALUATION, '`timm-ddnn evaluate` or a training run')
+    content = _read(path, EVALUATION, '`timm-ddnn evaluate` or a training run')
     wanted = {'architecture': architecture, 'model': model, 'input_size': input_size and list(input_size)}
     for key, value in wanted.items():
         found = content.get(key)
@@ -121,6 +125,12 @@ def read_accuracies(
             _logger.warning(f'{path} has the accuracy for {key} {found}, the costs are for {value}')
             break  # a model of another architecture has another name, too
     return {row['depth']: row['top1'] for row in content['depths']}
+
+
+def _read(path: str | Path, check: Check, writer: str) -> dict[str, Any]:
+    if not Path(path).exists():
+        raise FileNotFoundError(f'there must be a file that {writer} wrote, got {str(path)!r}')
+    return read_json(path, check)
 
 
 def profile_rows(
@@ -147,7 +157,7 @@ def profile_rows(
     Raises:
         InputError: If that is not a profile, has no such measurements, or a depth without accuracy.
     """
-    check_value(profile, PROFILE, 'profile')
+    judge(profile, PROFILE, 'profile')
     wanted = {'batch_size': batch_size, 'threads': threads, 'runtime': runtime}
     wanted = {key: value for key, value in wanted.items() if value is not None}
     for key, value in wanted.items():
@@ -210,7 +220,7 @@ def select_depth(
         raise InputError(f'a limit is expected, one of {", ".join(_COLUMNS)}, got none')
     rows = profile_rows(profile, accuracies=accuracies, batch_size=batch_size, threads=threads, runtime=runtime)
     for name, limit in limits.items():
-        check_value(limit, _AMOUNT, name)
+        judge(limit, _AMOUNT, name)
         if all(row.get(_COLUMNS[name]) is None for row in rows):
             raise InputError(f'{name} needs a profile or an evaluation with {_COLUMNS[name]}, which is in neither')
     for row in rows:

@@ -8,15 +8,14 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ..utils.checks import Number, check_value
 from ..utils.errors import InputError
+from ..utils.schema import integer, judge, number
 from .choose import percentile_90
 
 __all__ = ['DepthController']
 
 
-_POSITIVE = Number(float, 1e-12)
-_COUNT = Number(int, 1)
+_POSITIVE, _COUNT = number(above=0), integer(1)
 
 class DepthController:
     """Moves the depth such that latency stays within a budget under a changing load.
@@ -68,12 +67,12 @@ class DepthController:
         if not (isinstance(costs, Mapping) and costs):
             raise InputError(f'costs must be a mapping from depths to numbers, got {costs!r}')
         for depth, cost in costs.items():
-            check_value(depth, _COUNT, 'depth in costs')
-            check_value(cost, _POSITIVE, f'cost of depth {depth}')
-        check_value(budget_ms, _POSITIVE, 'budget_ms')
-        check_value(headroom, Number(float, 1e-12, 1), 'headroom')
-        check_value(window, _COUNT, 'window')
-        check_value(patience, _COUNT, 'patience')
+            judge(depth, _COUNT, 'depth in costs')
+            judge(cost, _POSITIVE, f'cost of depth {depth}')
+        judge(budget_ms, _POSITIVE, 'budget_ms')
+        judge(headroom, number(above=0, high=1), 'headroom')
+        judge(window, _COUNT, 'window')
+        judge(patience, _COUNT, 'patience')
         costs = dict(sorted(costs.items(), reverse=True))
         self.depths = tuple(costs)
         self.budget_ms = budget_ms
@@ -123,7 +122,7 @@ class DepthController:
         Raises:
             InputError: If there is no such depth, or the latency is negative or not finite.
         """
-        check_value(latency_ms, Number(float, 0), 'latency_ms')
+        judge(latency_ms, number(0), 'latency_ms')
         if depth is not None and depth not in self._costs:
             raise InputError(f'depth must be one of {self.depths}, got {depth!r}')
         with self._lock:

@@ -42,11 +42,11 @@ from timm.data import resolve_input_data_config
 from torch import nn
 
 from ..models.load import create_ddnn, load_model, resolve_name, saved_results
-from ..utils.checks import Number, check_value
 from ..utils.costs import count_costs
 from ..utils.environment import describe_machine, find_device
 from ..utils.errors import InputError
 from ..utils.files import staged_folder, write_json
+from ..utils.schema import integer, items, judge
 from .choose import percentile_90, read_accuracies
 from .formats import ONNX_PACKAGES, require_packages
 from .peak_memory import is_out_of_memory, measure_memory, measure_memory_cuda, onnx_function
@@ -56,7 +56,7 @@ __all__ = ['RUNTIMES', 'compare_machines', 'profile_model', 'profile_saved']
 
 RUNTIMES = ('eager', 'compiled', 'onnxruntime')
 _VERSIONS = ('timm_ddnn', 'torch', 'timm')  # that latency depends on
-_COUNT = Number(int, 1, 100_000)
+_COUNT = integer(1, 100_000)
 _logger = logging.getLogger(__name__)
 
 
@@ -129,11 +129,11 @@ def _check_arguments(
         img_size: int | None,
         device: str | None,
 ) -> torch.device:
-    check_value(batch_sizes, [_COUNT], 'batch_sizes')
-    check_value(threads, [Number(int, 1, os.cpu_count())], 'threads')
-    check_value(rounds, _COUNT, 'rounds')
+    judge(batch_sizes, items(_COUNT, least=1), 'batch_sizes')
+    judge(threads, items(integer(1, os.cpu_count()), least=1), 'threads')
+    judge(rounds, _COUNT, 'rounds')
     if img_size is not None:
-        check_value(img_size, Number(int, 1, 4096), 'img_size')
+        judge(img_size, integer(1, 4096), 'img_size')
     unknown = [runtime for runtime in runtimes if runtime not in RUNTIMES]
     if unknown or not runtimes:
         raise InputError(f'runtimes must be some of {", ".join(RUNTIMES)}, got {", ".join(runtimes)!r}')

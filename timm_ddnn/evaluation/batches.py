@@ -1,13 +1,13 @@
 """Images of a data set as a model takes them for inference."""
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from timm.data import create_transform, resolve_input_data_config
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..data.datasets import ImageData
 from ..data.images import Images
-from ..data.loader import create_loader
+from ..data.loader import create_loader, normalize
 
 __all__ = ['load_batches']
 
@@ -21,21 +21,25 @@ def load_batches(
         rows: Sequence[int] | None = None,
         shuffle: bool = False,
         num_workers: int = 0,
-) -> DataLoader:
-    """Create a loader of images [B, C, H, W] and labels [B], without augmentation.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Load images without augmentation, prepared as for validation in training.
 
     Args:
         data: What `load_image_data` found.
         split: 'train' or 'validation'.
-        model: The model, whose `pretrained_cfg` says how images are prepared.
+        model: The model, whose `pretrained_cfg` says how images are prepared. They come on its device.
         batch_size: Images per batch.
         rows: Indices of the images, all of the split if None.
         shuffle: Whether the order is random, and a last batch that is not full is left out.
         num_workers: Worker processes.
+
+    Yields:
+        Images [B, C, H, W], float32, and labels [B].
     """
     if rows is not None:
         data = data._replace(**{split: getattr(data, split).select(rows, keep_in_memory=True)})
     data_config = resolve_input_data_config(model)
-    transform = create_transform(**data_config)
+    transform = create_transform(**data_config, normalize=False)
     images = Images(data, split, transform, in_chans=data_config['input_size'][0], seed=None)
-    return create_loader(images, batch_size, training=shuffle, num_workers=num_workers)
+    loader = create_loader(images, batch_size, training=shuffle, num_workers=num_workers)
+    return normalize(loader, data_config, next(model.parameters()).device)

@@ -1,4 +1,5 @@
 """Evaluation of a saved model: every depth on the same images, and cascades of depths."""
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -92,9 +93,11 @@ def evaluate_model(
         count = len(image_data.validation)
         parts = _split_for(cascade, count, model) if cascade else None
 
-        loader = load_batches(image_data, 'validation', model, batch_size, num_workers=num_workers)
         console = Console(stderr=True)
-        batches = track(loader, 'evaluating', console=console, transient=True, disable=not console.is_terminal)
+        batches = track(
+            load_batches(image_data, 'validation', model, batch_size, num_workers=num_workers), 'evaluating',
+            total=math.ceil(count / batch_size), console=console, transient=True, disable=not console.is_terminal,
+        )
         predictions = predict(model, batches, autocast=partial(autocast, device, precision))
         input_size = resolve_input_data_config(model)['input_size']
         costs = count_costs(model, input_size)
@@ -151,11 +154,10 @@ def _evaluate_cascade(
         budget_macs=options.budget_macs)
     result['speed'] = None
     if options.speed_images:
-        device = next(model.parameters()).device
-        loader = load_batches(
+        batches = load_batches(
             image_data, 'validation', model, batch_size, rows=_thin_out(parts[1], options.speed_images))
         cascade = Cascade(model, options.depths, result['threshold'])
-        result['speed'] = measure_speed(cascade, [x.to(device) for x, _ in loader], precision=precision)
+        result['speed'] = measure_speed(cascade, [images for images, _ in batches], precision=precision)
     return result
 
 

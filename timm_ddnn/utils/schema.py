@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from .errors import InputError
 
 __all__ = [
-    'Check', 'any_of', 'brief', 'choice', 'flag', 'integer', 'items', 'mapping', 'number', 'optional', 'read_json',
-    'record', 'text',
+    'Check', 'Fault', 'all_of', 'any_of', 'brief', 'choice', 'flag', 'integer', 'items', 'judge', 'mapping', 'number',
+    'optional', 'read_json', 'record', 'text',
 ]
 
 
@@ -81,11 +81,22 @@ def read_json(path: str | Path, check: Check, name: str | None = None) -> Any:
         value = json.loads(content.decode('utf-8'))
     except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, or nested by the thousand
         raise InputError(f'{name} must be JSON in UTF-8: {e}') from None
+    judge(value, check, name)
+    return value
+
+
+def judge(value: Any, check: Check, name: str) -> None:
+    """Raise an InputError if a value is not what a check allows.
+
+    Args:
+        value: What is checked.
+        check: What it may be.
+        name: What the error message calls it.
+    """
     fault = check(value)
     if fault:
         where = f'{fault.path.removeprefix(".")} in {name}' if fault.path else name
         raise InputError(f'{where} must be {fault.allowed}, got {brief(fault.value)}')
-    return value
 
 
 def _leaf(allowed: str, valid: Callable[[Any], bool]) -> Check:
@@ -137,11 +148,14 @@ flag: Check = _leaf('true or false', lambda value: isinstance(value, bool))
 
 def choice(*values: Any) -> Check:
     """Check for one of some values."""
-    return _leaf(f'one of {values}', lambda value: any(value == v and type(value) is type(v) for v in values))
+    return _leaf(
+        f'one of {values}' if len(values) > 1 else repr(values[0]),
+        lambda value: any(value == v and type(value) is type(v) for v in values),
+    )
 
 
 def items(check: Check, least: int = 0, most: int = 1_000) -> Check:
-    """Check for a list.
+    """Check for a list, or a tuple, which is not JSON but may stand for a list in Python.
 
     Args:
         check: What each item must be.
@@ -149,7 +163,7 @@ def items(check: Check, least: int = 0, most: int = 1_000) -> Check:
         most: The greatest length allowed.
     """
     def check_items(value: Any) -> Fault | None:
-        if not (isinstance(value, list) and least <= len(value) <= most):
+        if not (isinstance(value, list | tuple) and least <= len(value) <= most):
             length = f'{most} items' if least == most else f'{least} to {most} items'
             return Fault('', f'a list of {length}', value)
         return _first((f'[{i}]', check(item)) for i, item in enumerate(value))
@@ -212,3 +226,8 @@ def any_of(*checks: Check) -> Check:
                 return None
         return fault
     return check_any
+
+
+def all_of(*checks: Check) -> Check:
+    """Check for what all of some checks allow; later ones may rely on what earlier ones have checked."""
+    return lambda value: next((fault for check in checks if (fault := check(value))), None)

@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import number, parse_blocks
+from ..arguments import number, parse_blocks, parse_workers
 
 HELP = 'Add a depth without training: its batch-norm statistics are estimated, and every accuracy is measured.'
 EXAMPLES = """  timm-ddnn calibrate output/ddnn_resnet50-food --blocks 3,4,4,2 --data FOLDER --output ddnn_resnet50-41
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--images', type=number(int, 2), default=2000, metavar='N',
                         help='training images for the statistics, taken at random')
     parser.add_argument('-b', '--batch-size', type=number(int, 2), default=64, metavar='N', help='images per batch')
-    parser.add_argument('-j', '--workers', type=number(int, 0), default=2, metavar='N', help='processes that load data')
+    parser.add_argument('-j', '--workers', type=parse_workers, default=2, metavar='N', help='processes that load data')
     parser.add_argument('--device', help="'cpu', 'cuda', ...: the GPU if there is one, else the CPU, if not given")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..arguments import fail, number
+from ..arguments import fail, number, parse_workers
 
 HELP = 'Evaluate every depth on the same images: accuracy, calibration, agreement; and cascades of depths.'
 EXAMPLES = """  timm-ddnn evaluate output/ddnn_resnet50-food --data FOLDER --per-class
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--target-key', help='label column, found if not given')
     arg('--val-split', help="the first of 'validation', 'val', 'valid' and 'test' if not given")
     arg('-b', '--batch-size', type=count, default=64, help='images per batch')
-    arg('-j', '--workers', type=number(int, 0), default=2, help='processes that load data')
+    arg('-j', '--workers', type=parse_workers, default=2, help='processes that load data')
     arg('--device', help="'cpu', 'cuda', ...: the GPU if there is one, else the CPU, if not given")
     arg('--precision', choices=('no', 'bf16'), default='no', help='bf16 for autocast to bfloat16')
     arg('--per-class', action='store_true', help='print top-1 of every class')

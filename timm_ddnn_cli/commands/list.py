@@ -18,14 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print the models."""
+    import timm
+
     from timm_ddnn.models.load import list_models
 
     from ..tables import cost_cells, create_table, print_table
 
     models = list_models(args.pattern)
     if not models:
-        names = ', '.join(model['model'] for model in list_models())
-        fail(f'PATTERN must match some of {names}, got {args.pattern!r}')
+        fail(f'PATTERN must match some of {", ".join(timm.list_models("ddnn_*"))}, got {args.pattern!r}')
     if not args.json:
         table = create_table(
             ('model', 'px', 'depth', 'blocks', 'params', 'MACs', 'weights'), left=('model', 'weights'))
