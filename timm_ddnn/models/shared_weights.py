@@ -57,14 +57,16 @@ class SubNetModule(nn.Module):
         """The module of the full-net.
 
         Raises:
-            InputError: If something has put a module without running statistics in the place of a norm.
+            InputError: If something has replaced a norm so that it has not what differs by depth.
         """
         parent, name = self._place
         module = parent._modules[name]
-        if self._is_norm and 'running_mean' not in module._buffers:
-            raise InputError(
-                f'a norm whose statistics differ by depth was replaced by {type(module).__name__}: convert what '
-                'extract(depth) returns, not a model of several depths')
+        if self._is_norm:
+            for own in ('running_mean', *self._parameters):
+                if own not in module._buffers and own not in module._parameters:
+                    raise InputError(
+                        f'{type(module).__name__} in the place of a norm has no {own}, which differs by depth: convert '
+                        'what extract(depth) returns, not a model of several depths')
         return module
 
     @property
@@ -90,6 +92,8 @@ class SubNetModule(nn.Module):
         for kind in ('_parameters', '_buffers', '_modules'):
             if own := getattr(self, kind):
                 state[kind] = {**state[kind], **own}
+        if 'weight' in original._buffers:  # scale and shift were frozen
+            state['_parameters'] = {name: p.detach() for name, p in module._parameters.items() if p is not None}
         return module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
