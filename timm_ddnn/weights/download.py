@@ -6,12 +6,15 @@ finds in its cache, hence the checksums here.
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, get_token, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 from timm.models._hub import _parse_model_cfg
 
@@ -21,12 +24,38 @@ from ..utils.schema import judge, read_json, record, text
 from .config_checks import CONFIG
 from .weight_checks import read_checkpoint, read_tensors
 
-__all__ = ['ARCHITECTURES', 'PREVIOUS', 'SavedConfig', 'Weights', 'fetch', 'find_weights', 'read_config']
+__all__ = [
+    'ARCHITECTURES', 'PREVIOUS', 'SavedConfig', 'Weights', 'check_client', 'fetch', 'find_weights', 'read_config',
+]
 
 
 PREVIOUS = '.previous.safetensors'  # weights of the config.json in a folder whose weights are being replaced
 ARCHITECTURES = 'ddnn_', 'cifar_resnet'  # how the names of this library's architectures begin
+PROXY = r'((https?|socks5h?)://)?([^/@]*@)?([^/@:\[\]]+|\[[\da-fA-F:]+\])(:\d+)?/?'  # [scheme://][user:password@]host[:port]
 _logger = logging.getLogger(__name__)
+
+
+def check_client() -> None:
+    """Check what the client of the Hub takes from the environment, where it does not name the cause itself.
+
+    Raises:
+        InputError: If a variable cannot be right; the message says which and what to do.
+    """
+    certificates = os.environ.get('SSL_CERT_FILE')
+    if certificates and not os.path.isfile(certificates):
+        raise InputError(f'SSL_CERT_FILE must be a file, got {certificates!r}: correct it or unset it')
+    for scheme in ('http', 'https', 'all'):
+        proxy, name = getproxies().get(scheme), f'{scheme.upper()}_PROXY'  # may hold a password: it is not shown
+        if proxy and not re.fullmatch(PROXY, proxy):
+            raise InputError(f'{name} must be as http://host:port, which its value is not: correct it or unset it')
+        if proxy and proxy.startswith('socks') and find_spec('socksio') is None:
+            raise InputError(f"{name} names a SOCKS proxy, which needs a package: pip install 'httpx[socks]'")
+    token = get_token() or ''
+    if not (token.isascii() and token.isprintable()):
+        raise InputError(
+            'the token of HF_TOKEN or `hf auth login` must be plain ASCII, as `hf_...`, got one with other characters: '
+            'copy it anew, without quotation marks'
+        )
 
 
 def fetch(
@@ -53,9 +82,11 @@ def fetch(
         Path in the cache. The name of its folder is the commit.
 
     Raises:
+        InputError: If the environment of the client is wrong, see `check_client`.
         OSError: If there is no such file or repository, it cannot be reached, or what comes is damaged.
     """
     download = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
+    check_client()
     try:
         path = Path(hf_hub_download(**download))
     except LocalEntryNotFoundError as e:
