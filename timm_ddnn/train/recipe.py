@@ -110,11 +110,11 @@ def train(
                 break
             check_weights(model, state.updates)
             record = loss_record(state, optimizer, means)
-            for each in nets:
+            for kind, weights in nets.items():
                 if accelerator.num_processes > 1:
-                    distribute_bn(nets[each], accelerator.num_processes, reduce=True)
-                metrics = evaluate(accelerator, nets[each], normalize(val_loader, data_config, device))
-                record |= {each + metric: value for metric, value in metrics.items()}
+                    distribute_bn(weights, accelerator.num_processes, reduce=True)
+                metrics = evaluate(accelerator, weights, normalize(val_loader, data_config, device))
+                record |= {kind + metric: value for metric, value in metrics.items()}
             rows = add_accuracies(costs, metrics)
             record |= {
                 'top1': sum(row['top1'] for row in rows) / len(rows),
@@ -136,7 +136,7 @@ def train(
         # Plots first: a summary means that the run is complete
         if not main_process:
             return None
-        metrics = {name.removeprefix(prefix): value for name, value in state.history[-1].items() if prefix in name}
+        metrics = {key.removeprefix(prefix): value for key, value in state.history[-1].items() if prefix in key}
         rows = add_accuracies(costs, metrics)
         plot_accuracy(output / 'accuracy.png', rows, name)
         plot_curves(output / 'curves.png', state.history, model.depths, name)
