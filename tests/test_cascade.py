@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 from conftest import create, images
-from timm_ddnn.deploy.speed import measure_speed
 
 from timm_ddnn.cascade import Cascade, confidence
-from timm_ddnn.deploy import speed as speed_module
+from timm_ddnn.evaluation import speed as speed_module
+from timm_ddnn.evaluation.speed import measure_speed
 from timm_ddnn.evaluation.thresholds import UnreachableError, choose_threshold, exit_steps, trace_thresholds
 
 # The path of depth 16 leaves that of 12 later than that of 14
