@@ -8,11 +8,11 @@ LAUNCH_ARGS ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_
 BIN := .venv/bin
 # There only while .venv is complete. Every path is relative, so the checkout may lie under a name with spaces.
 STAMP := .venv/.complete
-# Two workers share the cores: one torch thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+# Two workers share the cores: one torch thread each. A file stays with one of them, whose fixtures are made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint clean
+.PHONY: help train test test-all lint docs clean
 
 help:  ## Show this help
 	@echo 'Usage: make TARGET [ARGS="..."] [LAUNCH_ARGS="..."] [PYTHON=python3.12]'
@@ -30,8 +30,12 @@ test-all: $(STAMP)  ## Run all tests
 lint: $(STAMP)  ## Check the code with ruff
 	@$(BIN)/ruff check $(ARGS)
 
-clean:  ## Remove .venv, caches and built packages; output/ stays
-	@rm -rf .venv dist .pytest_cache .ruff_cache
+docs: $(STAMP)  ## Build the documentation site into site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@echo 'site/index.html'
+
+clean:  ## Remove .venv, caches, the site and built packages; output/ stays
+	@rm -rf .venv dist site .pytest_cache .ruff_cache
 	@find timm_ddnn timm_ddnn_cli tests train_scripts benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 # An install that was cut short leaves no stamp, and begins again from an empty .venv.

@@ -8,8 +8,8 @@
     nvidia-cuda-mps-control -d
     python benchmarks/experiments.py FOLDER --only 'cifar10_resnet56/*' --jobs 13 --time-limit 540
 
-FOLDER has the data sets in folders cifar10 and tiny_imagenet, as parquet files. Weights, logs and checkpoints go to
-output/experiments/EXPERIMENT/RUN. Several of these commands may run beside each other.
+FOLDER has the data sets in folders cifar10, cifar100, photos and tiny_imagenet, as parquet files. Weights, logs and
+checkpoints go to output/experiments/EXPERIMENT/RUN. Several of these commands may run beside each other.
 """
 import fcntl
 import fnmatch
@@ -21,14 +21,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import datasets
 import timm
 import torch
 from accelerate import Accelerator
-from matrix import LOADER, all_runs
+from matrix import LOADER, all_runs, forward_macs
 from timm.data import resolve_data_config
 
 import timm_ddnn
@@ -38,12 +38,15 @@ from timm_ddnn.data.loader import create_loader, normalize
 from timm_ddnn.evaluation.evaluate import evaluate_model
 from timm_ddnn.evaluation.metrics import add_accuracies
 from timm_ddnn.evaluation.predict import evaluate
+from timm_ddnn.models.load import load_teacher
 from timm_ddnn.train.recipe import describe_run
 from timm_ddnn.train.signals import EXIT_STOPPED
-from timm_ddnn.utils.costs import count_costs
+from timm_ddnn.utils.costs import count_costs as count_depths
 from timm_ddnn.utils.environment import describe_machine
+from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.files import file_sha256, write_json
-from timm_ddnn_cli.arguments import ArgumentParser, fail, number, one_line_errors
+from timm_ddnn_cli import arguments
+from timm_ddnn_cli.arguments import ArgumentParser, number
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / 'benchmarks' / 'train_method.py'
@@ -52,12 +55,34 @@ WORK = ROOT / 'output' / 'experiments'
 
 ROW = 'depth', 'blocks', 'parameters', 'macs', 'top1', 'top5'
 
+# Of a data set, rows of its training images, which are in random order: those trained on, and others to choose by
+TUNING = {
+    'cifar10': ('cifar10', range(45_000), range(45_000, 50_000)),
+    'cifar100': ('cifar100', range(45_000), range(45_000, 50_000)),
+    'cifar10_10k': ('cifar10', range(10_000), range(40_000, 50_000)),
+    'cifar100_10k': ('cifar100', range(10_000), range(40_000, 50_000)),
+    'cifar10_2500': ('cifar10', range(2_500), range(40_000, 50_000)),
+    'photos': ('photos', range(2_557), range(2_557, 3_157)),
+}
+# Data set and splits by name. 'validation' is evaluated after every epoch, 'test' once, at the end of a run: by
+# NAME_tuning the images to choose by, by NAME_judged (None) the validation images of the data set. See
+# results/PROTOCOL.md. cifar10_part is what options were chosen on before it.
+PARTS = {
+    'cifar10_part': ('cifar10', {
+        'validation': range(35_000, 40_000), 'test': range(5_000, 35_000), 'few': range(5_000),
+        'train': [*range(40_000, 50_000), *range(5_000)]}),
+    **{
+        f'{name}_{kind}': (source, {'validation': choose[:500], 'test': test, 'train': train})
+        for name, (source, train, choose) in TUNING.items() for kind, test in (('tuning', choose), ('judged', None))
+    },
+}
+
 
 def check(run, path):
     """Make sure that a file is of this run, not of one of the same name whose options were others.
 
     Raises:
-        ValueError: If it is not.
+        InputError: If it is not.
     """
     kept = json.loads(path.read_text())
     was, now = (
@@ -65,7 +90,7 @@ def check(run, path):
         for identity in (kept, run.identity())
     )
     if was != now:
-        raise ValueError(
+        raise InputError(
             f'{path} is of another run of this name, it must have {dict(now - was)}, got {dict(was - now)}: '
             f'to run it anew, remove it and {WORK / run.name}')
 
@@ -75,14 +100,14 @@ def check_weights(name):
 
     Raises:
         OSError: If there are none.
-        ValueError: If they are others.
+        InputError: If they are others.
     """
     weights, kept = WORK / name / 'model.safetensors', json.loads((RESULTS / f'{name}.json').read_text())
     got = file_sha256(weights)
     if 'weights_sha256' not in kept:
         print(f'{name} was kept without the SHA-256 of its weights: those in {weights} may be others', flush=True)
     elif got != kept['weights_sha256']:
-        raise ValueError(f'{weights} must have the SHA-256 {kept["weights_sha256"]} of the kept result, got {got}')
+        raise InputError(f'{weights} must have the SHA-256 {kept["weights_sha256"]} of the kept result, got {got}')
 
 
 def is_done(run):
@@ -93,36 +118,54 @@ def is_done(run):
 
 
 def data_folder(name, root):
-    """Find a data set, and make of CIFAR-10's training images the one that options are chosen on.
-
-    It has 15,000 images to train, or the 5,000 of split 'few' among them, 5,000 to validate after every epoch, and
-    30,000 for the result: with those, what the choice of the images adds to the error is a third of a point.
-    """
-    if name != 'cifar10_part':
+    """Find a data set, or make it of the images of another, see `PARTS`."""
+    if name not in PARTS:
         return root / name
     folder = WORK / 'data' / name
     if (folder / 'train.parquet').exists():  # written last
         return folder
-    train = datasets.load_dataset('parquet', data_files=str(root / 'cifar10' / 'train.parquet'), split='train')
-    rows = list(range(len(train)))  # the images are in random order
-    parts = {
-        'validation': rows[35_000:40_000],
-        'test': rows[5_000:35_000],
-        'few': rows[:5_000],
-        'train': rows[40_000:] + rows[:5_000],
-    }
-    for split, chosen in parts.items():
-        folder.mkdir(parents=True, exist_ok=True)
+    source, parts = PARTS[name]
+    files = {split: str(root / source / f'{split}*.parquet') for split in ('train', 'validation')}
+    images = datasets.load_dataset('parquet', data_files=files)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in parts.items():
         temporary = folder / f'.{split}-{os.getpid()}'
-        train.select(chosen).to_parquet(temporary)
+        (images['validation'] if rows is None else images['train'].select(rows)).to_parquet(temporary)
         os.replace(temporary, folder / f'{split}.parquet')
     return folder
 
 
-def flatten(options):
+def count_costs(run, summary, folder, teacher):
+    """Count the multiply-accumulates of a run: three forwards of what a step trains, and one of a frozen teacher.
+
+    Those by which the teacher was trained before are counted apart, None if that is not known.
+    """
+    args, model = summary['arguments'], timm.create_model(f'local-dir:{folder}', device='meta')
+    size = resolve_data_config({'img_size': args['img_size']}, model=model)['input_size']
+    full = forward_macs(model, model.depths[:1], size)
+    teaching, trained_by = 0, 0
+    if teacher:
+        trained_by = json.loads((RESULTS / f'{run.teacher}.json').read_text()).get('training_macs')
+    if args['ema_teacher'] or '--average-teacher' in run.options:
+        teaching = full
+    elif args['teacher']:
+        net = load_teacher(str(teacher or args['teacher']))
+        teaching = forward_macs(net, net.depths[:1], size)
+        trained_by = trained_by if teacher else None
+    batches = args['epochs'] * (summary['training_images'] // args['batch_size'])
+    first = args['full_net_updates']
+    forwards = first * full + (batches - first) * forward_macs(model, 'all', size)
+    return {
+        'training_macs': args['batch_size'] * (3 * forwards + batches * teaching),
+        'teacher_training_macs': trained_by,
+    }
+
+
+def flatten(options, teacher=None):
+    """Make arguments of options; {teacher} in a value is the folder of the run's teacher."""
     arguments = []
     for flag, value in options.items():
-        arguments += [flag] if value is None else [flag, *value.split()]
+        arguments += [flag] if value is None else [flag, *value.replace('{teacher}', str(teacher)).split()]
     return arguments
 
 
@@ -139,6 +182,11 @@ def locked(folder):
             yield file.fileno()
 
 
+def terminate(process):
+    with suppress(ProcessLookupError):  # not by Popen, which would wait for it, too
+        os.kill(process, signal.SIGTERM)
+
+
 class Runner:
     """Runs processes, and stops all of them at once."""
 
@@ -146,13 +194,13 @@ class Runner:
         self.runs = runs
         self.root = root
         self.threads = threads
-        self.processes = set()
+        self.processes = set()  # their ids
         self.stopped = threading.Event()
 
     def stop(self, *_):
         self.stopped.set()
         for process in list(self.processes):
-            process.terminate()
+            terminate(process)
 
     def do(self, run):
         """Do a run, or go on with it, unless it is done, held by another process, or the run it needs is not done."""
@@ -177,14 +225,16 @@ class Runner:
             start = time.perf_counter()
             if run.truncate:
                 summary, history = truncate(run, teacher, data_folder(run.data, self.root))
-            elif self.train(run, folder, teacher, lock):
+            elif memory := self.train(run, folder, teacher, lock):
                 summary = json.loads((folder / 'summary.json').read_text())
                 history = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
                 summary['weights_sha256'] = json.loads((folder / 'config.json').read_text())['weights_sha256']
-                summary |= evaluate_test(folder, data_folder(run.data, self.root))
+                summary |= evaluate_test(folder, data_folder(run.data, self.root), summary['mixed_precision'])
+                summary |= count_costs(run, summary, folder, teacher)
+                summary |= {'training_seconds': sum(record['seconds'] for record in history), 'peak_memory': memory}
             else:
                 return
-            places = 'output', 'resume', 'teacher'  # on this machine
+            places = 'output', 'resume', 'teacher', 'initial_checkpoint'  # on this machine
             summary['arguments'] = {
                 name: value for name, value in summary['arguments'].items() if name not in places
             } | {'dataset': run.data}
@@ -195,13 +245,15 @@ class Runner:
             print(f'{run.name}: {tops}, {time.perf_counter() - start:.0f} s', flush=True)
 
     def train(self, run, folder, teacher, lock):
+        """Train until the end, and return the peak memory of the process in bytes; None if it was stopped or failed."""
+        teacher = teacher and os.path.relpath(teacher, ROOT)
         command = [
             sys.executable, '-W', 'ignore', SCRIPT,
             # Without attention, which the options of `kd` do not say
-            *(('--teacher', os.path.relpath(teacher, ROOT), '--beta', '0') if teacher else ()),
+            *(('--teacher', teacher, '--beta', '0') if teacher and '{teacher}' not in str(run.options) else ()),
             '--dataset', os.path.relpath(data_folder(run.data, self.root), ROOT), *LOADER,
             '--checkpoint-hist', '1', '--seed', run.seed, '--output', folder, '--resume', 'auto',
-            '--log-interval', '1000000', *flatten(run.options),
+            '--log-interval', '1000000', *flatten(run.options, teacher),
         ]
         # The library beside the scripts, whichever is installed: it is the one whose commit the result names
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
@@ -212,21 +264,22 @@ class Runner:
                 cwd=ROOT,  # from wherever this is started, the data's path is the same: a run goes on by its arguments
                 pass_fds=[lock],  # if this process is killed, the training goes on and holds the run
             )
-            self.processes.add(process)
+            self.processes.add(process.pid)
             if self.stopped.is_set():
-                process.terminate()
-            status = process.wait()
-            self.processes.discard(process)
+                terminate(process.pid)
+            _, status, usage = os.wait4(process.pid, 0)  # as Popen.wait, which does not give the memory
+            status = process.returncode = os.waitstatus_to_exitcode(status)
+            self.processes.discard(process.pid)
         if status not in (0, EXIT_STOPPED) and not self.stopped.is_set():  # stopped before it could catch the signal
             print(f'{run.name} failed with status {status}, see {folder / "log.txt"}', flush=True)
-        return status == 0
+        return usage.ru_maxrss * 1024 if status == 0 else None
 
 
-def evaluate_test(run, folder):
+def evaluate_test(run, folder, precision):
     """Evaluate what was trained on the test images of a data set; nothing if it has none besides the validation."""
     if not (folder / 'test.parquet').exists():
         return {}
-    result = evaluate_model(str(run), str(folder), val_split='test', batch_size=250, precision='bf16')
+    result = evaluate_model(str(run), str(folder), val_split='test', batch_size=250, precision=precision)
     return {
         'validation_images': result['images'], 'depths': [{key: row[key] for key in ROW} for row in result['depths']]}
 
@@ -248,7 +301,7 @@ def truncate(run, teacher, folder):
     timm_ddnn.calibrate_bn(model, normalize(train, data_config, accelerator.device), depth=model.depths[1:])
     validation = normalize(accelerator.prepare(validation), data_config, accelerator.device)
     metrics = evaluate(accelerator, model, validation)
-    rows = add_accuracies(count_costs(model, data_config['input_size']), metrics)
+    rows = add_accuracies(count_depths(model, data_config['input_size']), metrics)
     described = describe_run(accelerator, {'dataset': run.data, 'seed': run.seed, 'model': run.options['--model']})
     return {**described, 'validation_images': len(data.validation), 'depths': rows}, []
 
@@ -264,15 +317,14 @@ def main():
     runs = all_runs()
     chosen = [run for name, run in runs.items() if any(fnmatch.fnmatch(name, pattern) for pattern in args.only)]
     if not chosen:
-        fail(f'--only must match runs such as {", ".join(list(runs)[:3])}, got {" ".join(args.only)}')
-    with one_line_errors(ValueError):
-        done = {run.name: is_done(run) for run in chosen}
+        raise InputError(f'--only must match runs such as {", ".join(list(runs)[:3])}, got {" ".join(args.only)}')
+    done = {run.name: is_done(run) for run in chosen}
     if args.list:
         for run in chosen:
             print('done' if done[run.name] else '    ', run.name, *flatten(run.options))
         return
     if not args.folder.is_dir():
-        fail(f'FOLDER must be the folder of the data sets, got {args.folder}')
+        raise InputError(f'FOLDER must be the folder of the data sets, got {args.folder}')
 
     threads = int(os.environ.get('OMP_NUM_THREADS', max(1, (os.cpu_count() or 1) // args.jobs)))
     runner = Runner(runs, args.folder.resolve(), threads)
@@ -282,9 +334,8 @@ def main():
         timer = threading.Timer(args.time_limit, runner.stop)
         timer.daemon = True
         timer.start()
-    with one_line_errors(OSError, ValueError):
-        for name in {run.data for run in chosen}:
-            data_folder(name, runner.root)
+    for name in {run.data for run in chosen}:
+        data_folder(name, runner.root)
     futures = {}
 
     def do_after_its_teacher(run):
@@ -292,7 +343,7 @@ def main():
             futures[run.teacher].result()
         runner.do(run)
 
-    with one_line_errors(OSError, ValueError), ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         for run in sorted(chosen, key=lambda run: bool(run.teacher)):  # a teacher has a thread before what waits for it
             futures[run.name] = pool.submit(do_after_its_teacher, run)
         for future in futures.values():
@@ -305,4 +356,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    arguments.run(main)

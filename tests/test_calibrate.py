@@ -5,8 +5,8 @@ import datasets
 import pytest
 import timm
 import torch
-from conftest import create
 from helpers.image_files import DAMAGED, png, write_parquet
+from helpers.models import create
 from helpers.saved_model import TRANSFORM, failing, files, save
 
 from timm_ddnn.data.datasets import load_image_data

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import create
+from helpers.models import create
 
 from timm_ddnn.deploy.choose import percentile_90
 from timm_ddnn.deploy.controller import DepthController

@@ -9,9 +9,9 @@ import datasets
 import pytest
 import timm
 import torch
-from conftest import create, images
 from helpers.fitted_model import save_fitted
 from helpers.image_files import write_images
+from helpers.models import create, images
 from helpers.training import read, run
 from PIL import Image
 

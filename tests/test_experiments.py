@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from conftest import create
 from helpers.image_files import CLASS_NAMES, png, write_parquet
+from helpers.models import create
+from helpers.small_models import make_model
 from helpers.training import ROOT
 from safetensors.torch import load_file
-from small_models import make_model
 from timm.data import resolve_data_config
 
 import timm_ddnn
@@ -68,10 +68,19 @@ def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd
     assert results['kd-8-0']['history'][0]['train_kl_8'] > 0  # the teacher's, since there is no sub-net
     assert results['kd-8-0']['teacher'] == 'some/alone-14-0'
     assert str(tmp_path) not in json.dumps(results)
-    assert experiments.evaluate_test(tmp_path / 'work/some/ekd-0', tmp_path / 'data/digits') == {}
+    # Three forwards of 96 images in three batches; the frozen teacher of kd-8 has one more, and its own training
+    macs = {name: [row['macs'] for row in result['depths']] for name, result in results.items()}
+    full, = macs['alone-14-0']
+    assert results['alone-14-0']['training_macs'] == 3 * 96 * full
+    assert results['alone-14-0']['teacher_training_macs'] == 0
+    assert results['kd-8-0']['training_macs'] == 96 * (3 * macs['kd-8-0'][0] + full)
+    assert results['kd-8-0']['teacher_training_macs'] == 3 * 96 * full
+    assert 3 * 96 * max(macs['ekd-0']) < results['ekd-0']['training_macs'] < 3 * 96 * sum(macs['ekd-0'])
+    assert all(2 ** 28 < result['peak_memory'] < 2 ** 33 for result in results.values())
+    assert experiments.evaluate_test(tmp_path / 'work/some/ekd-0', tmp_path / 'data/digits', 'no') == {}
     write_parquet(tmp_path / 'tested/train.parquet', list(range(8)))
     write_parquet(tmp_path / 'tested/test.parquet', list(range(96, 128)))
-    tested = experiments.evaluate_test(tmp_path / 'work/some/ekd-0', tmp_path / 'tested')
+    tested = experiments.evaluate_test(tmp_path / 'work/some/ekd-0', tmp_path / 'tested', 'no')
     assert tested == {key: results['ekd-0'][key] for key in ('validation_images', 'depths')}  # the same images
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*') if path.is_file()}
@@ -86,9 +95,8 @@ def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd
     weights = tmp_path / 'work/some/ekd-0/model.safetensors'
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(SystemExit, match='2'):
+    with pytest.raises(ValueError, match='must have the SHA-256 '):
         make_tag.main()
-    assert 'model.safetensors must have the SHA-256 ' in capfd.readouterr().err
     assert not (tmp_path / 'weights').exists()
     weights.write_bytes(content)
     make_tag.main()
@@ -190,7 +198,7 @@ def test_training_holds_its_run_when_the_runner_is_gone(modules, monkeypatch, tm
                 assert other is None
         finally:
             runner.stop()
-        assert training.result() is False
+        assert training.result() is None
     with experiments.locked(folder) as other:
         assert other is not None
 
@@ -237,12 +245,29 @@ def test_a_net_is_cut_with_statistics_of_its_own(modules, monkeypatch, tmp_path)
         assert 'bn1.running_mean' not in differ[depth]  # before the nets part
 
 
+@pytest.mark.parametrize('name', ['cifar10', 'cifar10_10k', 'cifar10_2500'])
+def test_judged_images_are_seen_in_the_end_alone(modules, tmp_path, name):
+    """Catches a judged image that is evaluated after every epoch, or chosen by, and one that is trained on."""
+    for split, first, count in ('train', 0, 50_000), ('validation', 50_000, 5_000):
+        write_parquet(
+            tmp_path / f'cifar10/{split}.parquet', [], labels=list(range(first, first + count)),
+            files=[png(0)] * count, target=datasets.Value('int64'))
+    tuning, judged = (
+        {path.stem: set(pq.read_table(path)['label'].to_pylist()) for path in folder.glob('*.parquet')}
+        for folder in (modules.experiments.data_folder(f'{name}_{kind}', tmp_path) for kind in ('tuning', 'judged')))
+    assert judged['test'] == set(range(50_000, 55_000))
+    assert tuning['train'] == judged['train'] and tuning['validation'] == judged['validation'] < tuning['test']
+    assert not tuning['train'] & tuning['test'] and max(tuning['train'] | tuning['test']) < 50_000
+    assert len(tuning['validation']) == 500
+
+
 def test_the_images_that_options_are_chosen_on_are_apart(modules, tmp_path):
     """Catches an image that is trained on and tested on as well."""
     experiments = modules.experiments
     write_parquet(
         tmp_path / 'cifar10/train.parquet', [], labels=list(range(50_000)), files=[png(0)] * 50_000,
         target=datasets.Value('int64'))
+    write_parquet(tmp_path / 'cifar10/validation.parquet', list(range(8)), target=datasets.Value('int64'))
     folder = experiments.data_folder('cifar10_part', tmp_path)
     rows = {path.stem: pq.read_table(path)['label'].to_pylist() for path in folder.glob('*.parquet')}
     assert {name: len(set(labels)) for name, labels in rows.items()} == {
@@ -255,7 +280,7 @@ def test_the_images_that_options_are_chosen_on_are_apart(modules, tmp_path):
 def test_an_average_of_the_weights_teaches(modules, monkeypatch):
     """Catches a teacher that is the net in training, one that stays as it began, and one that is trained itself."""
     monkeypatch.setattr('sys.argv', ['train_method.py', '--average-teacher', '0.25'])
-    method, _ = modules.train_method.parse_args()
+    method = modules.train_method.parse_args()
     model = make_model().train()
     full, *subnets = model.depths
     task = modules.train_method.MethodTask(model, method=method, alpha=0.3, beta=0.1, verbose=False)
@@ -288,14 +313,14 @@ def test_there_is_one_teacher(modules, monkeypatch, capsys):
         monkeypatch.setattr('sys.argv', ['train_method.py', '--average-teacher', '0.9', option])
         with pytest.raises(SystemExit, match='2'):
             modules.train_method.parse_args()
-        message = f'--average-teacher must be without {option.partition("=")[0]}, got 0.9'
+        message = '--average-teacher must be without --teacher and --ema-teacher, got 0.9'
         assert message in capsys.readouterr().err
 
 
 def test_without_options_of_its_own_a_method_is_that_of_the_library(modules, monkeypatch):
     """Catches a term that is left out, or taken twice, with and without another teacher."""
     monkeypatch.setattr('sys.argv', ['train_method.py'])
-    method, _ = modules.train_method.parse_args()
+    method = modules.train_method.parse_args()
     model, options = make_model().train(), dict(alpha=0.5, beta=2.0, temperature=4.0, verbose=False)
     mine = modules.train_method.MethodTask(model, method=method, **options)
     expected = timm_ddnn.EKDTask(model, **options)

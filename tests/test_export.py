@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import create
 from helpers.image_files import DAMAGED, png, write_parquet
+from helpers.models import create
 from helpers.saved_model import CONFIG, TRANSFORM, arrays, child, failing, files, photograph, save
 from PIL import Image
 

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import create
+from helpers.models import create
 from helpers.saved_model import CONFIG, arrays, child, failing, files, save
 
 from timm_ddnn.deploy.extract import extract_model

@@ -9,10 +9,10 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-import hub_server
 import pytest
-from hub_repos import User
-from hub_server import child
+from helpers import hub_server
+from helpers.hub_repos import User
+from helpers.hub_server import child
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, file_download, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
 from huggingface_hub.utils.sha import git_hash
 
+pytestmark = pytest.mark.slow
 hub = hub_server.hub  # the fixture
 NET = 'tests/net'
 WEIGHTS = bytes(range(256)) * 40

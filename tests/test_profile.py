@@ -8,7 +8,7 @@ import weakref
 import pytest
 import timm
 import torch
-from conftest import create, images
+from helpers.models import create, images
 from PIL import Image
 from torch import nn
 

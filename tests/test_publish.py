@@ -1,34 +1,46 @@
 """What is published: files, model card and refusals. How it travels to the Hub and back is in `test_hub.py`."""
+import importlib
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from helpers.small_models import make_model, save
 from PIL import Image
-from small_models import make_model, save
 
 import timm_ddnn
-from timm_ddnn.utils.files import file_sha256
+from timm_ddnn.utils.files import file_sha256, write_json
 from timm_ddnn_cli.main import main
 
 
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    return save(make_model(), tmp_path_factory.mktemp('saved') / 'net')
+
+
 @pytest.fixture
-def folder(tmp_path):
-    return save(make_model(), tmp_path / 'net')
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / 'net')
+
+
+def summary_of(**changes):
+    return {
+        'arguments': {'dataset': 'uoft-cs/cifar10', 'epochs': 3, 'alpha': 0.3, 'seed': 7}, 'validation_images': 1000,
+        'training_images': 5000, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU'] * 8},
+        'versions': {'torch': '2'}, 'device': 'cuda:0', 'processes': 1, 'mixed_precision': 'bf16',
+        'data_on_hub': True, 'validation_split': 'test', **changes,
+    }
 
 
 def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkeypatch, capsys):
-    """Catches metadata that is missing, a table without a depth, a picture that is none, files that are not shown."""
+    """Catches metadata that is missing, a table without a depth, a plot that is not the run's, files not shown."""
     monkeypatch.chdir(tmp_path)
-    summary = {
-        'arguments': {'dataset': 'uoft-cs/cifar10', 'epochs': 3, 'alpha': 0.3}, 'validation_images': 1000,
-        'training_images': 5000, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU'] * 8},
-        'versions': {'torch': '2'}, 'device': 'cuda:0', 'processes': 1, 'mixed_precision': 'bf16',
-        'data_on_hub': True, 'validation_split': 'test', 'depths': [{'depth': depth} for depth in (20, 14, 8)],
-    }
-    (folder / 'summary.json').write_text(json.dumps(summary))
+    write_json(folder / 'summary.json', summary_of())
+    Image.new('RGB', (4, 4)).save(folder / 'accuracy.png')
     main(['push', str(folder), 'me/net', '--dry-run'])
     shown = capsys.readouterr().out
     target = tmp_path / 'output' / 'hub' / 'me--net'
@@ -37,7 +49,7 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     for path in target.iterdir():
         assert re.search(rf'{re.escape(path.name)} .* {path.stat().st_size:,} ', shown)
 
-    _, metadata, card = (target / 'README.md').read_text().split('---\n', 2)
+    _, metadata, card = (target / 'README.md').read_text(encoding='utf-8').split('---\n', 2)
     metadata = yaml.safe_load(metadata)
     assert metadata['library_name'] == 'timm'
     assert metadata['datasets'] == ['uoft-cs/cifar10']
@@ -45,15 +57,16 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     results = metadata['model-index'][0]['results']
     assert [result['metrics'][0]['value'] for result in results] == [70.0, 71.0, 72.0]
     assert {result['dataset']['split'] for result in results} == {'test'}
-    assert '- hardware: 1 x a GPU' in card
-    assert 'the 1,000 images of uoft-cs/cifar10, split test' in card
     assert all(f'depth {d}' in result['task']['name'] for d, result in zip((20, 14, 8), results, strict=True))
     assert all(re.search(rf'\| {d} \| .* \| {top1:.2f} \|', card) for d, top1 in ((20, 70), (14, 71), (8, 72)))
-    assert 'import timm_ddnn' in card
-    assert 'Unknown model' in card
-    assert 'embedded knowledge distillation' in card
-    assert file_sha256(target / 'model.safetensors') in card
-    assert Image.open(target / 'accuracy.png').format == 'PNG'
+    for line in (
+        '- data: uoft-cs/cifar10, 5,000 images to train', '- accuracy: on 1,000 images, split test',
+        '- recipe: epochs 3, alpha 0.3', '- seed: 7', '- hardware: 1 x a GPU', '](accuracy.png)', 'import timm_ddnn',
+        'model(image, depth=8)', file_sha256(target / 'model.safetensors'), 'apache-2.0', 'arXiv:2103.00793',
+    ):
+        assert line in card
+    assert '$' not in card
+    assert (target / 'accuracy.png').read_bytes() == (folder / 'accuracy.png').read_bytes()
 
     config = json.loads((target / 'config.json').read_text())
     assert config['weights_sha256'] == file_sha256(target / 'model.safetensors')
@@ -62,21 +75,50 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     assert config['model_args']['channels'] == [4, 8, 16]
 
 
-def test_a_card_claims_no_more_than_the_run_did(folder, tmp_path, monkeypatch):
-    """Catches a link to a stranger's data set that is called as the user's folder, and EKD where one depth trained."""
+@pytest.mark.parametrize(('summary', 'expected', 'absent'), [
+    (summary_of(arguments={'dataset': 'data/food'}, data_on_hub=False, device='cpu'),
+     ['- data: food, 5,000', '- hardware: 2 cores of a CPU', '- seed: not recorded'], ['data/food', 'datasets:']),
+    (summary_of(arguments={'dataset': 'данные'}, data_on_hub=False), ['- data: данные, 5,000'], []),
+    ({}, ['- data: not recorded, - images to train', '- recipe: not recorded', '- hardware: not recorded'],
+     ['model-index', 'datasets:']),
+    (None, ['- data: not recorded'], ['model-index']),
+])
+def test_a_card_claims_no_more_than_the_run_did(folder, tmp_path, monkeypatch, summary, expected, absent):
+    """Catches a link to a stranger's data set that is called as the user's folder, and what was never recorded."""
     monkeypatch.chdir(tmp_path)
-    summary = {
-        'arguments': {'dataset': 'data/food', 'alpha': 0.3}, 'depths': [{'depth': 20}],
-        'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU']},
-        'versions': {'torch': '2'}, 'mixed_precision': 'no', 'data_on_hub': False, 'validation_split': 'val',
-        'device': 'cpu', 'processes': 1,
-    }
-    (folder / 'summary.json').write_text(json.dumps(summary))
-    timm_ddnn.push_to_hub(folder, 'me/net', dry_run=True)
-    card = (tmp_path / 'output/hub/me--net/README.md').read_text()
-    assert '- hardware: 2 cores of a CPU' in card
-    assert 'by embedded knowledge distillation' not in card
-    assert 'data/food' not in card and 'images of food, split val' in card
+    if summary is not None:
+        write_json(folder / 'summary.json', summary)
+    files = timm_ddnn.push_to_hub(folder, 'me/net', dry_run=True).files
+    card = (tmp_path / 'output/hub/me--net/README.md').read_text(encoding='utf-8')
+    assert all(text in card for text in expected)
+    assert not any(text in card for text in [*absent, 'accuracy.png', 'None', '$'])
+    assert 'accuracy.png' not in files
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{"arguments": 5}', '{"hardware": {"gpus": 3}}', '{"versions": [1]}',
+                                     '{"training_images": "many"}', '{"validation_images": NaN}', '[' * 10_000])
+def test_a_damaged_summary_is_one_line(folder, tmp_path, monkeypatch, capsys, content):
+    """Catches tracebacks, and cards that show what a damaged file says."""
+    monkeypatch.chdir(tmp_path)
+    (folder / 'summary.json').write_text(content)
+    with pytest.raises(SystemExit) as error:
+        main(['push', str(folder), 'me/net', '--dry-run'])
+    assert error.value.code == 2
+    assert re.fullmatch(r'error: .*summary\.json must be .*\n', capsys.readouterr().err)
+    assert not Path('output').exists()
+
+
+def test_publication_needs_no_package_of_the_commands(folder, tmp_path, monkeypatch):
+    """Catches `push_to_hub` that draws, or imports what only the commands need."""
+    monkeypatch.chdir(tmp_path)
+    for name in ('matplotlib', 'rich', 'accelerate', 'datasets', 'torchmetrics'):
+        for module in [module for module in sys.modules if module.split('.')[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, name, None)
+    for module in [module for module in sys.modules if module.startswith('timm_ddnn.hub')]:
+        monkeypatch.delitem(sys.modules, module)
+    publish = importlib.import_module('timm_ddnn.hub.publish')
+    assert publish.push_to_hub(folder, 'me/net', dry_run=True).files
 
 
 def test_a_model_of_grey_images_is_published(tmp_path, monkeypatch):
@@ -96,7 +138,7 @@ def test_a_model_of_grey_images_is_published(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (['nowhere', 'me/net'], 'must be a model or the output folder of a run, which nowhere is not'),
+    (['nowhere', 'me/net'], 'source must be a model or the output folder of a run, got nowhere'),
     (['{folder}', 'net'], "repo_id must be 'owner/name', got 'net'"),
     (['{folder}', 'me/a b'], "repo_id must be 'owner/name', got 'me/a b'"),
     (['{folder}', 'me/a/b'], "repo_id must be 'owner/name', got 'me/a/b'"),

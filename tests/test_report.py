@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from conftest import create, logits_by_depth
+from helpers.models import create, logits_by_depth
 from PIL import Image
 from rich.console import Console
 from torch import nn

@@ -9,6 +9,7 @@ from .models.cifar_resnet import CifarResNet
 from .models.ddnn_resnet import DynamicDepthCifarResNet, DynamicDepthResNet
 from .models.dynamic_depth import SubNetOutput
 from .task import EKDTask
+from .teacher import Teacher
 from .version import __version__
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     'EKDLoss',
     'EKDTask',
     'SubNetOutput',
+    'Teacher',
     '__version__',
     'attention_map',
     'attention_transfer',

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .utils.errors import InputError
 from .utils.modules import eval_mode
 
 __all__ = ['calibrate_bn']
@@ -31,9 +32,9 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int | str | Seq
         Number of images seen.
 
     Raises:
-        ValueError: If the model has no such depth or the loader gives no image tensors.
+        InputError: If the model has no such depth or the loader gives no image tensors.
     """
-    depths, _ = model.select_depths(depth)
+    depths, _ = model.resolve_depths(depth)
     paths = {d: {id(norm): norm for norm in model.path_norms(d)} for d in model.depths}
     fixed = {key for d in model.depths if d not in depths for key in paths[d]}
     norms = list({key: norm for d in depths for key, norm in paths[d].items() if key not in fixed}.values())
@@ -59,14 +60,14 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int | str | Seq
             for batch in loader:
                 images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
                 if not isinstance(images, torch.Tensor) or images.ndim != 4:
-                    raise ValueError(
+                    raise InputError(
                         'loader must give images [B, C, H, W], alone or first in a sequence, '
                         f'got {type(images).__name__}'
                     )
                 model(images.to(device=weight.device, dtype=weight.dtype), depth=depths)
                 num_images += len(images)
         if not num_images:
-            raise ValueError('loader gave no images')
+            raise InputError('loader gave no images')
     except BaseException:
         for norm, old in zip(norms, statistics, strict=True):
             for name, buffer in norm.named_buffers():

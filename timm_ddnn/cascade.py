@@ -3,20 +3,20 @@
 How a threshold is chosen is in `evaluation/thresholds.py`.
 """
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .utils.errors import InputError
 from .utils.modules import eval_mode
 
 __all__ = ['Cascade', 'StepCost', 'confidence']
 
 
 def confidence(logits: torch.Tensor) -> torch.Tensor:
-    """Compute the greatest probability of every image, [B], in float32.
+    """Compute the greatest probability of every image, [B], in float32; 0 where logits give none.
 
     As the confidence that ends a cascade it is the choice of 'Dynamically Sacrificing Accuracy for Reduced Computation'
     (arXiv 1805.10982) and of MSDNet (arXiv 1703.09844, budgeted batch classification).
@@ -24,7 +24,7 @@ def confidence(logits: torch.Tensor) -> torch.Tensor:
     Args:
         logits: [B, C].
     """
-    return logits.float().softmax(-1).amax(-1)
+    return logits.float().softmax(-1).amax(-1).nan_to_num(0.0)
 
 
 class StepCost(NamedTuple):
@@ -57,30 +57,27 @@ class Cascade:
         Args:
             model: Dynamic-depth model, in eval mode when the cascade runs.
             depths: Two or more of its depths, the shallowest first.
-            threshold: An image goes on where its `confidence` is not above it, [0, 1]: at 0 none does, at 1 all do.
+            threshold: An image goes on to the next net where its `confidence` is not above this, [0, 1]: at 0 none
+                does, at 1 all do.
 
         Raises:
-            ValueError: If the depths or the threshold are none such.
+            InputError: If these are not depths of the model in this order, or the threshold is out of range.
         """
         self.depths = tuple(depths)
         known = set(self.depths) <= set(model.depths)
         if not known or len(self.depths) < 2 or list(self.depths) != sorted(set(self.depths)):
-            raise ValueError(
+            raise InputError(
                 f'cascade must be two or more of the depths {model.depths[::-1]}, the shallowest first, '
                 f'got {self.depths}'
             )
         if not 0 <= threshold <= 1:
-            raise ValueError(f'threshold of a cascade must be from 0 to 1, got {threshold!r}')
+            raise InputError(f'threshold of a cascade must be from 0 to 1, got {threshold!r}')
         self.model = model
         self.threshold = threshold
-        self._paths = [
-            [block for stage in range(len(model.blocks(depth))) for block in model._stage(depth, stage)]
-            for depth in self.depths
-        ]
         # A net parts from the first of the earlier ones that it shares most blocks with: that one ran the last of them
         self._starts, self._sources = [0], [0]
-        for i, path in enumerate(self._paths[1:], start=1):
-            shared = [_count_shared(path, other) for other in self._paths[:i]]
+        for i, depth in enumerate(self.depths[1:], start=1):
+            shared = [model.count_shared(depth, other) for other in self.depths[:i]]
             self._starts.append(max(shared))
             self._sources.append(shared.index(max(shared)))
 
@@ -94,12 +91,12 @@ class Cascade:
             Logits [B, num_classes], and for every image the index in `depths` of the net that they are of, [B].
 
         Raises:
-            ValueError: If the model is in training mode.
+            InputError: If the model is in training mode.
         """
         if self.model.training:
-            raise ValueError('the model of a cascade must be in eval mode')
+            raise InputError('the model of a cascade must be in eval mode')
         with torch.no_grad():
-            maps = {0: x}
+            maps = {0: self.model.forward_stem(x)}
             logits = self._run(0, maps)
             steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
             own, rows = logits, torch.arange(len(x), device=x.device)
@@ -116,16 +113,13 @@ class Cascade:
         return logits, steps
 
     def _run(self, i: int, maps: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Run net i from `maps[i]` (the first: from images), and add the maps that later nets start from."""
-        x = maps.pop(i)
-        if i == 0:
-            x = self.model.maxpool(self.model.act1(self.model.bn1(self.model.conv1(x))))
-        for count, block in enumerate(self._paths[i][self._starts[i]:], start=self._starts[i] + 1):
-            x = block(x)
-            for later in range(i + 1, len(self.depths)):
-                if self._sources[later] == i and self._starts[later] == count:
-                    maps[later] = x
-        return self.model.forward_head(x)
+        """Run net i from `maps[i]`, and add the maps that later nets start from."""
+        path = self.model.path(self.depths[i])
+        later = [j for j in range(i + 1, len(self.depths)) if self._sources[j] == i]
+        stops = {len(path), *(self._starts[j] for j in later)}
+        computed = self.model.run_blocks(maps.pop(i), path, self._starts[i], stops)
+        maps |= {j: computed[self._starts[j]] for j in later}
+        return self.model.forward_head(computed[len(path)])
 
     def count_macs(self, input_size: Sequence[int]) -> list[StepCost]:
         """Count the multiply-accumulates of every step, by running all of them on one image.
@@ -135,10 +129,12 @@ class Cascade:
         """
         parameter = next(self.model.parameters())
         image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-        maps, costs = {0: image}, []
+        maps, costs = {}, []
         with eval_mode(self.model), torch.no_grad():
             for i, depth in enumerate(self.depths):
                 with FlopCounterMode(display=False) as step:
+                    if i == 0:
+                        maps[0] = self.model.forward_stem(image)
                     self._run(i, maps)
                 with FlopCounterMode(display=False) as alone:
                     self.model(image, depth=depth)
@@ -151,8 +147,3 @@ class Cascade:
                     reused=alone.get_total_flops() // 2 - macs,
                 ))
         return costs
-
-
-def _count_shared(path: Sequence[nn.Module], other: Sequence[nn.Module]) -> int:
-    """Count the blocks that two nets begin with: the same modules, so on the same images the same maps."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], zip(path, other, strict=False)))

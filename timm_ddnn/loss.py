@@ -1,5 +1,5 @@
 """The terms of embedded knowledge distillation as pure functions of tensors, and the loss that adds them up."""
-import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .models.dynamic_depth import SubNetOutput
+from .utils.errors import InputError
 
 __all__ = ['EKDLoss', 'attention_map', 'attention_transfer', 'kl_divergence']
 
 
 ATTENTION_FORMS = ('energy', 'standardized')
+MAX_WEIGHT = 1e6  # of a term; float32 holds the sum
 
 
 def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -71,7 +73,7 @@ def attention_map(feature: torch.Tensor, form: str = 'energy') -> torch.Tensor:
         Attention, [B, H*W], in float32 if the map is of a lower precision.
 
     Raises:
-        ValueError: If the form is unknown.
+        InputError: If the form is unknown.
     """
     # The reductions take the type of their result: a map of lower precision is never copied as a whole
     dtype = torch.promote_types(feature.dtype, torch.float32)
@@ -81,7 +83,7 @@ def attention_map(feature: torch.Tensor, form: str = 'energy') -> torch.Tensor:
         attention = feature.sum(dim=1, dtype=dtype).flatten(1)
         variance, mean = torch.var_mean(attention, dim=1, correction=0, keepdim=True)
         return (attention - mean) / (variance + 1e-6).sqrt()
-    raise ValueError(f'attention must be of {ATTENTION_FORMS}, got {form!r}')
+    raise InputError(f'attention must be of {ATTENTION_FORMS}, got {reprlib.repr(form)}')
 
 
 def attention_transfer(feature: torch.Tensor, teacher_feature: torch.Tensor, form: str = 'energy') -> torch.Tensor:
@@ -99,7 +101,7 @@ def attention_transfer(feature: torch.Tensor, teacher_feature: torch.Tensor, for
         A scalar, >= 0.
 
     Raises:
-        ValueError: If batch or resolution of the maps differ, or the form is unknown.
+        InputError: If batch or resolution of the maps differ, or the form is unknown.
     """
     _check_resolution(feature, teacher_feature)
     return _distance(attention_map(feature, form), attention_map(teacher_feature.detach(), form), form)
@@ -107,7 +109,7 @@ def attention_transfer(feature: torch.Tensor, teacher_feature: torch.Tensor, for
 
 def _check_resolution(feature: torch.Tensor, teacher_feature: torch.Tensor) -> None:
     if feature.shape[0] != teacher_feature.shape[0] or feature.shape[2:] != teacher_feature.shape[2:]:
-        raise ValueError(
+        raise InputError(
             f'feature maps must have the same batch, height and width, got {tuple(feature.shape)} '
             f'and {tuple(teacher_feature.shape)}'
         )
@@ -122,9 +124,9 @@ def _full_precision(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _check_weight(name: str, value: float) -> float:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-        raise ValueError(f'{name} must be a finite number >= 0, got {value!r}')
+def _check_number(name: str, value: float, low: float, high: float) -> float:
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and low <= value <= high):
+        raise InputError(f'{name} must be a number from {low:g} to {high:g}, got {reprlib.repr(value)}')
     return float(value)
 
 
@@ -157,36 +159,38 @@ class EKDLoss(nn.Module):
         """Check and keep the options.
 
         Args:
-            temperature: Softmax temperature T of the KL divergence, > 0.
-            alpha: Weight of the KL divergence, >= 0. It is not computed if 0.
-            beta: Weight of the attention, >= 0. It is not computed if 0.
+            temperature: Softmax temperature T of the KL divergence, from 0.01 to 100: beyond, float32 cannot tell
+                posteriors apart.
+            alpha: Weight of the KL divergence, from 0 to 1e6. It is not computed if 0.
+            beta: Weight of the attention, from 0 to 1e6. It is not computed if 0.
             attention: Form of the attention, 'energy' or 'standardized', see `attention_map`.
             stages: Indices of the stages whose maps are compared, each once, negative ones counting from the last. All
                 if None.
-            weights: Weight w_k by depth, >= 0. A depth that is not in it has weight 1.
+            weights: Weight w_k by depth, from 0 to 1e6. A depth that is not in it has weight 1.
             criterion: Takes logits [B, num_classes] and the target and returns a scalar, for instance one of
                 `timm.loss`. It is applied as it is, to every depth alike. Cross-entropy if None.
 
         Raises:
-            ValueError: If an option is out of its range.
+            InputError: If an option is out of its range.
         """
         super().__init__()
-        if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f'temperature must be a finite number > 0, got {temperature!r}')
         if attention not in ATTENTION_FORMS:
-            raise ValueError(f'attention must be of {ATTENTION_FORMS}, got {attention!r}')
+            raise InputError(f'attention must be of {ATTENTION_FORMS}, got {reprlib.repr(attention)}')
         if stages is not None and not (
                 isinstance(stages, (tuple, list)) and stages and all(type(s) is int for s in stages)):
-            raise ValueError(
-                f'stages must be one or more indices, or None for all, got {stages!r}; beta=0 leaves the attention out')
+            raise InputError(
+                f'stages must be one or more indices, or None for all, got {reprlib.repr(stages)}; beta=0 leaves the '
+                'attention out')
         if weights is not None and not (isinstance(weights, Mapping) and all(type(d) is int for d in weights)):
-            raise ValueError(f'weights must be a mapping from depths, integers, to weights, got {weights!r}')
-        self.temperature = float(temperature)
-        self.alpha = _check_weight('alpha', alpha)
-        self.beta = _check_weight('beta', beta)
+            raise InputError(
+                f'weights must be a mapping from depths, integers, to weights, got {reprlib.repr(weights)}')
+        self.temperature = _check_number('temperature', temperature, 0.01, 100)
+        self.alpha = _check_number('alpha', alpha, 0, MAX_WEIGHT)
+        self.beta = _check_number('beta', beta, 0, MAX_WEIGHT)
         self.attention = attention
         self.stages = None if stages is None else tuple(stages)
-        self.weights = {d: _check_weight(f'weight of depth {d}', w) for d, w in (weights or {}).items()}
+        self.weights = {
+            d: _check_number(f'weight of depth {d}', w, 0, MAX_WEIGHT) for d, w in (weights or {}).items()}
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
 
     def forward(
@@ -207,9 +211,9 @@ class EKDLoss(nn.Module):
             A scalar.
 
         Raises:
-            ValueError: If the outputs are no dict by depth, there is a weight for the full-net, the criterion does not
-                return a scalar, the teacher has other classes or stages, the maps of a stage differ in resolution, or
-                the model has not the stages asked for.
+            InputError: If the outputs are not a dict by depth, there is a weight for the full-net, the criterion does
+                not return a scalar, the teacher has other classes or stages, the maps of a stage differ in resolution,
+                or the model has not the stages asked for.
         """
         return self.terms(outputs, target, teacher)['loss']
 
@@ -228,29 +232,32 @@ class EKDLoss(nn.Module):
 
         Returns:
             Scalars with gradient: 'loss'; 'ce_<depth>' for every depth; 'kl_<depth>' (with T^2) and 'attention_<depth>'
-            (summed over stages) for every depth that is taught unless their weight is 0, such that
+            (summed over stages) for every depth that learns from a teacher unless their weight is 0, such that
             loss = sum_k w_k (ce_k + alpha * kl_k + beta * attention_k), with w_0 = 1.
 
         Raises:
-            ValueError: As for `forward`.
+            InputError: As for `forward`.
         """
-        if not (isinstance(outputs, Mapping) and outputs):
-            raise ValueError(f"outputs must be what model(x, depth='all') returns, got {type(outputs).__name__}")
+        if not (isinstance(outputs, Mapping) and outputs and all(
+                isinstance(d, int) and isinstance(output, SubNetOutput) for d, output in outputs.items())):
+            raise InputError(
+                "outputs must be what model(x, depth='all') returns, a dict from depth to SubNetOutput, got "
+                f'{type(outputs).__name__}')
         full = max(outputs)
         if full in self.weights:
-            raise ValueError(f'weights are for sub-nets, the full-net {full} has none; got {self.weights}')
-        taught = [d for d in outputs if d != full or teacher is not None]
+            raise InputError(f'weights are for sub-nets, the full-net {full} has none; got {self.weights}')
+        learning = [d for d in outputs if d != full or teacher is not None]
         teacher = outputs[full] if teacher is None else teacher
         with torch.autocast(outputs[full].logits.device.type, enabled=False):
             logits = {d: _full_precision(output.logits) for d, output in outputs.items()}
             teacher_logits = _full_precision(teacher.logits)
             if teacher_logits.shape != logits[full].shape:
-                raise ValueError(
+                raise InputError(
                     f'teacher must have logits {tuple(logits[full].shape)}, got {tuple(teacher_logits.shape)}')
             terms = {f'ce_{d}': self._criterion(z, target) for d, z in logits.items()}
             parts = {d: terms[f'ce_{d}'] for d in outputs}
             teacher_maps: dict[int, torch.Tensor] = {}
-            for d in taught:
+            for d in learning:
                 if self.alpha:
                     terms[f'kl_{d}'] = kl_divergence(logits[d], teacher_logits, self.temperature)
                     parts[d] = parts[d] + self.alpha * terms[f'kl_{d}']
@@ -265,7 +272,7 @@ class EKDLoss(nn.Module):
     def _criterion(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         loss = self.criterion(logits, target)
         if loss.ndim != 0:
-            raise ValueError(
+            raise InputError(
                 f'criterion must return a scalar, got shape {tuple(loss.shape)} from {self.criterion}: '
                 "give it reduction='mean'"
             )
@@ -279,10 +286,10 @@ class EKDLoss(nn.Module):
     ) -> torch.Tensor:
         """Sum the distances over the stages; `teacher_maps` keeps the teacher's attention for the next sub-net."""
         if len(features) != len(teacher):
-            raise ValueError(f'teacher must have maps of {len(features)} stages, got {len(teacher)}')
+            raise InputError(f'teacher must have maps of {len(features)} stages, got {len(teacher)}')
         stages = range(len(teacher)) if self.stages is None else self.stages
         if any(not -len(teacher) <= s < len(teacher) for s in stages):
-            raise ValueError(f'stages must be from {-len(teacher)} to {len(teacher) - 1}, got {self.stages}')
+            raise InputError(f'stages must be from {-len(teacher)} to {len(teacher) - 1}, got {self.stages}')
         distance = torch.zeros((), device=teacher[0].device)
         for s in sorted({s % len(teacher) for s in stages}):  # each once: 2 and -1 may be the same
             if features[s] is teacher[s]:

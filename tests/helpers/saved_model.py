@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import create
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 
+from helpers.models import create
 from timm_ddnn.hub.save import save_model
 from timm_ddnn_cli.main import main
 

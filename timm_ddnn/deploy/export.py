@@ -87,7 +87,7 @@ def describe_net(model: nn.Module, depth: int, results: Iterable[Mapping[str, An
         'output': f'logits: float32 [B, {model.num_classes}], before the softmax',
         **{key: list(value) if isinstance(value, tuple) else value for key, value in data_config.items()},
         'model': model.pretrained_cfg['architecture'],
-        'depth': model.select_depth(depth),
+        'depth': model.resolve_depth(depth),
         'blocks': list(model.blocks(depth)),
         'num_classes': model.num_classes,
         'library': f'timm_ddnn {__version__}, timm {timm.__version__}, torch {torch.__version__}',
@@ -144,7 +144,7 @@ def export(
         raise InputError(f'format must be one of {", ".join(FORMATS)}, got {format!r}')
     kind = FORMATS[format]
     require_packages(f'format {format!r}', kind.packages)
-    depths, _ = model.select_depths(depth)
+    depths, _ = model.resolve_depths(depth)
     size = tuple(resolve_input_data_config(model)['input_size'])
     if not len(images) or tuple(images.shape[1:]) != size:
         raise InputError(f'images must be [N, {", ".join(map(str, size))}], got {list(images.shape)}')
@@ -245,6 +245,6 @@ def export_model(
         ExportMismatchError: If a file computes something else than the model.
     """
     model = load_model(name)
-    model.select_depths(depth)
+    model.resolve_depths(depth)
     images = load_images(model, data, num_images)
     return export(model, depth, output, format=format, images=images, results=saved_results(model), **kwargs)

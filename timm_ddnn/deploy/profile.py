@@ -96,7 +96,7 @@ def profile_model(
     """
     threads = (torch.get_num_threads(),) if threads is None else threads
     device = _check_arguments(batch_sizes, threads, runtimes, rounds, img_size, device)
-    depths = model.select_depths('all' if depths is None else tuple(depths))[0]
+    depths = model.resolve_depths('all' if depths is None else tuple(depths))[0]
     input_size = resolve_input_data_config(model, args={'img_size': img_size})['input_size']
     batch_sizes, threads, runtimes = (tuple(dict.fromkeys(values)) for values in (batch_sizes, threads, runtimes))
 

@@ -1,27 +1,31 @@
-"""Publication of shared weights, or of one depth, on the Hugging Face Hub; how they come back is in `hub.py`."""
+"""Publication of shared weights, or of one depth, on the Hugging Face Hub; how they come back is in `weights/`."""
 import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from timm.data import resolve_input_data_config
 from torch import nn
 
 from ..models.dynamic_depth import DynamicDepthMixin
-from ..utils.files import file_sha256, git_sha1
-from ..weights.download import read_config
-from .model_card import create_model_card
+from ..models.load import load_model, saved_results
+from ..utils.costs import count_costs
+from ..utils.errors import InputError
+from ..utils.files import file_sha256, git_sha1, write_text
+from ..utils.schema import read_json
+from .model_card import SUMMARY, create_model_card
+from .save import save_model
 
 __all__ = ['Publication', 'push_to_hub']
 
 
 # Pickle, in all its names, and what safetensors are replaced by: none of it stays beside the weights
 OTHER_WEIGHTS = '.bin', '.pt', '.pth', '.pth.tar', '.ckpt', '.pkl', '.pickle', '.safetensors'
+PLOT = 'accuracy.png'  # of a run's folder
 
 
 class Publication(NamedTuple):
@@ -46,7 +50,7 @@ def push_to_hub(
         revision: str | None = None,
         dry_run: bool = False,
 ) -> Publication:
-    """Publish a model in one commit: model.safetensors, config.json, and a model card with its table and picture.
+    """Publish a model in one commit: model.safetensors, config.json, a model card, and the plot of a run's folder.
 
     The repository is created if there is none. The same content makes no second commit, and an interrupted publication
     leaves the repository as it was. Weights of other names and formats at the top of the repository are removed by the
@@ -57,20 +61,21 @@ def push_to_hub(
         repo_id: 'owner/name'.
         depth: Publish the plain net of this depth, which timm loads without this library (of the CIFAR family, with
             it). All depths if None.
-        private: Whether a repository that is created is private; if not, it is as its owner has it by default.
+        private: Whether the repository must be private. If not, one that is created is as its owner has it by default.
         revision: Branch, created if there is none. The default branch if None.
         dry_run: Whether to write the files into a folder `output/hub/owner--name` and send nothing.
 
     Raises:
-        ValueError: If the source is no dynamic-depth model, the model has no such depth, or a depth was not trained.
+        InputError: If the source is not a dynamic-depth model, the model has no such depth, a depth was not trained, or
+            the repository is public and must be private.
         OSError: If the folder is not complete, or the Hub cannot be reached or refuses.
     """
     try:
         validate_repo_id(repo_id)
         if '/' not in repo_id:
-            raise ValueError('there is no owner')
+            raise InputError('there is no owner')
     except ValueError as e:
-        raise ValueError(f"repo_id must be 'owner/name', got {repo_id!r}: {e}") from e
+        raise InputError(f"repo_id must be 'owner/name', got {repo_id!r}: {e}") from e
     with tempfile.TemporaryDirectory(prefix='timm-ddnn-') as temporary:
         folder = Path(temporary) / 'files'
         folder.mkdir()
@@ -87,30 +92,31 @@ def push_to_hub(
 
 
 def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None, folder: Path) -> None:
-    from .report import count_costs, plot_accuracy, save_model  # they need the extra packages of 'cli'
-
-    summary, rows = None, None
+    summary, plot = None, None
     if isinstance(source, nn.Module):
-        model = source
+        model, results = source, {}
     else:
         source = Path(source)
         if not (source / 'config.json').is_file():
-            raise FileNotFoundError(f'source must be a model or the output folder of a run, which {source} is not')
-        rows = read_config(f'local-dir:{source}').get('depths')
-        model = timm.create_model(f'local-dir:{source}', pretrained=True)
+            raise FileNotFoundError(f'source must be a model or the output folder of a run, got {source}')
+        model = load_model(f'local-dir:{source}')
+        results = {row['depth']: row for row in saved_results(model)}
         if (source / 'summary.json').is_file():
-            summary = json.loads((source / 'summary.json').read_text())
+            summary = read_json(source / 'summary.json', SUMMARY)
+        if (source / PLOT).is_file() and depth is None:
+            plot = shutil.copy(source / PLOT, folder)
     if not isinstance(model, DynamicDepthMixin):
-        raise ValueError(f'source must be a dynamic-depth model (ddnn_*), got {type(model).__name__}')
-    wanted = model.depths if depth is None else (model.select_depth(depth),)
+        raise InputError(f'source must be a dynamic-depth model (ddnn_*), got {type(model).__name__}')
+    wanted = model.depths if depth is None else (model.resolve_depth(depth),)
     untrained = [d for d in wanted if d not in model.trained_depths]
     if untrained:
-        raise ValueError(
+        raise InputError(
             f'depths {untrained} are not trained, of {wanted}: train them, calibrate them, or publish one of '
             f'{model.trained_depths} by depth='
         )
     data_config = resolve_input_data_config(model)
-    rows = [row for row in rows or count_costs(model, data_config['input_size']) if row['depth'] in wanted]
+    costs = count_costs(model, data_config['input_size'])
+    rows = [{**row, **results.get(row['depth'], {})} for row in costs if row['depth'] in wanted]
     save_model(
         model if depth is None else model.extract(depth),
         folder,
@@ -118,35 +124,42 @@ def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None
         class_names=model.pretrained_cfg.get('label_names') or (),
         rows=rows,
     )
-    picture = None
-    if len(rows) > 1 and all('top1' in row for row in rows):
-        picture = 'accuracy.png'
-        plot_accuracy(folder / picture, rows, repo_id)
-    config = json.loads((folder / 'config.json').read_text())
+    config = json.loads((folder / 'config.json').read_bytes())
     size = (folder / 'model.safetensors').stat().st_size
-    card = create_model_card(config, repo_id, summary=summary, picture=picture, weights_bytes=size)
-    (folder / 'README.md').write_text(card)
+    card = create_model_card(config, repo_id, summary=summary, plot=plot and PLOT, weights_bytes=size)
+    write_text(folder / 'README.md', card)
 
 
 def _upload(folder: Path, repo_id: str, files: dict[str, int], private: bool, revision: str | None) -> Publication:
     api = HfApi(library_name='timm-ddnn')
     try:
+        api.whoami()  # a wrong token ends here, also where there is nothing to change
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.model_info(url.repo_id).private:
+            raise InputError(f'{repo_id} must be private, got a public repository: make it private, or take another')
         if revision:
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
         info = api.model_info(url.repo_id, revision=revision, files_metadata=True)
         others = _other_weights(info, files)
         if not others and _same(folder, files, info):
             return Publication(str(url), info.sha, files)
-        # one commit, where `upload_folder` may make several, and only if nobody else's came in between
-        add = [CommitOperationAdd(name, folder / name) for name in files]
-        commit = api.create_commit(
-            url.repo_id,
-            add + [CommitOperationDelete(name) for name in others],
-            commit_message='Publish weights',
-            revision=revision,
-            parent_commit=info.sha,
-        )
+        try:
+            # one commit, where `upload_folder` may make several, and only if nobody else's came in between
+            commit = api.create_commit(
+                url.repo_id,
+                [CommitOperationAdd(name, folder / name) for name in files]
+                + [CommitOperationDelete(name) for name in others],
+                commit_message='Publish weights',
+                revision=revision,
+                parent_commit=info.sha,
+            )
+        except HfHubHTTPError as e:
+            if e.response.status_code != 412:
+                raise
+            info = api.model_info(url.repo_id, revision=revision, files_metadata=True)
+            if not _same(folder, files, info):
+                raise
+            return Publication(str(url), info.sha, files)  # another push of the same content was faster
     except (HTTPError, RuntimeError, ConnectionError) as e:
         raise OSError(f'{repo_id} cannot be published: {e.__cause__ or e}') from e
     return Publication(str(url), commit.oid, files)

@@ -45,8 +45,8 @@ def save_model(
             data_config=dict(data_config),
         )
         path = Path(temporary) / 'config.json'
-        config = json.loads(path.read_text())
-        # It stands at top level as well, and transformers cannot load a timm model that gets it twice.
+        config = json.loads(path.read_bytes())
+        # It stands at top level as well, and transformers cannot load a timm model that gets it twice
         config.get('model_args', {}).pop('num_classes', None)
         config['weights_sha256'] = file_sha256(Path(temporary) / 'model.safetensors')
         write_json(path, config)

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets of He et al., plain nets in timm's dialect; the dynamic ones are in `ddnn_resnet.py`."""
+"""ResNets for images of 32 px, plain nets in timm's dialect; the dynamic ones are in `ddnn_resnet.py`."""
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from timm.layers import create_classifier, get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models.resnet import BasicBlock, ResNet, make_blocks
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 from torch import nn
 
+from ..utils.errors import InputError
 from ..weights.build import build_model
 
-__all__ = ['CIFAR_FEATURES', 'CifarResNet', 'cifar_cfg']
+__all__ = ['CIFAR100_ARGS', 'CifarResNet', 'cifar100_cfg', 'cifar_cfg', 'feature_cfg']
 
-
-CIFAR_FEATURES = dict(out_indices=(0, 1, 2, 3))  # the maps that features_only gives: stem and three stages
+CIFAR100_ARGS = dict(channels=(64, 128, 256, 512), projection=True)  # of the nets of four stages
 
 
 class PadShortcut(nn.Module):
@@ -32,12 +32,16 @@ class PadShortcut(nn.Module):
 
 
 class CifarResNet(ResNet):
-    """ResNet for images of 32 px, of 'Deep Residual Learning for Image Recognition' (arXiv 1512.03385, section 4.2).
+    """ResNet for images of 32 px.
+
+    With three stages and shortcuts without parameters it is that of 'Deep Residual Learning for Image Recognition'
+    (arXiv 1512.03385, section 4.2); with four stages and projections, the ResNet-18, 34 or 50 for small images that is
+    usual on CIFAR-100.
 
     Modifications against timm's `ResNet`:
-        * stem of one 3x3 convolution with stride 1 and 16 channels, no pooling
-        * three stages of 16, 32 and 64 channels at strides 1, 2 and 4; `layer4` stays, without a block
-        * shortcuts without parameters where resolution and width change
+        * stem of one 3x3 convolution with stride 1, as wide as the first stage, no pooling
+        * three or four stages at strides 1, 2, 4 and 8; of three, `layer4` stays, without a block
+        * `projection` chooses the shortcuts where resolution or width change
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class CifarResNet(ResNet):
             output_stride: int = 32,
             global_pool: str = 'avg',
             channels: Sequence[int] = (16, 32, 64),
+            projection: bool = False,
             act_layer: Any = nn.ReLU,
             norm_layer: Any = nn.BatchNorm2d,
             drop_rate: float = 0.0,
@@ -60,13 +65,15 @@ class CifarResNet(ResNet):
         """Build the net.
 
         Args:
-            block: Residual block class, timm's `BasicBlock`.
-            layers: Number of blocks per stage, three integers.
+            block: Residual block class, timm's `BasicBlock` or `Bottleneck`.
+            layers: Number of blocks per stage, three or four integers.
             num_classes: Number of classes; 0 for no classifier.
             in_chans: Channels of the images.
             output_stride: The greatest stride of the last map, 1, 2 or more: dilation takes the place of strides above.
             global_pool: Pooling before the classifier: 'avg', 'max', 'avgmax', 'catavgmax' or ''.
-            channels: Channels per stage.
+            channels: Channels per stage, a quarter of those of its maps for `Bottleneck`.
+            projection: Whether a shortcut is a 1x1 convolution where resolution or width change, as in timm's
+                `ResNet`. Else it is without parameters.
             act_layer: Activation layer.
             norm_layer: Normalization layer.
             drop_rate: Dropout probability before the classifier, [0, 1).
@@ -76,13 +83,15 @@ class CifarResNet(ResNet):
             dtype: Type of the parameters.
 
         Raises:
-            ValueError: If `layers` and `channels` are not three, or `output_stride` is not a power of two to 32.
+            InputError: If `layers` and `channels` are not of three stages, or of four, or `output_stride` is not a
+                power of two to 32.
         """
         nn.Module.__init__(self)
-        if len(layers) != 3 or len(channels) != 3:
-            raise ValueError(f'layers and channels must be of three stages, got {layers!r} and {channels!r}')
+        if len(layers) not in (3, 4) or len(channels) != len(layers):
+            raise InputError(
+                f'layers and channels must be of three stages, or both of four, got {layers!r} and {channels!r}')
         if output_stride not in (1, 2, 4, 8, 16, 32):
-            raise ValueError(f'output_stride must be 1, 2, 4, 8, 16 or 32, got {output_stride!r}')
+            raise InputError(f'output_stride must be 1, 2, 4, 8, 16 or 32, got {output_stride!r}')
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -97,7 +106,7 @@ class CifarResNet(ResNet):
         self.feature_info = [dict(num_chs=channels[0], reduction=1, module='act1')]
 
         stages, stage_info = make_blocks(
-            (block,) * 3,
+            (block,) * len(layers),
             channels,
             layers,
             inplanes=channels[0],
@@ -109,12 +118,13 @@ class CifarResNet(ResNet):
         )
         width = channels[0]
         for (name, stage), info in zip(stages, stage_info, strict=True):
-            if stage[0].downsample is not None:
+            if stage[0].downsample is not None and not projection:
                 stage[0].downsample = PadShortcut(stage[0].stride, info['num_chs'] - width)
             width = info['num_chs']
             self.add_module(name, stage)
             self.feature_info.append(dict(info, reduction=info['reduction'] // 4))
-        self.layer4 = nn.Sequential()
+        if len(layers) == 3:
+            self.layer4 = nn.Sequential()
 
         self.num_features = width
         self.global_pool, self.fc = create_classifier(width, num_classes, pool_type=global_pool, **dd)
@@ -127,8 +137,8 @@ class CifarResNet(ResNet):
             indices: int | Sequence[int] | None = None,
             **kwargs: Any,
     ) -> Any:
-        """Compute the maps of the stem and the three stages, as timm's method of this name."""
-        take, _ = feature_take_indices(4, indices)
+        """Compute the maps of the stem and the stages, as timm's method of this name."""
+        take, _ = feature_take_indices(len(self.feature_info), indices)
         return super().forward_intermediates(x, indices=take, **kwargs)
 
     def prune_intermediate_layers(
@@ -138,9 +148,9 @@ class CifarResNet(ResNet):
             prune_head: bool = True,
     ) -> list[int]:
         """Remove the stages after the last map wanted, as timm's method of this name."""
-        take, last = feature_take_indices(4, indices)
-        if last == 3 and not prune_head:
-            return take  # nothing to remove, where timm's method misses a fourth stage and takes the head with it
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        if last == len(self.feature_info) - 1 and not prune_head:
+            return take  # nothing to remove; of three stages timm's method misses the fourth and takes the head with it
         return super().prune_intermediate_layers(take, prune_norm=prune_norm, prune_head=prune_head)
 
 
@@ -152,11 +162,26 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
         'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', **kwargs,
     }
 
-default_cfgs = generate_default_cfgs({f'cifar_resnet{depth}': cifar_cfg() for depth in (8, 14, 20, 32, 44, 56, 110)})
+
+def cifar100_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Default configuration of a CIFAR-100 model of four stages, with the mean and deviation of its training images."""
+    return cifar_cfg(**dict(
+        dict(num_classes=100, pool_size=(4, 4), mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)), **kwargs))
+
+
+default_cfgs = generate_default_cfgs({
+    **{f'cifar_resnet{depth}': cifar_cfg() for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f'cifar_resnet{depth}': cifar100_cfg() for depth in (18, 34, 50)},
+})
+
+
+def feature_cfg(layers: Sequence[int]) -> dict[str, Any]:
+    """Choose the maps that features_only gives: stem and stages."""
+    return dict(out_indices=tuple(range(len(layers) + 1)))
 
 
 def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    return build_model(CifarResNet, variant, pretrained, feature_cfg=dict(CIFAR_FEATURES), **kwargs)
+    return build_model(CifarResNet, variant, pretrained, feature_cfg=feature_cfg(kwargs['layers']), **kwargs)
 
 
 @register_model
@@ -206,3 +231,24 @@ def cifar_resnet110(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Construct the CIFAR ResNet-110."""
     model_args = dict(block=BasicBlock, layers=(18, 18, 18))
     return _create_cifar_resnet('cifar_resnet110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """Construct a ResNet-18 for images of 32 px."""
+    model_args = dict(CIFAR100_ARGS, block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_cifar_resnet('cifar_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_resnet34(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """Construct a ResNet-34 for images of 32 px."""
+    model_args = dict(CIFAR100_ARGS, block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_cifar_resnet('cifar_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_resnet50(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """Construct a ResNet-50 for images of 32 px."""
+    model_args = dict(CIFAR100_ARGS, block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_cifar_resnet('cifar_resnet50', pretrained, **dict(model_args, **kwargs))

@@ -1,7 +1,5 @@
 """Dynamic-depth ResNets: the classes, their default configurations and their entrypoints in timm's registry."""
-import json
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
@@ -9,8 +7,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from ..weights.build import build_model
-from ..weights.download import ORGANIZATION
-from .cifar_resnet import CIFAR_FEATURES, CifarResNet, cifar_cfg
+from .cifar_resnet import CIFAR100_ARGS, CifarResNet, cifar100_cfg, cifar_cfg, feature_cfg
 from .dynamic_depth import DynamicDepthMixin
 
 __all__ = ['DynamicDepthCifarResNet', 'DynamicDepthResNet']
@@ -26,41 +23,36 @@ class DynamicDepthCifarResNet(DynamicDepthMixin, CifarResNet):
     plain_cls = CifarResNet
     plain_prefix = 'cifar_'
 
-# Weights that come with this library, a folder MODEL.TAG each; large ones are on the Hub, and here is what they are.
+# Weights that come with this library, a folder MODEL.TAG each
 WEIGHTS = Path(__file__).with_name('tags')
 
 
-def read_weights_cfgs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read the pretrained configurations of weights in MODEL.TAG/config.json, the most accurate of a model first.
+def _bundled(name: str) -> dict[str, Any]:
+    """Configuration of weights for CIFAR-10 that come with this library."""
+    return cifar_cfg(source='local-dir', file=str(WEIGHTS / name), label_names=(
+        'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'))
 
-    They lie beside it in model.safetensors, or else on the Hub in the repository MODEL.TAG of this library's
-    organization, at the commit that config.json names under 'revision'.
 
-    Args:
-        folder: Folder of the folders.
-    """
-    configs = {path: json.loads(path.read_text()) for path in sorted(folder.glob('[!.]*/config.json'))}
-    cfgs = {}
-    for path, config in sorted(configs.items(), key=lambda item: -mean(row['top1'] for row in item[1]['depths'])):
-        cfg = dict(config['pretrained_cfg'], num_classes=config['num_classes'], label_names=config['label_names'])
-        if (path.parent / 'model.safetensors').exists():
-            cfg |= {'source': 'local-dir', 'file': str(path.parent)}
-        else:
-            cfg['hf_hub_id'] = f'{ORGANIZATION}/{path.parent.name}@{config["revision"]}'
-        cfgs[path.parent.name] = cfg
-    return cfgs
-
-# The first tag of an architecture with weights is the one that timm takes by default. Each of timm's weights makes a
-# full-net, whose sub-nets are to be trained.
-_IMAGENET_MODELS = (
-    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet50d', 'seresnet50', 'resnext50_32x4d')
-_OWN_WEIGHTS = read_weights_cfgs(WEIGHTS)
-_CIFAR_MODELS = [f'ddnn_resnet{depth}' for depth in (20, 32, 44, 56, 110)]
+# The first tag of a model is the one that timm takes by default. timm's own weights make a full-net, whose sub-nets are
+# to be trained.
 default_cfgs = generate_default_cfgs({
-    **_OWN_WEIGHTS,
-    **{f'ddnn_{cfg.architecture}.{cfg.tag}': cfg for cfg in map(get_pretrained_cfg, _IMAGENET_MODELS)},
-    # A second entry without a tag would be listed as one more set of weights
-    **{name: cifar_cfg() for name in _CIFAR_MODELS if not any(tag.startswith(f'{name}.') for tag in _OWN_WEIGHTS)},
+    'ddnn_resnet18.a1_in1k': get_pretrained_cfg('resnet18.a1_in1k'),
+    'ddnn_resnet34.a1_in1k': get_pretrained_cfg('resnet34.a1_in1k'),
+    'ddnn_resnet50.a1_in1k': get_pretrained_cfg('resnet50.a1_in1k'),
+    'ddnn_resnet101.a1h_in1k': get_pretrained_cfg('resnet101.a1h_in1k'),
+    'ddnn_resnet152.a1h_in1k': get_pretrained_cfg('resnet152.a1h_in1k'),
+    'ddnn_resnet50d.ra2_in1k': get_pretrained_cfg('resnet50d.ra2_in1k'),
+    'ddnn_seresnet50.a1_in1k': get_pretrained_cfg('seresnet50.a1_in1k'),
+    'ddnn_resnext50_32x4d.a1h_in1k': get_pretrained_cfg('resnext50_32x4d.a1h_in1k'),
+    'ddnn_resnet20.kd_cifar10': _bundled('ddnn_resnet20.kd_cifar10'),
+    'ddnn_resnet20.ekd_cifar10': _bundled('ddnn_resnet20.ekd_cifar10'),
+    'ddnn_resnet32': cifar_cfg(),
+    'ddnn_resnet44': cifar_cfg(),
+    'ddnn_resnet56.ekd_cifar10': _bundled('ddnn_resnet56.ekd_cifar10'),
+    'ddnn_resnet110': cifar_cfg(),
+    'ddnn_cifar_resnet18': cifar100_cfg(),
+    'ddnn_cifar_resnet34': cifar100_cfg(),
+    'ddnn_cifar_resnet50': cifar100_cfg(),
 })
 
 
@@ -82,7 +74,7 @@ def _create_ddnn(cls: type[DynamicDepthMixin], variant: str, pretrained: bool = 
         pretrained,
         construct=construct,
         pretrained_filter_fn=lambda state_dict, _: model.extract_state_dict(state_dict),
-        feature_cfg=dict(CIFAR_FEATURES) if cls is DynamicDepthCifarResNet else None,
+        feature_cfg=feature_cfg(kwargs['layers']),
         **kwargs,
     )
 
@@ -177,3 +169,24 @@ def ddnn_resnet110(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifar
     """Construct a dynamic CIFAR ResNet of depths 110, 56 and 20."""
     model_args = dict(block=BasicBlock, layers=(18, 18, 18), subnets=((9,) * 3, (3,) * 3))
     return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_resnet110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic ResNet of depths 18 and 10, for images of 32 px."""
+    model_args = dict(CIFAR100_ARGS, block=BasicBlock, layers=(2, 2, 2, 2), subnets=((1, 1, 1, 1),))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_cifar_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_cifar_resnet34(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic ResNet of depths 34, 18 and 10, for images of 32 px."""
+    model_args = dict(CIFAR100_ARGS, block=BasicBlock, layers=(3, 4, 6, 3), subnets=((2, 2, 2, 2), (1, 1, 1, 1)))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_cifar_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_cifar_resnet50(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic ResNet of depths 50, 26 and 14, for images of 32 px."""
+    model_args = dict(CIFAR100_ARGS, **_RESNET50)
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_cifar_resnet50', pretrained, **dict(model_args, **kwargs))

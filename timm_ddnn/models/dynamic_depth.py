@@ -1,10 +1,13 @@
 """Depth-level dynamic networks: a forward that runs one or several depths of the same weights.
 
-How the weights are shared is in `shared_weights.py`, the architectures and entrypoints are in `ddnn_resnet.py`.
+How the weights are shared is in `shared_weights.py`, state dicts are in `state_dict.py`, the architectures and
+entrypoints in `ddnn_resnet.py`.
 """
 import copy
 import re
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Collection, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +17,9 @@ from timm.models._pretrained import filter_pretrained_cfg
 from timm.models.resnet import ResNet
 from torch import nn
 
-from .shared_weights import Blocks, SharedWeightsMixin
+from ..utils.errors import InputError
+from .shared_weights import SubNetModule, count_shared_blocks
+from .state_dict import StateDictMixin
 
 __all__ = ['DynamicDepthMixin', 'SubNetOutput']
 
@@ -36,7 +41,7 @@ class SubNetOutput(NamedTuple):
     features: list[torch.Tensor]
 
 
-class DynamicDepthMixin(SharedWeightsMixin):
+class DynamicDepthMixin(StateDictMixin):
     """Adds sub-nets and a run-time `depth` to a class of the timm ResNet family.
 
     Sub-net k keeps the first blocks of every stage of the full-net, as in 'Embedded Knowledge Distillation in
@@ -58,50 +63,64 @@ class DynamicDepthMixin(SharedWeightsMixin):
 
     # Forward
 
-    def _run(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if self.grad_checkpointing:
-            return checkpoint_seq(module if isinstance(module, nn.Sequential) else [module], x)
-        return module(x)
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the map that the first block takes, [B, C, H', W'], from images [B, C, H, W]."""
+        return self.maxpool(self.act1(self.bn1(self.conv1(x))))
 
-    def _walk(
+    def run_blocks(
+            self,
+            x: torch.Tensor,
+            path: Sequence[nn.Module],
+            start: int = 0,
+            stops: Collection[int] | None = None,
+    ) -> dict[int, torch.Tensor]:
+        """Run the blocks of a path, from its beginning or from a map that another depth has computed.
+
+        Args:
+            x: The map after `start` blocks; that of `forward_stem` if 0.
+            path: Blocks, see `path`.
+            start: Number of blocks that have run, see `count_shared`.
+            stops: After how many blocks to keep the map; it ends after the last of them. The end of the path if None.
+
+        Returns:
+            Maps [B, C, H', W'] by the number of blocks.
+        """
+        stops = (len(path),) if stops is None else stops
+        maps = {start: x} if start in stops else {}
+        # no other map is kept once the next is there: on a CPU, fresh memory costs a shallow net 10 % of its time
+        for count, block in enumerate(path[start:max(stops)], start=start + 1):
+            x = checkpoint_seq([block], x) if self.grad_checkpointing else block(x)
+            if count in stops:
+                maps[count] = x
+        return maps
+
+    def _run_depths(
             self,
             x: torch.Tensor,
             depths: Sequence[int],
             num_stages: int | None = None,
-    ) -> tuple[torch.Tensor, dict[int, list[torch.Tensor]]]:
-        """Run the nets of some depths, every block that several of them share once.
+    ) -> dict[int, list[torch.Tensor]]:
+        """Compute the last map of every stage at several depths, running what they share once.
 
         Args:
-            x: Images, [B, C, H, W].
+            x: What `forward_stem` returns.
             depths: Depths to run.
             num_stages: Stop after as many stages.
-
-        Returns:
-            The stem's map before pooling, and by depth the pooled one and the last map of every stage.
         """
-        stem = self.act1(self.bn1(self.conv1(x)))
-        pooled = self.maxpool(stem)
-        maps = {d: [pooled] for d in depths}
-        for s in range(len(self._blocks[depths[0]]) if num_stages is None else num_stages):
-            # Nets with the same blocks in all earlier stages enter this one with the same tensor, and there the blocks
-            # of a shallower net are the first blocks of a deeper one.
-            parties: dict[Blocks, list[int]] = {}
-            for d in depths:
-                parties.setdefault(self._blocks[d][:s], []).append(d)
-            for party in parties.values():
-                y = maps[party[0]][-1]
-                counts = {d: self._blocks[d][s] for d in party}
-                most = max(counts.values())
-                stage = self._stage(max(party, key=counts.get), s)
-                if min(counts.values()) == most:
-                    ends = {most: self._run(stage, y)}
-                else:
-                    ends = {}
-                    for i, block in enumerate(stage, start=1):
-                        ends[i] = y = self._run(block, y)
-                for d in party:
-                    maps[d].append(ends[counts[d]])
-        return stem, maps
+        blocks = {d: self._blocks[d][:num_stages] for d in depths}
+        ends = {d: tuple(accumulate(blocks[d])) for d in depths}
+        maps: dict[int, dict[int, torch.Tensor]] = {}
+        for i, d in enumerate(depths):
+            # It starts from the map behind which its path leaves that of the net before it that it shares most with
+            start, source = 0, d
+            for e in maps:
+                shared = count_shared_blocks(blocks[d], blocks[e])
+                if shared > start:
+                    start, source = shared, e
+            stops = {start, *ends[d], *(count_shared_blocks(blocks[d], blocks[e]) for e in depths[i + 1:])}
+            known = {count: y for count, y in maps.get(source, {}).items() if count <= start}
+            maps[d] = known | self.run_blocks(known.get(start, x), self._path(d), start, stops)
+        return {d: [maps[d][end] for end in ends[d]] for d in depths}
 
     def forward(
             self,
@@ -119,15 +138,15 @@ class DynamicDepthMixin(SharedWeightsMixin):
             `depths`. What the nets share is computed once.
 
         Raises:
-            ValueError: If the model has no such depth.
+            InputError: If the model has no such depth.
         """
-        depths, single = self.select_depths(depth)
+        depths, single = self.resolve_depths(depth)
         if self.training and torch.is_grad_enabled():
             self.mark_trained(depths)
         if single:
-            return self.forward_head(self.forward_features(x, depth=depths[0]))
-        _, maps = self._walk(x, depths)
-        return {d: SubNetOutput(self.forward_head(maps[d][-1]), maps[d][1:]) for d in depths}
+            return super().forward_head(self._forward_features(x, depths[0]))
+        maps = self._run_depths(self.forward_stem(x), depths)
+        return {d: SubNetOutput(super(DynamicDepthMixin, self).forward_head(maps[d][-1]), maps[d]) for d in depths}
 
     def forward_features(
             self,
@@ -141,16 +160,18 @@ class DynamicDepthMixin(SharedWeightsMixin):
             depth: As for `forward`.
 
         Raises:
-            ValueError: If the model has no such depth.
+            InputError: If the model has no such depth.
         """
-        depths, single = self.select_depths(depth)
-        if single:  # no map is kept once the next is there: on a CPU, fresh memory costs a shallow net 10 % of its time
-            x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-            for s in range(len(self._blocks[depths[0]])):
-                x = self._run(self._stage(depths[0], s), x)
-            return x
-        _, maps = self._walk(x, depths)
-        return {d: maps[d][-1] for d in depths}
+        depths, single = self.resolve_depths(depth)
+        if single:
+            return self._forward_features(x, depths[0])
+        return {d: maps[-1] for d, maps in self._run_depths(self.forward_stem(x), depths).items()}
+
+    def _forward_features(self, x: torch.Tensor, depth: int) -> torch.Tensor:
+        if depth == self.depths[0]:
+            return super().forward_features(x)
+        y, = self.run_blocks(self.forward_stem(x), self._path(depth)).values()
+        return y
 
     def forward_head(
             self,
@@ -166,9 +187,9 @@ class DynamicDepthMixin(SharedWeightsMixin):
             depth: As for `forward`.
 
         Raises:
-            ValueError: If the model has no such depth.
+            InputError: If the model has no such depth.
         """
-        depths, single = self.select_depths(depth)
+        depths, single = self.resolve_depths(depth)
         if single:
             return super().forward_head(x, pre_logits=pre_logits)
         return {d: super(DynamicDepthMixin, self).forward_head(x[d], pre_logits=pre_logits) for d in depths}
@@ -195,46 +216,24 @@ class DynamicDepthMixin(SharedWeightsMixin):
             depth: As for `forward`.
 
         Raises:
-            ValueError: If the model has no such depth or `output_fmt` is not 'NCHW'.
+            InputError: If the model has no such depth or `output_fmt` is not 'NCHW'.
         """
         if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        depths, single = self.select_depths(depth)
+            raise InputError(f"output_fmt must be 'NCHW', got {reprlib.repr(output_fmt)}")
+        depths, single = self.resolve_depths(depth)
         num_stages = len(self._blocks[depths[0]])
         take, last = feature_take_indices(num_stages + 1, indices)
-        stem, maps = self._walk(x, depths, num_stages=last if stop_early else num_stages)
+        stem = self.act1(self.bn1(self.conv1(x)))
+        pooled = self.maxpool(stem)
+        maps = self._run_depths(pooled, depths, num_stages=last if stop_early else num_stages)
 
         def collect(features: list[torch.Tensor]) -> Any:
-            intermediates = [m for i, m in enumerate([stem, *features[1:]]) if i in take]
-            return intermediates if intermediates_only else (features[-1], intermediates)
+            intermediates = [m for i, m in enumerate([stem, *features]) if i in take]
+            return intermediates if intermediates_only else ([pooled, *features][-1], intermediates)
 
         return collect(maps[depths[0]]) if single else {d: collect(maps[d]) for d in depths}
 
     # Plain nets
-
-    def extract_state_dict(
-            self,
-            state_dict: dict[str, torch.Tensor],
-            depth: int | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Select from a state dict of this model that of the plain net of one depth.
-
-        Args:
-            state_dict: State dict of this model or of a stock ResNet like the full-net.
-            depth: One of `depths`, the default depth if None.
-
-        Raises:
-            ValueError: If the model has no such depth.
-            RuntimeError: If entries are missing.
-        """
-        depth = self.select_depth(depth)
-        state_dict = self.expand_state_dict(state_dict)
-        plain = {k: v for k, v in state_dict.items() if not k.startswith('subnets.')}
-        if depth == self.depths[0]:
-            return plain
-        prefix = f'subnets.{depth}.'
-        return {k: v for k, v in plain.items() if not k.startswith('layer')} | {
-            k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
 
     def extract(self, depth: int | None = None) -> ResNet:
         """Copy one depth out of the model, as a plain net that knows nothing of this library.
@@ -247,15 +246,19 @@ class DynamicDepthMixin(SharedWeightsMixin):
             with a `pretrained_cfg` under which timm saves and rebuilds it.
 
         Raises:
-            ValueError: If the model has no such depth.
+            InputError: If the model has no such depth.
         """
-        depth = self.select_depth(depth)
+        depth = self.resolve_depth(depth)
         net = self.plain_cls(layers=self._blocks[depth], device='meta', **self._plain_args)
         attributes = {k: v for k, v in vars(self).items() if k in vars(net) and not k.startswith('_')}
         vars(net).update(copy.deepcopy(attributes))
-        stages = {f'layer{s + 1}': self._stage(depth, s) for s in range(len(self._blocks[depth]))}
-        for name, _ in net.named_children():
-            setattr(net, name, copy.deepcopy(stages[name] if name in stages else getattr(self, name)))
+        for name, stage in net.named_children():
+            if not name.startswith('layer'):
+                setattr(net, name, copy.deepcopy(getattr(self, name)))
+            stage.training = self.training
+        places = [(getattr(net, f'layer{s + 1}'), i) for _, s, i in self._nodes(depth)]
+        for (stage, i), block in zip(places, self.path(depth), strict=True):
+            stage[i] = block.extract() if isinstance(block, SubNetModule) else copy.deepcopy(block)
         if hasattr(self, 'pretrained_cfg'):
             name, args = self._plain_architecture(depth, net)
             cfg = filter_pretrained_cfg(self.pretrained_cfg, remove_source=True)
@@ -269,9 +272,11 @@ class DynamicDepthMixin(SharedWeightsMixin):
         """Find timm's name and arguments for the plain net of one depth."""
         own = ('layers', 'subnets', 'depth', 'shared_affine')
         args = {k: v for k, v in getattr(self, '_model_args', {}).items() if k not in own}
-        full_name = self.plain_prefix + self.pretrained_cfg['architecture'].removeprefix('ddnn_')
+        full_name = self.pretrained_cfg['architecture'].removeprefix('ddnn_').removeprefix(self.plain_prefix)
+        full_name = self.plain_prefix + full_name
         name = re.sub(r'\d+', str(depth), full_name, count=1)
-        if is_model(name):
+        # A net of other blocks may be called so, and not take these arguments
+        if is_model(name) and _block_counts(create_model(name, device='meta')) == _block_counts(net):
             stock = create_model(name, **{**args, 'num_classes': net.num_classes, 'device': 'meta'})
             if _shapes(stock) == _shapes(net):
                 return name, args
@@ -294,10 +299,14 @@ class DynamicDepthMixin(SharedWeightsMixin):
         _, last = feature_take_indices(len(self._blocks[self.depths[0]]) + 1, indices)
         take = super().prune_intermediate_layers(indices, **kwargs)
         for net in self.subnets.values():
-            for name in list(net)[last:]:
-                net[name] = nn.Sequential()
+            for name in [name for name in net if int(name.removeprefix('layer')) > last]:
+                del net[name]
         self._blocks = {d: blocks[:last] for d, blocks in self._blocks.items()}
         return take
+
+
+def _block_counts(net: ResNet) -> list[int]:
+    return [len(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
 
 
 def _shapes(net: nn.Module) -> dict[str, torch.Size]:

@@ -1,20 +1,23 @@
-"""Models from a name that a user typed: of timm's registry, a folder or the Hub."""
+"""Models from a name that a user typed: of timm's registry, a folder or the Hub.
+
+Whatever is wrong with a name, its configuration, its weights or the arguments is an `InputError` here.
+"""
 import difflib
-import json
 import logging
 import os
-import pickle
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.models import is_model, is_model_pretrained, list_pretrained, load_state_dict, parse_model_name
 from torch import nn
 
 from ..utils.costs import count_costs
-from ..weights.download import fetch, read_config
+from ..utils.errors import InputError
+from ..weights.download import ARCHITECTURES, SavedConfig, read_config
+from ..weights.weight_checks import check_tensors
 from .dynamic_depth import DynamicDepthMixin
 
 __all__ = [
@@ -26,51 +29,96 @@ _logger = logging.getLogger(__name__)
 
 
 def resolve_name(name: str) -> str:
-    """Make the name that timm takes of a model's folder; any other name, and one in timm's registry, stays as it is.
+    """Make the name that timm takes of a model's folder; any other name stays as it is.
 
     Args:
-        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
+        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a model. A folder with a
+            config.json goes before a model of the same name.
     """
-    return f'local-dir:{name}' if os.path.isdir(name) and not timm.is_model(name.split('.')[0]) else name
+    if os.path.isfile(os.path.join(name, 'config.json')):
+        return f'local-dir:{name}'
+    return f'local-dir:{name}' if os.path.isdir(name) and not is_model(name.split('.')[0]) else name
 
 
 @contextmanager
-def _creation_errors(name: str, checkpoint_path: str = '') -> Iterator[None]:
+def _naming(name: str, checkpoint_path: str = '') -> Iterator[None]:
+    """Name the model in errors of the user's input."""
     try:
         yield
-    except Exception as e:  # timm and its loaders raise many types, and none that they share
+    except (InputError, OSError) as e:
         weights = f' with the weights in {checkpoint_path!r}' if checkpoint_path else ''
-        pickled = isinstance(e.__cause__, pickle.UnpicklingError)  # timm's advice is to execute what stands there
-        reason = 'it is no file of weights alone' if pickled else e
-        raise ValueError(f'model {name!r} cannot be created{weights}: {textwrap.shorten(str(reason), 600)}') from e
+        raise InputError(f'model {name!r} cannot be created{weights}: {e}') from e
+
+
+def _find(name: str, pretrained: bool, cache_dir: str | None) -> tuple[str, SavedConfig | None]:
+    """Find the architecture of a name, with its tag if it has one, and its config.json if it is no registered name."""
+    try:
+        source, _ = parse_model_name(name)
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    config = read_config(name, cache_dir) if source else None
+    name = config.architecture if config else name
+    architecture, _, tag = name.partition('.')
+    if not is_model(architecture):
+        raise InputError(f'Unknown model ({name})')
+    tags = [known.partition('.')[2] for known in list_pretrained(f'{architecture}.*')]
+    if tag and tag not in tags:
+        raise InputError(f'tag of {architecture} must be one of {tags}, got {tag!r}')
+    if pretrained and not config and not is_model_pretrained(architecture):
+        raise InputError(f'No pretrained weights exist for {architecture}')
+    return name, config
+
+
+def _create(name: str, config: SavedConfig | None, **kwargs: Any) -> nn.Module:
+    if config is None:
+        return timm.create_model(name, **kwargs)
+    args = config.model_args
+    return timm.create_model(name, pretrained_cfg=config, **{**args, 'pretrained_model_args': dict(args), **kwargs})
 
 
 def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Module:
-    """Create a dynamic-depth model by `timm.create_model`, every failure being an error of the user's input.
+    """Create a dynamic-depth model by `timm.create_model`.
 
     Args:
         name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
-        checkpoint_path: File with weights.
+        checkpoint_path: File with weights, safetensors or a checkpoint of timm.
         **kwargs: Further arguments of `timm.create_model`.
 
     Raises:
-        ValueError: If there is no such model, it has not several depths, or timm cannot make it from the arguments.
+        InputError: If there is no such model, it has not several depths, it does not take the arguments, or its weights
+            are missing, damaged or of another model.
     """
     name = resolve_name(name)
     known = timm.list_models('ddnn_*')
     similar = difflib.get_close_matches(name, known, n=3) or known
-    wrong = ValueError(f'model must be a dynamic-depth model such as {", ".join(similar)}, got {name!r}')
+    wrong = InputError(f'model must be a dynamic-depth model such as {", ".join(similar)}, got {name!r}')
     if ':' not in name and name.split('.')[0] not in known:
         if '/' in name:
-            raise ValueError(f"model must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got {name!r}")
+            raise InputError(f"model must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got {name!r}")
         raise wrong
-    with _creation_errors(name, checkpoint_path):
-        if name.startswith(('local-dir:', 'hf-hub:')):
-            read_config(name, kwargs.get('cache_dir'))
-        model = timm.create_model(name, checkpoint_path=checkpoint_path, **kwargs)
-    if not isinstance(model, DynamicDepthMixin):  # classes of timm have an attribute `depths`, too
-        raise wrong
+    with _naming(name, checkpoint_path):
+        found, config = _find(name, kwargs.get('pretrained', False), kwargs.get('cache_dir'))
+        if found.split('.')[0] not in known:
+            raise wrong
+        model = _create(found, config, **kwargs)
+        if checkpoint_path:
+            _load_checkpoint(model, checkpoint_path)
     return model
+
+
+def _load_checkpoint(model: DynamicDepthMixin, path: str) -> None:
+    if not os.path.isfile(path):
+        raise FileNotFoundError('there is no such file')
+    try:
+        weights = load_state_dict(path)
+    except OSError:
+        raise
+    except Exception as e:  # of timm, safetensors, torch and pickle, which name many types
+        raise InputError(f'it is not a file of weights: {type(e).__name__}') from e
+    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise InputError('it is not a file of weights: it holds more than tensors')
+    check_tensors(weights, model, path)
+    model.load_state_dict(weights)
 
 
 def load_model(name: str) -> nn.Module:
@@ -80,23 +128,29 @@ def load_model(name: str) -> nn.Module:
         name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
 
     Raises:
-        ValueError: If there is no such model or it has no weights.
+        InputError: If there is no such model, or its weights are missing, damaged or of another model.
     """
     return create_ddnn(name, pretrained=True).eval()
 
 
 def load_teacher(name: str) -> nn.Module:
-    """Load any trained net of timm, dynamic-depth models among them, for `EKDTask.set_teacher`.
+    """Load any trained net of timm, dynamic-depth models among them, as a teacher.
 
     Args:
         name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
 
     Raises:
-        ValueError: If there is no such net or it has no weights.
+        InputError: If there is no such net, or its weights are missing, damaged or of another net.
     """
     name = resolve_name(name)
-    with _creation_errors(name):
-        return timm.create_model(name, pretrained=True)
+    with _naming(name):
+        found, config = _find(name, True, None)
+        try:
+            return _create(found, config, pretrained=True)
+        except Exception as e:  # what timm raises for files of its own architectures
+            if found.startswith(ARCHITECTURES):
+                raise
+            raise InputError(str(e) or type(e).__name__) from e
 
 
 def saved_results(model: nn.Module) -> list[dict[str, Any]]:
@@ -106,20 +160,9 @@ def saved_results(model: nn.Module) -> list[dict[str, Any]]:
         model: What `load_model` returned.
 
     Returns:
-        Rows as at the head of `report.py`.
+        Rows with depth, blocks, parameters, macs and accuracies, for depths of the model.
     """
-    cfg = model.pretrained_cfg
-    try:
-        if cfg.get('file'):
-            file = Path(cfg['file'])
-            config = (file if file.is_dir() else file.parent) / 'config.json'
-        else:
-            repo_id, _, revision = cfg['hf_hub_id'].partition('@')
-            config = fetch(repo_id, 'config.json', revision=revision or None)
-        rows = json.loads(config.read_text())['depths']
-        return [dict(row) for row in rows if row['depth'] in model.depths]
-    except (KeyError, AttributeError, TypeError, ValueError, OSError):  # not saved by this library
-        return []
+    return [dict(row) for row in getattr(model, 'saved_results', []) if row['depth'] in model.depths]
 
 
 def warn_of_untrained(model: nn.Module, depths: Sequence[int]) -> None:

@@ -1,46 +1,149 @@
-"""The weights of a full-net and its sub-nets: which modules they share, and what that asks of state dicts.
+"""The weights of a full-net and its sub-nets: which modules they share, and what each has for itself.
 
-The forward over them and the extraction of plain nets are in `dynamic_depth.py`.
+State dicts are in `state_dict.py`, the forward and the extraction of plain nets in `dynamic_depth.py`.
 """
 import copy
-import logging
-import re
-from collections.abc import Iterable, Sequence
-from itertools import chain
+import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.models.resnet import Bottleneck
 from torch import nn
 
+from ..utils.errors import InputError
 from ..utils.modules import find_norms
 
-__all__ = ['SharedWeightsMixin']
+__all__ = ['Blocks', 'SharedWeightsMixin', 'SubNetModule', 'SubNets', 'count_shared_blocks']
 
 
-_logger = logging.getLogger(__name__)
 Blocks = tuple[int, ...]
 
 
-def _twin(block: nn.Module, shared_affine: bool) -> nn.Module:
-    """Copy a block so that it shares everything with the original but the statistics of its norms."""
-    shared = [m for m in block.modules() if not find_norms(m)]
-    if shared_affine:
-        shared += block.parameters()
-    return copy.deepcopy(block, {id(x): x for x in shared})
+class SubNetModule(nn.Module):
+    """A module of the full-net as a sub-net runs it: the same module but for the running statistics of its norms.
+
+    Only these statistics are registered here (and scale and shift where a sub-net has its own). Everything else is
+    looked up in the full-net's module whenever this one runs, and stands in the module tree once. So nothing can come
+    apart: whatever replaces, freezes, converts or moves a module or a parameter of the full-net does so for all depths.
+    """
+
+    def __init__(self, parent: nn.Module, name: str, shared_affine: bool) -> None:
+        """Begin with copies of the full-net's statistics.
+
+        Args:
+            parent: Parent, in the full-net, of the module.
+            name: Name of the module in its parent.
+            shared_affine: Whether norms use the full-net's scale and shift, rather than copies.
+        """
+        super().__init__()
+        vars(self)['_place'] = (parent, name)  # not as an attribute, which would register the parent here
+        original = self.original
+        self.training = original.training
+        self._is_norm = original in find_norms(original)
+        if self._is_norm:
+            own = dict(original.named_buffers(recurse=False))
+            if not shared_affine:
+                own |= original.named_parameters(recurse=False)
+            for name, tensor in copy.deepcopy(own).items():
+                (self._parameters if isinstance(tensor, nn.Parameter) else self._buffers)[name] = tensor
+        for name, child in original.named_children():
+            if find_norms(child):
+                self.add_module(name, SubNetModule(original, name, shared_affine))
+
+    @property
+    def original(self) -> nn.Module:
+        """The module of the full-net."""
+        parent, name = self._place
+        return parent._modules[name]
+
+    @property
+    def momentum(self) -> float | None:
+        """Momentum of a norm's statistics, which is the full-net's."""
+        return self.original.momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self.original.momentum = value
+
+    def reset_running_stats(self) -> None:
+        """Reset the statistics of a norm."""
+        self._assemble().reset_running_stats()
+
+    def _assemble(self) -> nn.Module:
+        """Put together, for one call, an instance of the original's class that has what is registered here."""
+        original = self.original
+        module = object.__new__(type(original))
+        state = vars(module)
+        state.update(vars(original))
+        state['training'] = self.training
+        for kind in ('_parameters', '_buffers', '_modules'):
+            if own := getattr(self, kind):
+                state[kind] = {**state[kind], **own}
+        return module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute what the full-net's module computes, by the statistics of this one.
+
+        Raises:
+            InputError: If something has put a module without running statistics in the place of a norm.
+        """
+        original, module = self.original, self._assemble()
+        if self._is_norm:
+            if 'running_mean' not in original._buffers:
+                raise InputError(
+                    f'a norm whose statistics differ by depth was replaced by {type(original).__name__}: convert what '
+                    'extract(depth) returns, not a model of several depths')
+            for hook in original._forward_pre_hooks.values():  # by which torch.nn.utils.prune masks weights
+                hook(module, (x,))
+            if isinstance(x, torch.fx.Proxy):  # torch.fx does not trace into norms of torch.nn, whose check it cannot
+                vars(module)['_check_input_dim'] = lambda x: None
+        return type(original).forward(module, x)
+
+    def extract(self) -> nn.Module:
+        """Copy the module with the statistics of this one."""
+        module = copy.deepcopy(self.original)
+        module.training = self.training
+        module._parameters.update(copy.deepcopy(self._parameters))
+        module._buffers.update(copy.deepcopy(self._buffers))
+        module._modules.update((name, child.extract()) for name, child in self.named_children())
+        return module
 
 
-def _subnets_in(names: Iterable[str]) -> list[int]:
-    return sorted({int(m[1]) for name in names if (m := re.match(r'subnets\.(\d+)\.', name))})
+class SubNets(nn.ModuleDict):
+    """What sub-nets have for themselves, by depth, stage and place: the blocks whose statistics are their own.
+
+    A block that several sub-nets run stands with the deepest of them; what is the full-net's is not here.
+
+    Attributes:
+        trained: Which depths were trained, bool, in the order of the model's `depths`. It is kept with the weights.
+    """
+
+    trained: torch.Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin without sub-nets.
+
+        Args:
+            device: Device of the model.
+        """
+        super().__init__()
+        self.register_buffer('trained', torch.zeros(1, dtype=torch.bool, device=device))
 
 
-def _remove_aliases(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    for alias in module._aliases():
-        state_dict.pop(prefix + alias, None)
+def count_shared_blocks(blocks: Blocks, other: Blocks) -> int:
+    """Count the blocks that two nets begin with, up to the block behind which their paths part.
 
-
-def _tie_after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    module._tie_affine()
+    Args:
+        blocks: Number of blocks in every stage of a net.
+        other: The same of the other net.
+    """
+    count = 0
+    for mine, theirs in zip(blocks, other, strict=True):
+        count += min(mine, theirs)
+        if mine != theirs:
+            break
+    return count
 
 
 class SharedWeightsMixin:
@@ -67,7 +170,7 @@ class SharedWeightsMixin:
             **kwargs: Arguments of the parent class.
 
         Raises:
-            ValueError: If the blocks of a sub-net are not within the full-net's, if two nets have the same depth, or
+            InputError: If the blocks of a sub-net are not within the full-net's, if two nets have the same depth, or
                 if no net has the default depth asked for.
         """
         super().__init__(block, layers, **kwargs)
@@ -75,17 +178,11 @@ class SharedWeightsMixin:
         self._layers_per_block = 3 if issubclass(block, Bottleneck) else 2
         self._blocks: dict[int, Blocks] = {self._depth_of(layers): tuple(layers)}
         self.shared_affine = shared_affine
-        self.subnets = nn.ModuleDict()
-        device = next(self.parameters()).device
-        self.subnets.register_buffer('trained', torch.zeros(1, dtype=torch.bool, device=device))
+        self.subnets = SubNets(next(self.parameters()).device)
         for blocks in subnets:
             self.add_subnet(blocks)
         self.default_depth = self.depths[0]
-        self.default_depth = self.select_depth(depth)
-        self.register_state_dict_post_hook(_remove_aliases)
-        self.register_load_state_dict_post_hook(_tie_after_load)
-
-    # Nets and depths
+        self.default_depth = self.resolve_depth(depth)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -107,61 +204,71 @@ class SharedWeightsMixin:
         for depth in depths:
             self.subnets.trained[self.depths.index(depth)] = True
 
-    def blocks(self, depth: int) -> Blocks:
-        """Number of blocks in every stage at a depth.
+    def blocks(self, depth: int | None) -> Blocks:
+        """Number of blocks in every stage at a depth, the default depth if None.
 
         Raises:
-            ValueError: If the model has no such depth.
+            InputError: If the model has no such depth.
         """
-        return self._blocks[self.select_depth(depth)]
+        return self._blocks[self.resolve_depth(depth)]
 
-    def select_depth(self, depth: int | None) -> int:
+    def resolve_depth(self, depth: int | None) -> int:
         """Resolve one depth, None being the default.
 
         Raises:
-            ValueError: If the model has no such depth.
+            InputError: If the model has no such depth.
         """
-        depths, single = self.select_depths(depth)
+        depths, single = self.resolve_depths(depth)
         if not single:
-            raise ValueError(f'one depth of {self.depths} is expected here, got {depth!r}')
+            raise InputError(f'one depth of {self.depths} is expected here, got {reprlib.repr(depth)}')
         return depths[0]
 
-    def select_depths(self, depth: int | str | Sequence[int] | None) -> tuple[tuple[int, ...], bool]:
+    def resolve_depths(self, depth: int | str | Sequence[int] | None) -> tuple[tuple[int, ...], bool]:
         """Resolve the `depth` argument of `forward`.
 
         Returns:
             Depths in descending order, and whether one depth as such was asked for.
 
         Raises:
-            ValueError: If the model has no such depth.
+            InputError: If the model has no such depth.
         """
         if depth is None or isinstance(depth, torch.fx.Proxy):
             return (self.default_depth,), True
         if isinstance(depth, str) and depth == 'all':
             return self.depths, False
         single = not isinstance(depth, (tuple, list))
-        wanted = (depth,) if single else tuple(depth)
+        wanted = (depth,) if single else depth
         # compared one by one, not looked up: torch.compile may hand in a symbolic integer, which this makes a constant
-        depths = tuple(d for d in self.depths if any(d == w for w in wanted))
+        valid = all(isinstance(w, int) and not isinstance(w, bool) for w in wanted)
+        depths = tuple(d for d in self.depths if any(d == w for w in wanted)) if valid else ()
         if not depths or len(depths) < len(wanted):
-            raise ValueError(f"depth must be of {self.depths}, a sequence of these, or 'all', got {depth!r}")
+            raise InputError(
+                f"depth must be of {self.depths}, a sequence of these, or 'all', got {reprlib.repr(depth)}")
         return depths, single
 
-    def _depth_of(self, blocks: Sequence[int]) -> int:
-        return sum(blocks) * self._layers_per_block + 2
+    def path(self, depth: int) -> list[nn.Module]:
+        """List the residual blocks that a depth runs, in order; a block that several depths run is one object.
 
-    def _stage(self, depth: int, stage: int) -> nn.Sequential:
-        name = f'layer{stage + 1}'
-        return getattr(self, name) if depth == self.depths[0] else self.subnets[str(depth)][name]
+        Raises:
+            InputError: If the model has no such depth.
+        """
+        return self._path(self.resolve_depth(depth))
 
     def path_norms(self, depth: int) -> list[nn.Module]:
         """List the modules with running statistics that a forward at one depth goes through.
 
         Raises:
-            ValueError: If the model has no such depth.
+            InputError: If the model has no such depth.
         """
-        stages = [self._stage(depth, s) for s in range(len(self.blocks(depth)))]
-        return [norm for part in (self.conv1, self.bn1, self.maxpool, *stages) for norm in find_norms(part)]
+        return [norm for part in (self.conv1, self.bn1, self.maxpool, *self.path(depth)) for norm in find_norms(part)]
+
+    def count_shared(self, depth: int, other: int) -> int:
+        """Count the blocks that two depths begin with: the same ones, which compute the same maps of the same images.
+
+        Raises:
+            InputError: If the model has no such depth.
+        """
+        return count_shared_blocks(self.blocks(depth), self.blocks(other))
 
     def add_subnet(self, blocks: Sequence[int]) -> int:
         """Add a sub-net, its statistics beginning as copies of the full-net's.
@@ -175,150 +282,66 @@ class SharedWeightsMixin:
             The depth of the new sub-net.
 
         Raises:
-            ValueError: If the blocks are not within the full-net's, or the model has a net of that depth.
+            InputError: If the blocks are not within the full-net's, or the model has a net of that depth.
         """
         full = self._blocks[self.depths[0]]
         valid = isinstance(blocks, (tuple, list)) and len(blocks) == len(full) and all(
             type(n) is int and 1 <= n <= most for n, most in zip(blocks, full, strict=True))
         if not valid:
-            raise ValueError(f'blocks of a sub-net must be {len(full)} integers, from 1 up to {full}, got {blocks!r}')
+            raise InputError(
+                f'blocks of a sub-net must be {len(full)} integers, from 1 up to {full}, got {reprlib.repr(blocks)}')
         blocks, depth = tuple(blocks), self._depth_of(blocks)
         if depth in self._blocks:
-            raise ValueError(
+            raise InputError(
                 f'sub-net {blocks} has depth {depth}, which names the net {self._blocks[depth]} already; '
                 f'depths are {self.depths}'
             )
 
-        # Two nets run the same block object exactly where their paths from the input are the same.
-        known = {
-            (path[:s], s, i): module
-            for d, path in self._blocks.items() for s in range(len(path)) for i, module in enumerate(self._stage(d, s))
-        }
-        stages = nn.ModuleDict()
-        for s, count in enumerate(blocks):
-            originals = self._stage(self.depths[0], s)[:count]
-            stages[f'layer{s + 1}'] = nn.Sequential(*(
-                known[node] if (node := (blocks[:s], s, i)) in known else _twin(module, self.shared_affine)
-                for i, module in enumerate(originals)
-            ))
-        for container in (stages, *stages.values()):
-            container.training = self.training
-
+        # A block is the same for two nets where their paths to it are: that is what it is known by here
+        known = {node: block for d in self.depths for node, block in zip(self._nodes(d), self._path(d), strict=True)}
         trained = dict(zip(self.depths, self.subnets.trained, strict=True))
         trained[depth] = torch.zeros_like(self.subnets.trained[0])
-        nets = {**self.subnets, str(depth): stages}
         self._blocks = dict(sorted({**self._blocks, depth: blocks}.items(), reverse=True))
         self.subnets.clear()
-        self.subnets.update((str(d), nets[str(d)]) for d in self.depths[1:])
+        for d in self.depths[1:]:
+            net = nn.ModuleDict()
+            for (path, s, i) in self._nodes(d):
+                if self._owner(path, s, i) == d:
+                    name, place = f'layer{s + 1}', str(i)
+                    if name not in net:
+                        net[name] = nn.ModuleDict()
+                    net[name][place] = known.get((path, s, i)) or SubNetModule(
+                        getattr(self, name), place, self.shared_affine)
+            net.training = self.training
+            self.subnets[str(d)] = net
         self.subnets.trained = torch.stack([trained[d] for d in self.depths])
         # timm saves these arguments with the weights: the file then rebuilds this model whatever the defaults are
-        subnets = [list(self.blocks(d)) for d in self.depths[1:]]
+        subnets = [list(self._blocks[d]) for d in self.depths[1:]]
         self._model_args = dict(getattr(self, '_model_args', {}), subnets=subnets)
         return depth
 
-    # State
+    def _depth_of(self, blocks: Sequence[int]) -> int:
+        return sum(blocks) * self._layers_per_block + 2
 
-    def _aliases(self) -> dict[str, str]:
-        """Names under which a tensor is registered again, to the name under which the state dict holds it."""
-        first: dict[int, str] = {}
-        tensors = chain(self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
-        names = [(name, first.setdefault(id(tensor), name)) for name, tensor in tensors]
-        return {name: kept for name, kept in names if name != kept}
+    def _nodes(self, depth: int) -> list[tuple[Blocks, int, int]]:
+        """By what the blocks of a depth are known: the blocks of all earlier stages, the stage, and the place in it."""
+        blocks = self._blocks[depth]
+        return [(blocks[:s], s, i) for s, count in enumerate(blocks) for i in range(count)]
 
-    def _tie_affine(self) -> None:
-        """Let twin norms hold the very parameters of the originals again, after something has replaced them."""
-        if not self.shared_affine:
-            return
-        for net in self.subnets.values():
-            for name, stage in net.items():
-                for twin, block in zip(stage, getattr(self, name), strict=False):
-                    for own, original in zip(find_norms(twin), find_norms(block), strict=True):
-                        own.weight, own.bias = original.weight, original.bias
+    def _owner(self, path: Blocks, stage: int, place: int) -> int:
+        """The deepest net that runs a block: it has the block, the others use it."""
+        return next(d for d, blocks in self._blocks.items() if blocks[:stage] == path and place < blocks[stage])
 
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        super()._apply(*args, **kwargs)
-        self._tie_affine()  # leaving the meta device replaces a parameter at every place where it is registered
-        return self
+    def _block_name(self, path: Blocks, stage: int, place: int) -> str:
+        owner, name = self._owner(path, stage, place), f'layer{stage + 1}.{place}'
+        return name if owner == self.depths[0] else f'subnets.{owner}.{name}'
 
-    def train(self, mode: bool = True) -> nn.Module:
-        """Set the mode, as the parent's method."""
-        self._tie_affine()  # transformers replaces a parameter at one of its places only, and calls eval() after it
-        return super().train(mode)
-
-    def expand_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Complete a state dict to all names of this model, those of shared tensors included.
-
-        Weights of a full-net alone, a stock ResNet or a model without sub-nets, give the sub-nets copies of its
-        statistics. In any other state dict a missing entry is an error, the classifier's excepted, which timm takes
-        out to adapt weights to other classes.
-
-        Args:
-            state_dict: State dict of this model, or of a stock ResNet or a model without sub-nets like the full-net.
-
-        Returns:
-            A new dict that refers to the same tensors.
-
-        Raises:
-            RuntimeError: If entries are missing, or scale and shift of a sub-net are not those that it would share.
-        """
-        state_dict, own = dict(state_dict), self.state_dict()
-        subnet_names = [name for name in own if name.startswith('subnets.')]
-        trained = state_dict.get('subnets.trained')
-        held, wanted = _subnets_in(state_dict), _subnets_in(own)
-        alone = trained is not None and trained.numel() == 1 < len(self.depths) and not held
-        if any(name.startswith('subnets.') for name in state_dict):
-            if not set(held) <= set(wanted):
-                raise RuntimeError(
-                    f'the weights have statistics of sub-nets {held}, the model with depths {self.depths} of {wanted}: '
-                    'create it with the sub-nets of the weights, then add_subnet() may add others'
-                )
-            head = self.get_classifier(name_only=True)
-            missing = [
-                name for name in own if name not in state_dict and not name.startswith(f'{head}.')
-                and not (alone and name.startswith('subnets.'))
-            ]
-            if missing:
-                raise RuntimeError(
-                    f'damaged or foreign weights: {len(missing)} of {len(own)} entries of the model with depths '
-                    f'{self.depths} are missing, the first being {missing[0]!r}'
-                )
-        if alone or (state_dict and trained is None):
-            for name in subnet_names:
-                original = re.sub(r'^subnets\.\d+\.', '', name)
-                if original in state_dict:
-                    state_dict[name] = state_dict[original].clone()  # load_state_dict may assign it
-            state_dict['subnets.trained'] = torch.arange(len(self.depths)) == 0
-            if alone:
-                state_dict['subnets.trained'] &= trained.cpu()
-            parameters = {name for name, _ in self.named_parameters() if name.startswith('layer')}
-            if self.depths[1:] and state_dict.keys() >= parameters:  # old files lack `num_batches_tracked`
-                _logger.warning(
-                    f'Depths {self.depths[1:]} are not trained: these weights hold depth {self.depths[0]} alone. '
-                    'Train them, or calibrate their statistics.'
-                )
-        for alias, name in self._aliases().items():
-            if name not in state_dict:
-                continue
-            given = state_dict.get(alias)
-            if given is not None and not given.is_meta and not torch.equal(given, state_dict[name]):
-                raise RuntimeError(
-                    f'the weights have a scale and shift for every path ({alias!r} is not {name!r}), the model shares '
-                    'them: create it with shared_affine=False'
-                )
-            state_dict[alias] = state_dict[name]
-        return state_dict
-
-    def _load_from_state_dict(
-            self,
-            state_dict: dict,
-            prefix: str,
-            local_metadata: dict,
-            strict: bool,
-            missing_keys: list[str],
-            unexpected_keys: list[str],
-            error_msgs: list[str],
-    ) -> None:
-        given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        state_dict.update((prefix + k, v) for k, v in self.expand_state_dict(given).items())
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+    def _path(self, depth: int) -> list[nn.Module]:
+        full, blocks, path = self._blocks[self.depths[0]], self._blocks[depth], []
+        for s, count in enumerate(blocks):
+            name = f'layer{s + 1}'
+            if blocks[:s] == full[:s]:
+                path += list(getattr(self, name))[:count]
+            else:
+                path += [self.subnets[str(self._owner(blocks[:s], s, i))][name][str(i)] for i in range(count)]
+        return path

@@ -103,7 +103,8 @@ def create_model(
             f'{twice[0]}')
     if not args.evaluate and num_classes < len(data.class_names):
         raise InputError(f'--num-classes must be at least {len(data.class_names)} for this data set, got {num_classes}')
-    model = create_ddnn(args.model, **options, **dict(args.model_kwargs))
+    given = {name: value for name, value in options.items() if value is not None}
+    model = create_ddnn(args.model, **given, **dict(args.model_kwargs))
     if args.pretrained or args.initial_checkpoint:
         data = match_classes(data, model, more=bool(args.num_classes))
     elif ':' in resolve_name(args.model):
@@ -252,8 +253,8 @@ def set_teacher(
         raise InputError(f'--teacher {args.teacher}: its classes must be in the order of those of the model')
     try:
         task.set_teacher(teacher)
-        task.run_teacher(torch.zeros(1, *data_config['input_size'], device=next(teacher.parameters()).device))
-    except (ValueError, AssertionError) as e:  # timm's nets judge the size of images by assertions
+        task.teacher(torch.zeros(1, *data_config['input_size'], device=next(teacher.parameters()).device))
+    except InputError as e:
         raise InputError(f'--teacher {args.teacher}: {e}') from e
 
 

@@ -168,9 +168,9 @@ def train_one_epoch(
             with seeded(args.seed, state.epoch, state.step, accelerator.process_index + 1):
                 images, target = mixup(images, target)
         images = images.contiguous(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-        ekd_task.depth = model.depths[:1] if state.updates < args.full_net_updates else 'all'
+        depth = model.depths[:1] if state.updates < args.full_net_updates else 'all'
         with accelerator.accumulate(task):
-            terms = task(images, target)
+            terms = task(images, target, depth=depth)
             # accelerate divides by the accumulated batches, but the last update may be of fewer
             parts = min(accumulated, steps - state.step // accumulated * accumulated)
             accelerator.backward(terms['loss'] * (accumulated / parts))

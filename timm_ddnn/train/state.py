@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..utils.errors import InputError
-from ..utils.modules import state_sum
+from ..utils.modules import state_dict_sha256
 
 __all__ = ['TrainState', 'fixed_arguments']
 
@@ -98,6 +98,6 @@ def fixed_arguments(
         'mixed_precision': accelerator.mixed_precision,
         'device': accelerator.device.type,
         'visible_gpus': torch.cuda.device_count(),
-        'teacher_sha256': state_sum(teacher) if teacher else None,
+        'teacher_sha256': state_dict_sha256(teacher) if teacher else None,
     }
     return json.loads(json.dumps(fixed, default=str))

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ['eval_mode', 'find_norms', 'state_sum']
+__all__ = ['eval_mode', 'find_norms', 'state_dict_sha256']
 
 
 @contextmanager
@@ -28,10 +27,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def find_norms(module: nn.Module) -> list[nn.Module]:
     """List the modules in `module` that keep running statistics, in registration order."""
-    return [m for m in module.modules() if isinstance(m, _NormBase)]
+    return [m for m in module.modules() if m._buffers.get('running_mean') is not None]
 
 
-def state_sum(model: nn.Module) -> str:
+def state_dict_sha256(model: nn.Module) -> str:
     """Compute the SHA-256 of a model's state dict, its names and values; hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():

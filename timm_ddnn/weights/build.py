@@ -1,16 +1,20 @@
-"""Models built as timm builds them, from verified weights and checked configurations only."""
+"""Models built as timm builds them, from verified weights and checked configurations only.
 
+To import this module is to call `verify_configs`: `timm.create_model` then verifies what it reads.
+"""
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, _factory, build_model_with_cfg, create_model, resolve_pretrained_cfg
 from torch import nn
 
-from .config_checks import check_config, check_names, check_size
-from .download import find_weights
+from ..utils.errors import InputError
+from .config_checks import check_names, check_size
+from .download import SavedConfig, find_weights, read_config
+from .weight_checks import check_file
 
-__all__ = ['build_model']
+__all__ = ['build_model', 'verify_configs']
 
 
 def build_model(
@@ -36,27 +40,39 @@ def build_model(
         cache_dir: As for `build_model_with_cfg`.
         **kwargs: Further arguments of `build_model_with_cfg`.
 
+    Returns:
+        The model. Its attribute `saved_results` holds the rows of results, one per depth, that were saved with the
+        weights; it is empty for other weights, and for another number of classes.
+
     Raises:
-        ValueError: If a config.json asks for what `check_config` or `check_size` refuse.
+        InputError: If the class does not take the arguments, or the weights cannot be right.
         OSError: If there are no weights, they cannot be reached, or they are damaged.
     """
-    foreign = isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in ('local-dir', 'hf-hub')
+    saved = pretrained_cfg if isinstance(pretrained_cfg, SavedConfig) else None
+    given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
+    from_config = given.get('source') in ('local-dir', 'hf-hub')  # its arguments are those of a config.json
+    if from_config:
+        check_names(cls, kwargs.get('pretrained_model_args') or {}, saved=True)
     overlay, weights = dict(pretrained_cfg_overlay or {}), None
-    if foreign:
-        check_config(pretrained_cfg)
-        check_names(cls, kwargs.get('pretrained_model_args') or {})
-    elif any(overlay.get(key) for key in ('file', 'url', 'state_dict', 'hf_hub_id')):
-        overlay = {'source': None, 'file': None, **overlay}  # weights that come with this library do not go before it
+    if given.get('state_dict') or any(overlay.get(key) for key in ('file', 'url', 'state_dict', 'hf_hub_id')):
+        # what the caller names goes before weights that come with this library or lie beside a config.json
+        overlay, saved = {'source': None, 'file': None, **overlay}, None
     if pretrained:
-        source = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict()
-        weights = find_weights(source, cache_dir)
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict()
+        weights, saved = find_weights(cfg, saved, cache_dir)
         if weights:
             overlay |= {'source': 'file', 'file': str(weights), 'state_dict': None}
 
+    whole = kwargs.get('pretrained_strict', True) and 'pretrained_filter_fn' not in kwargs
+
     def build(**model_args: Any) -> nn.Module:
-        if foreign:
-            check_size(cls, model_args, weights)
-        return (construct or cls)(**model_args)
+        check_names(cls, model_args)
+        if from_config:
+            check_size(_call(cls, variant, {**model_args, 'device': 'meta'}), weights)
+        model = _call(construct or cls, variant, model_args)
+        if weights:
+            check_file(weights, model, cfg, whole=whole)
+        return model
 
     model = build_model_with_cfg(
         build,
@@ -67,11 +83,42 @@ def build_model(
         cache_dir=cache_dir,
         **kwargs,
     )
-    if weights:  # the model says where its weights come from, not where they lie
-        for key in ('source', 'file'):
+    model.pretrained_cfg.pop('state_dict', None)
+    model.saved_results = []
+    if weights:
+        for key in ('source', 'file'):  # the model says where its weights come from, not where they lie
             model.pretrained_cfg.pop(key, None)
-            if key in source:
-                model.pretrained_cfg[key] = source[key]
-    if not (pretrained or foreign):
+            if key in cfg:
+                model.pretrained_cfg[key] = cfg[key]
+        if saved and getattr(model, 'num_classes', None) == cfg['num_classes']:
+            model.saved_results = saved.depths
+    if not (pretrained or from_config):
         model.pretrained_cfg.pop('label_names', None)  # of the classes that the default weights know, not this model
     return model
+
+
+def _call(make: Callable[..., nn.Module], variant: str, model_args: dict[str, Any]) -> nn.Module:
+    """Make a model, where a failure is an InputError if it goes away with the arguments."""
+    try:
+        return make(**model_args)
+    except InputError:
+        raise
+    except Exception as e:  # timm and torch judge arguments by many types of exceptions
+        create_model(variant, device='meta')  # fails as well where the arguments are not to blame
+        raise InputError(f'{variant} cannot be made with the arguments given: {e or type(e).__name__}') from e
+
+
+def verify_configs() -> None:
+    """Let `timm.create_model` read the config.json of folders and repositories by `read_config`.
+
+    timm parses what it finds in the cache, damaged or not, and has no hook before that. What is valid is passed on as
+    timm passes it, of any architecture.
+    """
+    def parse(config: SavedConfig) -> tuple[dict[str, Any], str, dict[str, Any]]:
+        return config, config.architecture, config.model_args
+
+    _factory.load_model_config_from_hf = lambda model_id, cache_dir=None: parse(
+        read_config(f'hf-hub:{model_id}', cache_dir))
+    _factory.load_model_config_from_path = lambda model_path: parse(read_config(f'local-dir:{model_path}'))
+
+verify_configs()

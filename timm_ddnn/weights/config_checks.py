@@ -1,137 +1,174 @@
-"""What a configuration from elsewhere may ask for, checked before anything is built of it."""
+"""What a config.json from elsewhere may ask for: tables of its entries, and the size of what it would build."""
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from timm.models import PretrainedCfg
 from torch import nn
 
-__all__ = ['check_config', 'check_names', 'check_size']
+from ..utils.errors import InputError
+from ..utils.schema import (
+    Fault,
+    all_of,
+    any_of,
+    brief,
+    choice,
+    flag,
+    integer,
+    items,
+    mapping,
+    number,
+    optional,
+    record,
+    text,
+)
+
+__all__ = ['CONFIG', 'ROW', 'SAVED', 'check_names', 'check_size']
 
 
-# What a configuration from elsewhere may ask for
-MAX_BLOCKS = 1_000
-MAX_SIDE = 4_096
-MAX_WIDTH = 1_000_000
-MAX_PARAMETERS = 1_000_000_000
+MAX_BLOCKS = 1_000  # of all nets of a model together
+MAX_SIDE = 4_096  # of an image, and of one before it is cropped
+MAX_PIXELS = 2 ** 26  # values of an image, channels included
+MAX_CLASSES = 1_000_000
+MAX_PARAMETERS = 200_000_000  # of a model without weights
+
+SIZE = items(integer(1, MAX_SIDE), 3, 3)  # channels, height, width
+CROP = number(0.1, 2)
+LABELS = items(text(1_000), most=MAX_CLASSES)
+NAMES = any_of(items(text(1_000)), text(1_000))
+BLOCKS = items(integer(1, MAX_BLOCKS), 1, 8)
+PLAIN = any_of(flag, text(100), number(-1e6, 1e6))
+
+# Results of one depth
+ROW = record({'depth': integer(1, 1_000_000)}, {
+    'blocks': BLOCKS,
+    'parameters': integer(0),
+    'macs': integer(0),
+    'top1': number(0, 100),
+    'top5': number(0, 100),
+})
+# What this library adds to a config.json
+SAVED = record({}, {
+    'weights_sha256': text(pattern='[0-9a-fA-F]{64}'),
+    'depths': items(ROW),
+})
+MODEL_ARGS = all_of(
+    record({}, {
+        'layers': BLOCKS,
+        'subnets': items(BLOCKS),
+        'channels': items(integer(1, 100_000), 1, 8),
+        'in_chans': integer(1, MAX_SIDE),
+    }),
+    mapping(optional(any_of(items(PLAIN), mapping(PLAIN), items(items(PLAIN)), PLAIN))),
+)
+# timm's PretrainedCfg, but for entries that say where weights are
+PRETRAINED_CFG = record({}, {
+    **dict.fromkeys(('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source'), choice(None)),
+    'custom_load': choice(False),
+    'architecture': optional(text(100)),
+    'tag': optional(text(100)),
+    'input_size': SIZE,
+    'test_input_size': optional(SIZE),
+    'min_input_size': optional(SIZE),
+    'fixed_input_size': flag,
+    'interpolation': text(100),
+    'crop_pct': CROP,
+    'test_crop_pct': optional(CROP),
+    'crop_mode': text(100),
+    'mean': items(number(), 1, MAX_SIDE),
+    'std': items(number(above=0), 1, MAX_SIDE),
+    'num_classes': integer(0, MAX_CLASSES),
+    'label_offset': optional(integer(0, MAX_CLASSES)),
+    'label_names': optional(LABELS),
+    'label_descriptions': optional(mapping(text(), most=MAX_CLASSES)),
+    'pool_size': optional(items(integer(1, MAX_SIDE), 2, 2)),
+    'test_pool_size': optional(items(integer(1, MAX_SIDE), 2, 2)),
+    'first_conv': optional(NAMES),
+    'classifier': optional(NAMES),
+    **dict.fromkeys(('license', 'description', 'origin_url', 'paper_name'), optional(text())),
+    'paper_ids': optional(NAMES),
+    'notes': optional(NAMES),
+}, strict=True)
 
 
-def check_config(cfg: Mapping[str, Any]) -> None:
-    """Check the pretrained configuration of a config.json from elsewhere.
-
-    Args:
-        cfg: As timm reads it.
-
-    Raises:
-        ValueError: If it has unknown entries or wrong types, or names files.
-    """
-    known = {field.name for field in fields(PretrainedCfg)}
-    unknown = sorted(set(cfg) - known)
-    if unknown:
-        raise ValueError(f'pretrained_cfg in config.json must have keys of {sorted(known)}, got {unknown}')
-    own = {'local-dir': 'file', 'hf-hub': 'hf_hub_id'}[cfg['source']]
-    for key in {'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'custom_load'} - {own}:
-        if cfg.get(key):
-            raise ValueError(f'pretrained_cfg in config.json must not say where weights are, got {key}={cfg[key]!r}')
-
-    def check(key: str, allowed: str, valid: Callable[[Any], bool]) -> None:
-        value = cfg.get(key)
-        needed = key in cfg and key in ('input_size', 'num_classes')
-        if (needed or value is not None) and not valid(value):
-            raise ValueError(f'{key} in config.json must be {allowed}, got {str(value)[:80]!r}')
-
-    def is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
-        return isinstance(value, list | tuple) and all(
-            isinstance(item, kind) and not isinstance(item, bool) for item in value)
-
-    def is_size(value: Any) -> bool:
-        return is_list(value, int) and len(value) == 3 and 1 <= value[0] <= 1024 and all(
-            1 <= side <= MAX_SIDE for side in value[1:])
-
+def _check_together(config: Mapping[str, Any]) -> Fault | None:
+    """Check entries that must agree with each other."""
+    cfg, args = config['pretrained_cfg'], config.get('model_args', {})
+    input_size = cfg.get('input_size', (3, 224, 224))
+    channels = args.get('in_chans', input_size[0])
+    for key in ('mean', 'std'):
+        if key in cfg and len(cfg[key]) not in (1, channels):
+            return Fault(f'.pretrained_cfg.{key}', f'{channels} numbers, one for each channel', cfg[key])
     for key in ('input_size', 'test_input_size', 'min_input_size'):
-        check(key, f'channels, height and width, of at most {MAX_SIDE} pixels', is_size)
-    channels = cfg.get('input_size', (3,))[0]
+        _, height, width = cfg.get(key) or input_size
+        if channels * height * width > MAX_PIXELS:
+            return Fault(f'.pretrained_cfg.{key}', f'of at most {MAX_PIXELS} values', cfg[key])
+        for crop in ('crop_pct', 'test_crop_pct'):
+            if max(height, width) > MAX_SIDE * (cfg.get(crop) or 1):
+                allowed = f'large enough to cut {height} x {width} from at most {MAX_SIDE} pixels'
+                return Fault(f'.pretrained_cfg.{crop}', allowed, cfg[crop])
+    num_classes = config.get('num_classes', cfg.get('num_classes', 1000))
+    labels = config.get('label_names') or cfg.get('label_names')
+    if labels and len(labels) != num_classes:
+        return Fault('.label_names', f'{num_classes} names, one for each class', labels)
+    blocks = sum(map(sum, (args.get('layers', ()), *args.get('subnets', ()))))
+    if blocks > MAX_BLOCKS:
+        return Fault('.model_args', f'layers and subnets of at most {MAX_BLOCKS} blocks', blocks)
+    return None
 
-    def is_statistic(value: Any, least: float) -> bool:
-        return is_list(value, (int, float)) and len(value) in (1, channels) and all(
-            least < number < math.inf for number in value)
-
-    check('mean', f'{channels} numbers', lambda value: is_statistic(value, -math.inf))
-    check('std', f'{channels} numbers above 0', lambda value: is_statistic(value, 0))
-    check('num_classes', f'an integer from 0 to {MAX_WIDTH}',
-          lambda value: type(value) is int and 0 <= value <= MAX_WIDTH)
-    for key in ('crop_pct', 'test_crop_pct'):
-        check(key, 'a number above 0, at most 2', lambda value: type(value) in (int, float) and 0 < value <= 2)
-    for key in ('interpolation', 'crop_mode', 'license'):
-        check(key, 'text', lambda value: isinstance(value, str))
-    for key in ('first_conv', 'classifier'):
-        check(key, 'text', lambda value: isinstance(value, str) or is_list(value, str))
-    check('label_names', 'names', lambda value: isinstance(value, dict) or is_list(value, str))
-    check('label_offset', 'an integer', lambda value: type(value) is int)
-
-
-def check_names(cls: type[nn.Module], model_args: Mapping[str, Any]) -> None:
-    """Check the names of the model arguments of a config.json from elsewhere.
-
-    Args:
-        cls: Class of the model.
-        model_args: As they stand there.
-
-    Raises:
-        ValueError: If one is not an argument of the class, or is about where a model is put.
-    """
-    known = {name for parent in cls.__mro__ for name in signature(parent.__init__).parameters}
-    known -= {'self', 'args', 'kwargs', 'device', 'dtype', 'block'}
-    unknown = sorted(set(model_args) - known)
-    if unknown:
-        raise ValueError(f'model_args in config.json must be of {sorted(known)}, got {unknown}')
+# A config.json of one of this library's architectures
+CONFIG = all_of(
+    record(
+        {'architecture': text(100), 'pretrained_cfg': PRETRAINED_CFG},
+        {
+            'num_classes': integer(0, MAX_CLASSES),
+            'label_names': optional(LABELS),
+            'label_descriptions': optional(mapping(text(), most=MAX_CLASSES)),
+            'model_args': MODEL_ARGS,
+        },
+    ),
+    SAVED,
+    _check_together,
+)
 
 
-def check_size(cls: type[nn.Module], model_args: Mapping[str, Any], weights: Path | None) -> None:
-    """Check what a config.json from elsewhere would build, before memory is taken for it.
+def check_names(cls: type[nn.Module], model_args: Mapping[str, Any], *, saved: bool = False) -> None:
+    """Check the names of model arguments.
 
     Args:
         cls: Class of the model.
         model_args: Its arguments.
+        saved: Whether they are those of a config.json, which are not about where a model is put.
+
+    Raises:
+        InputError: If one is not an argument of the class.
+    """
+    known = {name for parent in cls.__mro__ for name in signature(parent.__init__).parameters}
+    known -= {'self', 'args', 'kwargs'} | ({'block', 'device', 'dtype'} if saved else set())
+    unknown = sorted(set(model_args) - known)
+    if unknown:
+        where = 'model_args in config.json' if saved else f'arguments of {cls.__name__}'
+        raise InputError(f'{where} must be of {sorted(known)}, got {brief(unknown)}')
+
+
+def check_size(model: nn.Module, weights: Path | None) -> None:
+    """Check that a model that a config.json from elsewhere describes is not much larger than its weights.
+
+    Args:
+        model: The model, on the meta device.
         weights: The safetensors file that is to be loaded, if any.
 
     Raises:
-        ValueError: If the arguments make no model, or one that is much larger than its weights.
+        InputError: If it is.
     """
-    def check(name: str, value: Any) -> None:
-        if isinstance(value, list | tuple):
-            if len(value) > MAX_BLOCKS:
-                raise ValueError(f'{name} in config.json must have at most {MAX_BLOCKS} entries, got {len(value)}')
-            for item in value:
-                check(name, item)
-        elif isinstance(value, int | float) and abs(value) > MAX_WIDTH:
-            raise ValueError(f'{name} in config.json must be at most {MAX_WIDTH}, got {value}')
-
-    for name, value in model_args.items():
-        check(name, value)
-    layers, subnets = model_args['layers'], model_args.get('subnets', ())
-    if not isinstance(subnets, list | tuple):
-        raise ValueError(f'subnets in config.json must be a list, got {str(subnets)[:80]!r}')
-    for name, value in [('layers', layers), *(('subnets', subnet) for subnet in subnets)]:
-        if not (isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)):
-            raise ValueError(f'{name} in config.json must be numbers of blocks per stage, got {value!r}')
-    blocks = sum(layers) * (1 + len(subnets))
-    if blocks > MAX_BLOCKS:
-        raise ValueError(f'layers and subnets in config.json must be of at most {MAX_BLOCKS} blocks, got {blocks}')
-    try:
-        model = cls(**{**model_args, 'device': 'meta'})
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError) as e:
-        raise ValueError(f'config.json, and the arguments given, make no {cls.__name__}: {e}') from e
-    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    count, held = sum(tensor.numel() for tensor in model.state_dict().values()), ''
     allowed = MAX_PARAMETERS
     if weights is not None:
         with safe_open(weights, framework='pt') as file:
-            held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        allowed = 2 * held + 100_000_000  # a larger classifier, and statistics of sub-nets that the file has not
+            size = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        allowed = 2 * size + 100_000_000  # a larger classifier, and statistics of sub-nets that the file has not
+        held = f', the weights hold {size}'
     if count > allowed:
-        held = '' if weights is None else f', the weights hold {held}'
-        raise ValueError(f'config.json must describe a model of at most {allowed} values, got {count}{held}')
+        raise InputError(f'config.json must describe a model of at most {allowed} values, got {count}{held}')

@@ -3,7 +3,6 @@
 Models are built of them in `build.py`. huggingface_hub checks the size of what it downloads and nothing of what it
 finds in its cache, hence the checksums here.
 """
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -12,14 +11,17 @@ from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+from timm.models._hub import _parse_model_cfg
 
+from ..utils.errors import InputError
 from ..utils.files import file_sha256, git_sha1
+from ..utils.schema import judge, read_json, record, text
+from .config_checks import CONFIG
 
-__all__ = ['ORGANIZATION', 'fetch', 'find_weights', 'read_config']
+__all__ = ['ARCHITECTURES', 'SavedConfig', 'fetch', 'find_weights', 'read_config']
 
 
-# Owner of the repositories that the tags of this library name
-ORGANIZATION = os.environ.get('TIMM_DDNN_ORGANIZATION', 'timm-ddnn')
+ARCHITECTURES = 'ddnn_', 'cifar_resnet'  # how the names of this library's architectures begin
 _logger = logging.getLogger(__name__)
 
 
@@ -33,8 +35,8 @@ def fetch(
 ) -> Path:
     """Download a file from the Hub, or find it in the cache, and verify it.
 
-    The sums are the one given and the one that the Hub announced, which is the name of the file's blob in the cache. A
-    file that differs is downloaded once more; if it differs again it is removed from the cache.
+    The checksums are the one given and the one that the Hub announced, which is the name of the file's blob in the
+    cache. A file that differs is downloaded once more; if it differs again it is removed from the cache.
 
     Args:
         repo_id: 'owner/name'.
@@ -44,35 +46,24 @@ def fetch(
         cache_dir: Cache of huggingface_hub, the user's if None.
 
     Returns:
-        Path in the cache.
+        Path in the cache. The name of its folder is the commit.
 
     Raises:
         OSError: If there is no such file or repository, it cannot be reached, or what comes is damaged.
     """
-    path, _ = _fetch(repo_id, filename, revision, sha256, cache_dir)
-    return path
-
-
-def _fetch(
-        repo_id: str,
-        filename: str,
-        revision: str | None,
-        sha256: str | None,
-        cache_dir: str | Path | None,
-) -> tuple[Path, bool]:
-    """Do what `fetch` does, and tell whether the file was found damaged and downloaded again."""
     download = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
     try:
         path = Path(hf_hub_download(**download))
     except LocalEntryNotFoundError as e:
-        raise LocalEntryNotFoundError(f'{filename} of {repo_id} is not on the disk, and is not reached: {e}') from e
+        raise LocalEntryNotFoundError(
+            f'{filename} of {repo_id} is not in the cache, and the Hub is not reached: {e}') from e
     except (HTTPError, RuntimeError) as e:
         if isinstance(e, OSError):  # as most of them are, and say what is wrong
             raise
         raise OSError(f'{filename} of {repo_id} cannot be downloaded: {e or type(e).__name__}') from e
     damage = _damage(path, sha256)
     if damage is None:
-        return path, False
+        return path
     _logger.warning(f'{filename} of {repo_id} is damaged in the cache ({damage}), downloading it again: {path}')
     try:
         if constants.HF_HUB_OFFLINE:
@@ -82,7 +73,7 @@ def _fetch(
         raise OSError(f'{filename} of {repo_id} is damaged ({damage}), and cannot be downloaded again: {e}') from e
     again = _damage(path, sha256)
     if again is None:
-        return path, True
+        return path
     for broken in (path.resolve(), _blob(path), path):
         broken.unlink(missing_ok=True)
     raise OSError(f'{filename} of {repo_id} came damaged twice, the second time {again}; it was removed from the cache')
@@ -94,9 +85,9 @@ def _blob(path: Path) -> Path:
 
 
 def _damage(path: Path, sha256: str | None) -> str | None:
-    """Say how a file in the cache differs from its sums, or None."""
+    """Say how a file in the cache differs from its checksums, or None."""
     sums = {} if sha256 is None else {'sha256': sha256}
-    announced = _blob(path).name  # the ETag: the SHA-256 of a large file, git's sum of a small one
+    announced = _blob(path).name  # the ETag: the SHA-256 of a large file, git's checksum of a small one
     kind = {64: 'sha256', 40: 'git'}.get(len(announced))
     if kind and announced != path.name:
         sums.setdefault(kind, announced)
@@ -109,96 +100,108 @@ def _damage(path: Path, sha256: str | None) -> str | None:
     return None
 
 
-def read_config(name: str, cache_dir: str | Path | None = None) -> dict[str, Any]:
-    """Read and verify the config.json of a dynamic-depth model or a plain CIFAR ResNet, before timm makes one of it.
+class SavedConfig(dict):
+    """timm's pretrained configuration as a config.json has it, and what else stands there.
+
+    Attributes:
+        architecture: Name of the architecture.
+        model_args: Arguments of its entrypoint.
+        depths: Rows of results, one per depth, if this library saved it.
+        weights_sha256: Checksum of the weights, if this library saved it.
+        commit: Commit of the repository, None for a folder.
+    """
+
+    architecture: str
+    model_args: dict[str, Any]
+    depths: list[dict[str, Any]]
+    weights_sha256: str | None
+    commit: str | None
+
+
+def read_config(name: str, cache_dir: str | Path | None = None) -> SavedConfig:
+    """Read and verify the config.json of a folder or a repository on the Hub.
+
+    One of a dynamic-depth model or a plain CIFAR ResNet must be as `config_checks` describes it. Any other is parsed as
+    timm does.
 
     Args:
         name: 'local-dir:FOLDER' or 'hf-hub:ID'.
         cache_dir: As for `fetch`.
 
     Raises:
-        ValueError: If it is of no such model.
-        OSError: If there is none, it cannot be reached, or it is damaged.
+        InputError: If it is damaged, or asks for what this library does not build.
+        OSError: If there is none, it cannot be reached, or it comes damaged.
     """
     source, _, place = name.partition(':')
     if source == 'local-dir':
-        path = Path(place) / 'config.json'
+        path, origin = Path(place) / 'config.json', {'file': str(Path(place)), 'source': source}
         if not path.is_file():
-            raise FileNotFoundError(f'{place} is no folder of a model: it has no config.json')
+            raise FileNotFoundError(f'{place} is not the folder of a model: it has no config.json')
     else:
         repo_id, _, revision = place.partition('@')
         path = fetch(repo_id, 'config.json', revision=revision or None, cache_dir=cache_dir)
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as e:
-        raise ValueError(f'config.json of {place} is no JSON: {e}') from None
-    architecture = config.get('architecture') if isinstance(config, dict) else None
-    if not (isinstance(architecture, str) and architecture.startswith(('ddnn_', 'cifar_resnet'))):
-        raise ValueError(f"config.json of {place} must be of an architecture 'ddnn_*', got {str(architecture)[:80]!r}")
-    for key in ('pretrained_cfg', 'model_args'):
-        if not isinstance(config.get(key, {}), dict):
-            raise ValueError(f'{key} in config.json of {place} must be a mapping, got {str(config[key])[:80]!r}')
-    return config
+        origin = {'hf_hub_id': place, 'source': 'hf-hub'}
+    title = f'config.json of {place}'
+    config = read_json(path, record({'architecture': text()}), title)
+    own = config['architecture'].startswith(ARCHITECTURES)
+    if own:
+        judge(config, CONFIG, title)
+    cfg, architecture, model_args = _parse_model_cfg(config, origin)
+    saved = SavedConfig(cfg)
+    saved.architecture, saved.model_args = architecture, model_args
+    saved.depths = config.get('depths', []) if own else []
+    saved.weights_sha256 = config.get('weights_sha256', '').lower() or None if own else None
+    saved.commit = None if source == 'local-dir' else path.parent.name
+    return saved
 
 
-def find_weights(cfg: Mapping[str, Any], cache_dir: str | Path | None = None) -> Path | None:
+def find_weights(
+        cfg: Mapping[str, Any],
+        saved: SavedConfig | None = None,
+        cache_dir: str | Path | None = None,
+) -> tuple[Path | None, SavedConfig | None]:
     """Find and verify the safetensors file that a pretrained configuration names.
 
     Args:
         cfg: timm's pretrained configuration.
+        saved: The config.json beside the weights, read here if None.
         cache_dir: As for `fetch`.
 
     Returns:
-        The file, or None where the configuration names neither a folder nor a repository on the Hub.
+        The file, and the config.json beside it if there is one. None and None where the configuration names neither a
+        folder nor a repository on the Hub.
 
     Raises:
-        ValueError: If the weights are in another format.
+        InputError: If the weights are in another format.
         OSError: If there are none, they cannot be reached, or they are damaged.
     """
     if cfg.get('source') == 'local-dir':
-        folder = Path(cfg['file'])
-        path = folder / 'model.safetensors'
+        path = Path(cfg['file']) / 'model.safetensors'
         if not path.is_file():
-            raise FileNotFoundError(f'weights must be in model.safetensors, which is not in {folder}')
-        published = _published_sum(folder / 'config.json')
-        if published is not None and file_sha256(path) != published:
-            raise OSError(f'{path} is damaged: SHA-256 {file_sha256(path)} instead of {published} as config.json says')
-        return path
+            raise FileNotFoundError(f'weights must be in model.safetensors, which is not in {path.parent}')
+        saved = saved or read_config(f'local-dir:{cfg["file"]}')
+        expected = saved.weights_sha256
+        if expected and (got := file_sha256(path)) != expected:
+            raise OSError(f'{path} is damaged: SHA-256 {got} instead of {expected} as config.json says')
+        return path, saved
     if (cfg.get('source') != 'hf-hub' and (cfg.get('state_dict') or cfg.get('file'))) or not cfg.get('hf_hub_id'):
-        return None
+        return None, None
     repo_id, _, revision = cfg['hf_hub_id'].partition('@')
     filename = cfg.get('hf_hub_filename') or 'model.safetensors'
     if not filename.endswith('.safetensors'):
-        raise ValueError(f'weights must be in a file *.safetensors, got {filename!r} of {repo_id}')
-    place = dict(revision=revision or None, cache_dir=cache_dir)
-    published = None
-    if filename == 'model.safetensors':
-        own = cfg.get('source') == 'hf-hub'  # timm has read that config.json, where a tag needs the weights alone
+        raise InputError(f'weights must be in a file *.safetensors, got {filename!r} of {repo_id}')
+    if saved is None and filename == 'model.safetensors':
         try:
-            config, repaired = _fetch(repo_id, 'config.json', place['revision'], None, cache_dir)
+            saved = read_config(f'hf-hub:{cfg["hf_hub_id"]}', cache_dir)
         except EntryNotFoundError as e:
-            if own and isinstance(e, LocalEntryNotFoundError):
+            if cfg.get('source') == 'hf-hub' and isinstance(e, LocalEntryNotFoundError):
                 raise
-            _logger.info(f'{repo_id} has no config.json, or none in the cache')
-        else:
-            if own and repaired:
-                raise OSError(f'config.json of {repo_id} was damaged in the cache and was downloaded again: load again')
-            published = _published_sum(config)
-            place['revision'] = config.parent.name  # the commit: another one may follow in between
+            _logger.info(f'{repo_id} has no config.json, or none in the cache')  # a tag needs the weights alone
+    # of the commit of config.json: another one may follow in between
+    revision, sha256 = (saved.commit, saved.weights_sha256) if saved else (revision or None, None)
     try:
-        return fetch(repo_id, filename, sha256=published, **place)
+        return fetch(repo_id, filename, revision=revision, sha256=sha256, cache_dir=cache_dir), saved
     except LocalEntryNotFoundError:
-        raise  # not on the disk and not reached
+        raise  # not in the cache and not reached
     except EntryNotFoundError as e:
         raise FileNotFoundError(f'{repo_id} has no {filename}, and weights of other formats are not loaded: {e}') from e
-
-
-def _published_sum(path: Path) -> str | None:
-    """Read the sum of the weights that stands in a config.json, None if none does."""
-    try:
-        published = json.loads(path.read_text())['weights_sha256']
-    except (KeyError, TypeError):
-        return None
-    if not (isinstance(published, str) and len(published) == 64):
-        raise ValueError(f'weights_sha256 in {path} must be 64 hexadecimal digits, got {str(published)[:80]!r}')
-    return published.lower()

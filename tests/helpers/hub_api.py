@@ -13,7 +13,7 @@ from pathlib import PurePosixPath as Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from hub_repos import Refusal, Repo
+from helpers.hub_repos import Refusal, Repo
 
 REPO = r'/(?P<repo_id>[^/]+/[^/]+)'
 MODEL = f'/api/models{REPO}'

@@ -22,10 +22,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hub_api import Handler
-from hub_repos import LFS_SUFFIXES, File, Repo, User
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers.hub_api import Handler
+from helpers.hub_repos import LFS_SUFFIXES, File, Repo, User
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Server(ThreadingHTTPServer):
@@ -123,6 +126,32 @@ class HubServer:
 def hub():
     with HubServer() as hub:
         yield hub
+
+
+@pytest.fixture
+def client(hub, tmp_path, monkeypatch):
+    """Lets the client in this process take `hub` for the Hub, with a cache of its own. -> its waits, in seconds
+
+    What it reads from the environment it has read at its import, hence constants in the place of variables.
+    """
+    waits = []
+    settings = {
+        'ENDPOINT': hub.url, 'HUGGINGFACE_CO_URL_TEMPLATE': hub.url + '/{repo_id}/resolve/{revision}/{filename}',
+        'HF_HUB_CACHE': str(tmp_path / 'hub'), 'HF_TOKEN_PATH': str(tmp_path / 'token'), 'HF_HUB_DISABLE_XET': True,
+        'HF_HUB_OFFLINE': False, 'HF_HUB_DISABLE_IMPLICIT_TOKEN': False, 'HF_HUB_DISABLE_TELEMETRY': True,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, 'time', SimpleNamespace(sleep=waits.append))
+    for name in [name for name in os.environ if 'proxy' in name.lower()]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv('HF_TOKEN', hub.token)
+    _http.close_session()
+    disable_progress_bars()
+    yield waits
+    enable_progress_bars()
+    _http.close_session()
 
 
 def child(hub, code, timeout=120, **env):
