@@ -11,8 +11,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = (
-    'MODEL_CARD.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'benchmarks/README.md', 'results/README.md', 'results/PROTOCOL.md',
-    'results/*.png', 'results/*.csv')
+    'MODEL_CARD.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'benchmarks/README.md', 'results/README.md',
+    'results/PROTOCOL.md', 'results/*.png', 'results/*.csv')
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
