@@ -43,8 +43,10 @@ from timm_ddnn.train.recipe import describe_run
 from timm_ddnn.train.signals import EXIT_STOPPED
 from timm_ddnn.utils.costs import count_costs as count_depths
 from timm_ddnn.utils.environment import describe_machine
+from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.files import file_sha256, write_json
-from timm_ddnn_cli.arguments import ArgumentParser, fail, number, one_line_errors
+from timm_ddnn_cli import arguments
+from timm_ddnn_cli.arguments import ArgumentParser, number
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / 'benchmarks' / 'train_method.py'
@@ -59,7 +61,7 @@ TUNING = {
     'cifar100': ('cifar100', range(45_000), range(45_000, 50_000)),
     'cifar10_10k': ('cifar10', range(10_000), range(40_000, 50_000)),
     'cifar100_10k': ('cifar100', range(10_000), range(40_000, 50_000)),
-    'cifar10_5k': ('cifar10', range(5_000), range(40_000, 50_000)),
+    'cifar10_2500': ('cifar10', range(2_500), range(40_000, 50_000)),
     'photos': ('photos', range(2_557), range(2_557, 3_157)),
 }
 # Data set and splits by name. 'validation' is evaluated after every epoch, 'test' once, at the end of a run: by
@@ -70,7 +72,7 @@ PARTS = {
         'validation': range(35_000, 40_000), 'test': range(5_000, 35_000), 'few': range(5_000),
         'train': [*range(40_000, 50_000), *range(5_000)]}),
     **{
-        f'{name}_{kind}': (source, {'validation': choose[:1_000], 'test': test, 'train': train})
+        f'{name}_{kind}': (source, {'validation': choose[:500], 'test': test, 'train': train})
         for name, (source, train, choose) in TUNING.items() for kind, test in (('tuning', choose), ('judged', None))
     },
 }
@@ -80,7 +82,7 @@ def check(run, path):
     """Make sure that a file is of this run, not of one of the same name whose options were others.
 
     Raises:
-        ValueError: If it is not.
+        InputError: If it is not.
     """
     kept = json.loads(path.read_text())
     was, now = (
@@ -88,7 +90,7 @@ def check(run, path):
         for identity in (kept, run.identity())
     )
     if was != now:
-        raise ValueError(
+        raise InputError(
             f'{path} is of another run of this name, it must have {dict(now - was)}, got {dict(was - now)}: '
             f'to run it anew, remove it and {WORK / run.name}')
 
@@ -98,14 +100,14 @@ def check_weights(name):
 
     Raises:
         OSError: If there are none.
-        ValueError: If they are others.
+        InputError: If they are others.
     """
     weights, kept = WORK / name / 'model.safetensors', json.loads((RESULTS / f'{name}.json').read_text())
     got = file_sha256(weights)
     if 'weights_sha256' not in kept:
         print(f'{name} was kept without the SHA-256 of its weights: those in {weights} may be others', flush=True)
     elif got != kept['weights_sha256']:
-        raise ValueError(f'{weights} must have the SHA-256 {kept["weights_sha256"]} of the kept result, got {got}')
+        raise InputError(f'{weights} must have the SHA-256 {kept["weights_sha256"]} of the kept result, got {got}')
 
 
 def is_done(run):
@@ -315,15 +317,14 @@ def main():
     runs = all_runs()
     chosen = [run for name, run in runs.items() if any(fnmatch.fnmatch(name, pattern) for pattern in args.only)]
     if not chosen:
-        fail(f'--only must match runs such as {", ".join(list(runs)[:3])}, got {" ".join(args.only)}')
-    with one_line_errors(ValueError):
-        done = {run.name: is_done(run) for run in chosen}
+        raise InputError(f'--only must match runs such as {", ".join(list(runs)[:3])}, got {" ".join(args.only)}')
+    done = {run.name: is_done(run) for run in chosen}
     if args.list:
         for run in chosen:
             print('done' if done[run.name] else '    ', run.name, *flatten(run.options))
         return
     if not args.folder.is_dir():
-        fail(f'FOLDER must be the folder of the data sets, got {args.folder}')
+        raise InputError(f'FOLDER must be the folder of the data sets, got {args.folder}')
 
     threads = int(os.environ.get('OMP_NUM_THREADS', max(1, (os.cpu_count() or 1) // args.jobs)))
     runner = Runner(runs, args.folder.resolve(), threads)
@@ -333,9 +334,8 @@ def main():
         timer = threading.Timer(args.time_limit, runner.stop)
         timer.daemon = True
         timer.start()
-    with one_line_errors(OSError, ValueError):
-        for name in {run.data for run in chosen}:
-            data_folder(name, runner.root)
+    for name in {run.data for run in chosen}:
+        data_folder(name, runner.root)
     futures = {}
 
     def do_after_its_teacher(run):
@@ -343,7 +343,7 @@ def main():
             futures[run.teacher].result()
         runner.do(run)
 
-    with one_line_errors(OSError, ValueError), ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         for run in sorted(chosen, key=lambda run: bool(run.teacher)):  # a teacher has a thread before what waits for it
             futures[run.name] = pool.submit(do_after_its_teacher, run)
         for future in futures.values():
@@ -356,4 +356,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    arguments.run(main)

@@ -253,42 +253,74 @@ def ablations(seeds):
     ]
 
 
-# What was tried for results/PROTOCOL.md before a judged run, by the images to choose by: results/tuning/README.md.
-# A net of the family of its regime A.1 whose full-net fits 5,000 images within 40 epochs.
-SMALL = {
-    '--model': 'ddnn_cifar_resnet18', '--epochs': '40', '--warmup-epochs': '4', '-b': '64', '--mixed-precision': 'no'}
-NARROW = 'channels=16,32,64,128'
-ALONE_18 = SMALL | CE_ONLY | {'--subnets': '', '--model-kwargs': NARROW}
-ALONE_10 = ALONE_18 | {'--model-kwargs': f'{NARROW} layers=1,1,1,1'}
-ALL = SMALL | {'--model-kwargs': NARROW, '--epochs': '44'}  # for the cost of both alone
+def equal_cost(model, epochs, common, channels=(), size=(3, 32, 32)):
+    """Make the rows of results/PROTOCOL.md, each of the epochs that training every depth alone pays for.
+
+    Args:
+        model: Name of the dynamic-depth model.
+        epochs: Epochs of a depth alone.
+        common: Options that all rows have in common, without rate and decay.
+        channels: Channels per stage, the model's if none.
+        size: Size of an image, (C, H, W).
+
+    Returns:
+        By row its options, and the row that teaches if there is one.
+    """
+    net = timm.create_model(model, device='meta', **({'channels': channels} if channels else {}))
+    full, *subnets = net.depths
+    macs, together = {depth: forward_macs(net, depth, size) for depth in net.depths}, forward_macs(net, 'all', size)
+    budget = 3 * epochs * sum(macs.values())
+
+    def train(epochs, depth=None):
+        kwargs = {'channels': channels, 'layers': () if depth in (None, full) else net.blocks(depth)}
+        kwargs = ' '.join(f'{name}={",".join(map(str, value))}' for name, value in kwargs.items() if value)
+        return {
+            '--model': model, **common, '--epochs': str(int(epochs)), '--warmup-epochs': str(round(int(epochs) / 10)),
+            **({'--model-kwargs': kwargs} if kwargs else {}),
+            **({} if depth is None else CE_ONLY | {'--subnets': ''}),
+        }
+
+    one_by_one = budget / (3 * sum(macs.values()) + len(subnets) * macs[full])  # a frozen teacher runs once
+    at_once = train(budget / (3 * together))
+    first = 2 * epochs // 5
+    then = train((budget - 3 * first * macs[full]) / (3 * together + macs[full]))
+    mean = {'--weights': ' '.join(f'{depth}={1 / len(subnets):.3g}' for depth in subnets)} if subnets[1:] else {}
+    return {
+        **{f'alone_{depth}': (train(epochs, depth), None) for depth in net.depths},
+        f'kd_{full}': (train(one_by_one, full), None),
+        **{f'kd_{depth}': (train(one_by_one, depth) | KD, f'kd_{full}') for depth in subnets},
+        'joint': (at_once | CE_ONLY, None),
+        'ekd': (at_once | EKD, None),
+        'adn': (at_once | METHODS['kl_only'] | mean, None),
+        # The full-net alone for a part of its epochs; its frozen copy then teaches all depths, which start from it
+        'first': (train(first, full), None),
+        'then': (then | KD_SHARED | {
+            '--initial-checkpoint': '{teacher}/model.safetensors', '--teacher': '{teacher}'}, 'first'),
+    }
 
 
-# For SGD, half the rate and twice the decay is half the loss: in EKD, the second is the first with weights of sum 1
+# For SGD, half the rate and twice the decay is half the loss. At two depths the weights of the losses sum to 2 in joint
+# and ADN, to 2.3 in EKD, and to 4 in `then`, where the first rate makes them 1.
 RATES = ('0.1', '5e-4'), ('0.05', '1e-3'), ('0.1', '1e-3'), ('0.05', '5e-4'), ('0.1', '2e-3')
-TUNED = {'alone_18': ALONE_18, 'alone_10': ALONE_10, 'joint': ALL | CE_ONLY, 'ekd': ALL | EKD}
-# The full-net alone first, for two fifths of its epochs; then its frozen copy teaches all depths, which start from it,
-# by losses whose weights sum to 4. The first rate and decay make that a sum of 1.
-FIRST = ALONE_18 | {'--epochs': '16'}
-THEN = ALL | {
-    '--epochs': '25', '--warmup-epochs': '2', '--initial-checkpoint': '{teacher}/model.safetensors',
-    '--teacher': '{teacher}', '--alpha': '1', '--temperature': '4', '--beta': '0'}
 THEN_RATES = ('0.025', '2e-3'), ('0.05', '1e-3')
 
 
 def tuning():
-    def run(name, options, lr, decay, seed, teacher=None):
-        options = options | {'--lr': lr, '--weight-decay': decay}
-        teacher = teacher and f'tuning/{teacher}-{seed}'
-        return Run(f'tuning/{name}_lr_{lr}_wd_{decay}-{seed}', 'cifar10_5k_tuning', seed, options, teacher)
-
-    return [
-        run(name, options, *rate, seed, teacher)
-        for seed in (0, 100, 101)
-        for variants, rates, teacher in (
-            (TUNED, RATES, None), ({'first': FIRST}, RATES[:1], None),
-            ({'then': THEN}, THEN_RATES, 'first_lr_0.1_wd_5e-4'))
-        for (name, options), rate in product(variants.items(), rates)
-    ]
+    """Make the runs by which options are chosen before a judged run, by seed 0, and 100 and 101: results/tuning."""
+    common = {'--mixed-precision': 'no', '-b': '64'}
+    small = equal_cost('ddnn_cifar_resnet18', 40, common, channels=(16, 32, 64, 128))
+    half = equal_cost('ddnn_cifar_resnet18', 60, common | {'-b': '128'}, channels=(32, 64, 128, 256))
+    runs = []
+    for (prefix, data, rows), seed in product(
+            (('', 'cifar10_2500', small), ('cifar100_', 'cifar100_10k', half)), (0, 100, 101)):
+        for row, (options, teacher) in rows.items():
+            for lr, decay in {'first': RATES[:1], 'then': THEN_RATES}.get(row, RATES):
+                rate = {'--lr': lr, '--weight-decay': decay}
+                by = f'{prefix}{teacher}_lr_{RATES[0][0]}_wd_{RATES[0][1]}'
+                runs.append(Run(
+                    f'tuning/{prefix}{row}_lr_{lr}_wd_{decay}-{seed}', f'{data}_tuning', seed, options | rate,
+                    teacher=f'tuning/{by}-{seed}' if teacher else None))
+    return runs
 
 
 def all_runs():

@@ -1,38 +1,35 @@
 #!/usr/bin/env python3
-"""Run train_scripts/train_ekd.py with another method in the place of EKD, for comparison.
+"""Train as `timm-ddnn train` does, with another method in the place of EKD, for comparison.
 
     # The sub-nets learn from the full-net only
     python benchmarks/train_method.py --subnet-ce 0 --beta 0 --alpha 1 ...
 
-The options below are taken, all others are those of train_ekd.py. What turned out to be of use is in the library.
+It has the options of `timm-ddnn train`, and those below. What turned out to be of use is in the library.
 """
-import runpy
-import sys
-from pathlib import Path
+import argparse
+from functools import partial
 
 import torch
 from timm.utils import ModelEmaV3, unwrap_model
 
 import timm_ddnn
-from timm_ddnn_cli.arguments import ArgumentParser, number, one_line_errors
+from timm_ddnn_cli.arguments import ArgumentParser, number, run
+from timm_ddnn_cli.commands import train
 
-SCRIPT = Path(__file__).resolve().parent.parent / 'train_scripts' / 'train_ekd.py'
 
-
-def parse_args():
-    parser = ArgumentParser(__doc__.splitlines()[0], usage='%(prog)s [options] [options of train_ekd.py]')
-    amount = number(float, 0)
-    parser.add_argument('--subnet-ce', type=amount, default=1.0, help='weight of cross-entropy in the sub-nets')
-    parser.add_argument('--ramp-updates', type=number(int, 0), default=0, help='steps of linear growth of alpha, beta')
-    parser.add_argument(
-        '--average-teacher', type=number(float, 0, 1), metavar='DECAY',
+def parse_args(arguments=None):
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    train.add_arguments(parser)
+    arg, amount = parser.add_argument_group('method').add_argument, number(float, 0)
+    arg('--subnet-ce', type=amount, default=1.0, help='weight of cross-entropy in the sub-nets')
+    arg('--ramp-updates', type=number(int, 0), default=0, help='steps of linear growth of alpha, beta')
+    arg('--average-teacher', type=number(float, 0, 1), metavar='DECAY',
         help='decay of an average of the weights, whose full-net teaches the sub-nets, and not as by --ema-teacher all')
-    parser.add_argument('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
-    method, others = parser.parse_known_args()
-    for flag in {option.split('=')[0] for option in others} & {'--teacher', '--ema-teacher'}:
-        if method.average_teacher:
-            parser.error(f'--average-teacher must be without {flag}, got {method.average_teacher}')
-    return method, others
+    arg('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
+    args = parser.parse_args(arguments, argparse.Namespace(json=False))
+    if args.average_teacher and (args.teacher or args.ema_teacher):
+        parser.error(f'--average-teacher must be without --teacher and --ema-teacher, got {args.average_teacher}')
+    return args
 
 
 class MethodTask(timm_ddnn.EKDTask):
@@ -85,16 +82,9 @@ class MethodTask(timm_ddnn.EKDTask):
 
 
 def main():
-    method, arguments = parse_args()
-
-    def create_task(*args, **kwargs):
-        with one_line_errors(RuntimeError, OSError, ValueError):
-            return MethodTask(*args, method=method, **kwargs)
-
-    timm_ddnn.EKDTask = create_task
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name='__main__')
+    args = parse_args()
+    train.run(args, partial(MethodTask, method=args))
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

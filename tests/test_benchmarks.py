@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import timm
 import torch
-from conftest import create, images
+from helpers.models import create, images
 from helpers.training import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 

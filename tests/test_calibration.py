@@ -4,7 +4,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import create, images, logits_by_depth
+from helpers.models import create, images, logits_by_depth
 
 from timm_ddnn import calibrate_bn
 from timm_ddnn.utils.modules import find_norms
@@ -43,7 +43,7 @@ def test_statistics_are_those_of_the_data(small):
     """Recomputed by hand: mean over batches of the batch mean and of the unbiased batch variance."""
     data = batches()
     inputs = []
-    norm = small.subnets['14']['layer2'][0].bn1
+    norm = small.path(14)[2].bn1
     handle = norm.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
     calibrate_bn(small, data, depth=14)
     handle.remove()
@@ -57,7 +57,7 @@ def test_statistics_are_those_of_the_data(small):
 
 def test_path_shared_by_two_sub_nets_stays():
     """In ddnn_resnet152 the 101 and the 50 share norms: calibrating one leaves the other's logits as they are."""
-    model = create('ddnn_resnet152', num_classes=3)
+    model = create('ddnn_resnet152', num_classes=3, channels=(8, 16, 32, 64))
     x = images(model, size=32)
     before = logits_by_depth(model, x)
     calibrate_bn(model, [x], depth=50)
@@ -67,8 +67,8 @@ def test_path_shared_by_two_sub_nets_stays():
 
 def test_sub_nets_that_share_statistics_are_calibrated_together(caplog):
     """From stock weights 101 and 50 have copies of 152's statistics: alone, neither could get those they share."""
-    model = timm.create_model('ddnn_resnet152', num_classes=3)
-    model.load_state_dict(create('resnet152', num_classes=3).state_dict())
+    model = timm.create_model('ddnn_resnet152', num_classes=3, channels=(8, 16, 32, 64))
+    model.load_state_dict(create('resnet152', num_classes=3, channels=(8, 16, 32, 64)).state_dict())
     model.eval()
     x = images(model, size=32)
     before = logits_by_depth(model, x)

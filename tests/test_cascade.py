@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from conftest import create, images
-from timm_ddnn.deploy.speed import measure_speed
+from helpers.models import create, images
 
 from timm_ddnn.cascade import Cascade, confidence
-from timm_ddnn.deploy import speed as speed_module
+from timm_ddnn.evaluation import speed as speed_module
+from timm_ddnn.evaluation.speed import measure_speed
 from timm_ddnn.evaluation.thresholds import UnreachableError, choose_threshold, exit_steps, trace_thresholds
 
 # The path of depth 16 leaves that of 12 later than that of 14
@@ -33,7 +33,7 @@ def spread_logits(model, depths, x):
     model.fc.bias.zero_()
 
 
-@pytest.fixture(params=list(CASES))
+@pytest.fixture(params=list(CASES), scope='module')
 def case(request):
     name, kwargs, depths = CASES[request.param]
     model = create(name, num_classes=10, **kwargs)
@@ -121,7 +121,7 @@ def test_macs_are_those_that_ran(case):
 def test_no_block_runs_twice(case):
     """Catches shared blocks that run again for a deeper net, and blocks that no net of the cascade has."""
     model, depths, x = case
-    paths = {depth: [b for s in range(len(model.blocks(depth))) for b in model._stage(depth, s)] for depth in depths}
+    paths = {depth: model.path(depth) for depth in depths}
     ran = []
     for module in {id(b): b for path in paths.values() for b in path}.values():
         module.register_forward_hook(lambda block, inputs, _: ran.extend([id(block)] * len(inputs[0])))
@@ -160,6 +160,17 @@ def test_depths_that_are_no_cascade_are_refused(small, depths):
     """Catches cascades of one net, of nets that there are not, or that begin with the deepest."""
     with pytest.raises(ValueError, match=r'two or more of the depths \(8, 14, 20\), the shallowest first, got'):
         Cascade(small, depths, 0.5)
+
+
+def test_an_image_without_confidence_goes_to_the_last_net(small):
+    """Catches NaN for a sure answer, which the shallowest net would give."""
+    x = images(small, batch=3)
+    x[1] = torch.nan
+    for threshold in (0.0, 0.5):
+        _, steps = Cascade(small, (8, 14, 20), threshold)(x)
+        assert steps[1] == 2
+    logits = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [0.0, 0.0]])
+    assert confidence(logits).tolist() == [0.0, 0.0, 0.5]
 
 
 def test_what_cannot_run_is_refused(small):

@@ -11,10 +11,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import create
+from helpers.models import create
 
 from timm_ddnn.deploy.choose import percentile_90
 from timm_ddnn.deploy.controller import DepthController
+from timm_ddnn.utils.errors import InputError
 
 COSTS = {50: 20.0, 26: 12.0, 14: 7.0}
 
@@ -178,18 +179,20 @@ def test_threads_share_a_controller():
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    ({'costs': {}}, 'costs'), ({'costs': {50: 0}}, 'costs'), ({'costs': (50, 26)}, 'costs must be a mapping'),
-    ({'budget_ms': 0}, 'budget_ms'),
-    ({'headroom': 1.1}, 'headroom'), ({'window': 0}, 'window'), ({'patience': 0}, 'patience'),
+    ({'costs': {}}, 'costs'), ({'costs': {50: 0}}, 'cost of depth 50'), ({'costs': {50: math.nan}}, 'cost of depth 50'),
+    ({'costs': (50, 26)}, 'costs must be a mapping'), ({'costs': {'50': 1}}, 'depth in costs'),
+    ({'costs': {50: '1'}}, 'cost of depth 50'), ({'budget_ms': 0}, 'budget_ms'), ({'budget_ms': math.inf}, 'budget_ms'),
+    ({'headroom': 1.1}, 'headroom'), ({'headroom': math.nan}, 'headroom'), ({'window': 0}, 'window'),
+    ({'window': 1.5}, 'window'), ({'patience': 0}, 'patience'), ({'patience': math.nan}, 'patience'),
 ])
 def test_wrong_arguments_are_refused(kwargs, message):
     """Catches a controller that is made and never moves."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         DepthController(**{'costs': COSTS, 'budget_ms': 25, **kwargs})
     controller = DepthController(dict(sorted(COSTS.items())), 25)
     assert controller.depth == max(COSTS)
     for latency, depth in ((math.nan, None), (-1, None), (1, 18)):
-        with pytest.raises(ValueError, match='must be'):
+        with pytest.raises(InputError, match='must be'):
             controller.record(latency, depth)
 
 
@@ -234,6 +237,7 @@ def moves_under_real_load(model, images):
         end_others()
 
 
+@pytest.mark.slow  # 16 busy processes disturb the timing of other tests
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='pins processes to a core')
 def test_a_model_gives_way_to_other_processes():
     """Catches a controller that real latencies on a loaded core do not move, or that does not come back.

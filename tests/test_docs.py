@@ -9,8 +9,8 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import EXPECTED_DEPTHS
 from helpers.hub_server import User, child, hub  # noqa: F401  a fixture
+from helpers.models import EXPECTED_DEPTHS
 from helpers.snippets import ROOT, make_place, run_page
 from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode

@@ -9,9 +9,9 @@ import datasets
 import pytest
 import timm
 import torch
-from conftest import create, images
 from helpers.fitted_model import save_fitted
 from helpers.image_files import write_images
+from helpers.models import create, images
 from helpers.training import read, run
 from PIL import Image
 
@@ -243,7 +243,8 @@ def test_cascade(folder, logits, digits, capsys, wish):
     """Catches a threshold chosen on the wrong images or by the wrong rule, and a result that is not the cascade's."""
     speed_images = 0 if wish else 50
     status, out, err = invoke(
-        capsys, folder, '--data', 'digits', '-j', 0, '--cascade', 8, 14, *wish, '--speed-images', speed_images, '--json')
+        capsys, folder, '--data', 'digits', '-j', 0, '--cascade', 8, 14, *wish, '--json',
+        '--speed-images', speed_images)
     assert status == 0 and 'error' not in err
     result = json.loads(out)
     cascade = result['cascade']

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import create
+from helpers.models import create
 from helpers.training import ROOT
 from PIL import Image
 

@@ -1,27 +1,22 @@
 """Every entrypoint at every depth: what timm promises of its models, and equality with the plain nets."""
 import threading
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import timm
 import torch
-from conftest import EXPECTED_DEPTHS, create, images, logits_by_depth
+from helpers.models import EXPECTED_DEPTHS, create, images, logits_by_depth, narrow, some_at_once
 from timm.models._manipulate import group_parameters
 
-from timm_ddnn import CifarResNet
+from timm_ddnn import CifarResNet, calibrate_bn
+from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.modules import find_norms
 
 NAMES = list(EXPECTED_DEPTHS)
 CIFAR_NAMES = [
     'ddnn_resnet20', 'ddnn_resnet32', 'ddnn_resnet44', 'ddnn_resnet56', 'ddnn_resnet110', 'ddnn_cifar_resnet18',
     'ddnn_cifar_resnet34', 'ddnn_cifar_resnet50']
-
-
-def some_at_once(*names):
-    """Every entrypoint in `make test-all`, those named in `make test` too."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-
-
 ONE_OF_EACH_KIND = some_at_once('ddnn_resnet18', 'ddnn_resnet50', 'ddnn_resnet20', 'ddnn_cifar_resnet18')
 
 
@@ -32,10 +27,10 @@ def test_registry_lists_all_entrypoints():
     assert 'ddnn_resnet50' not in timm.list_models(module='resnet'), 'registered among the models of timm itself'
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 def test_every_depth_equals_the_extracted_plain_net(name):
     """Fails if a sub-net runs other blocks, other norms or another head than the plain net, or two depths agree."""
-    model = create(name)
+    model = create(name, **narrow(name))
     assert model.depths == EXPECTED_DEPTHS[name]
     x = images(model)
     with torch.no_grad():
@@ -52,7 +47,7 @@ def test_every_depth_equals_the_extracted_plain_net(name):
             for mine, theirs in zip(together[depth].features, plain.forward_intermediates(x)[1][1:], strict=True):
                 assert torch.equal(mine, theirs)
             # what was extracted is a stock model: its weights fit the name that its configuration carries
-            name_args = {k: v for k, v in plain._model_args.items() if k == 'layers'}
+            name_args = {k: v for k, v in plain._model_args.items() if k in ('layers', 'channels')}
             stock = timm.create_model(plain.pretrained_cfg['architecture'], **name_args).eval()
             assert type(stock) is type(plain)
             stock.load_state_dict(plain.state_dict(), strict=True)
@@ -109,10 +104,10 @@ def test_full_net_is_the_stock_net_with_the_same_seed():
         assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in stock.parameters())
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 def test_backward_gives_every_parameter_a_gradient(name):
     """As timm demands of a plain forward, and of all depths together."""
-    model = timm.create_model(name, num_classes=7).train()
+    model = timm.create_model(name, num_classes=7, **narrow(name)).train()
     x = images(model, size=32)
     for depth in (None, 'all'):
         model.zero_grad()
@@ -123,7 +118,7 @@ def test_backward_gives_every_parameter_a_gradient(name):
         assert not without
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 def test_timm_arguments_and_classifier_at_every_depth(name):
     model = timm.create_model(
         name, num_classes=5, in_chans=1, drop_rate=0.1, drop_path_rate=0.2, global_pool='max', output_stride=8,
@@ -161,7 +156,7 @@ def test_default_cfg_describes_the_model(name):
 
 @pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 def test_reset_classifier_keeps_the_shared_features_at_every_depth(name):
-    model = create(name)
+    model = create(name, **narrow(name))
     x = images(model)
     with torch.no_grad():
         before = {d: model.forward_features(x, depth=d) for d in model.depths}
@@ -186,21 +181,27 @@ def test_default_depth_of_the_constructor():
         assert torch.equal(model.extract()(x), model(x))
 
 
-@pytest.mark.parametrize('depth', [13, 'most', (20, 13), (), 2.5, None])
-def test_unknown_depth_names_those_that_exist(small, depth):
-    if depth is None:
-        with pytest.raises(ValueError, match=r'\(20, 14, 8\)'):
-            timm.create_model('ddnn_resnet20', depth=13)
-        return
+@pytest.mark.parametrize('depth', [
+    13, 'most', (20, 13), (), 2.5, 20.0, True, (20, None), (14, 8.0), (14, 14), {20}, torch.tensor(20),
+    torch.zeros(9999),
+])
+def test_what_is_not_a_depth_names_those_that_exist(small, depth):
+    """Catches types that pass for a depth, in any method, and a tensor in a message."""
     x = images(small)
-    for call in (small, small.forward_features, small.forward_intermediates):
-        with pytest.raises(ValueError, match=r'\(20, 14, 8\)') as error:
-            call(x, depth=depth)
-        assert repr(depth) in str(error.value)
-    with pytest.raises(ValueError, match=r'\(20, 14, 8\)'):
-        small.extract(depth)
-    with pytest.raises(ValueError, match=r'\(20, 14, 8\)'):
-        small.blocks(depth)
+    for call in (
+            partial(small, x, depth=depth), partial(small.forward_features, x, depth=depth),
+            partial(small.forward_intermediates, x, depth=depth), partial(small.extract, depth),
+            partial(small.blocks, depth), partial(small.path, depth), partial(small.path_norms, depth),
+            partial(small.count_shared, 20, depth), partial(calibrate_bn, small, [x], depth=depth)):
+        with pytest.raises(InputError, match=r'\(20, 14, 8\)') as error:
+            call()
+        assert len(str(error.value)) < 150
+        assert isinstance(depth, torch.Tensor) or repr(depth) in str(error.value)
+
+
+def test_unknown_default_depth():
+    with pytest.raises(InputError, match=r'\(20, 14, 8\).* got 13'):
+        timm.create_model('ddnn_resnet20', depth=13)
 
 
 @pytest.mark.parametrize('subnets', [
@@ -216,7 +217,7 @@ def test_invalid_subnets_are_refused_with_a_reason(subnets):
 @pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 @pytest.mark.parametrize('several', ['all', 'some'])
 def test_features_and_intermediates_of_several_depths(name, several):
-    model = create(name)
+    model = create(name, **narrow(name))
     x = images(model)
     depth = 'all' if several == 'all' else model.depths[::-2]
     expected = model.depths if several == 'all' else model.depths[::-2][::-1]
@@ -242,7 +243,7 @@ def test_features_and_intermediates_of_several_depths(name, several):
     {'indices': [0], 'stop_early': True}, {'indices': [1, 2], 'intermediates_only': True},
 ])
 def test_forward_intermediates_as_the_plain_net_at_every_depth(name, options):
-    model = create(name)
+    model = create(name, **narrow(name))
     x = images(model)
     flat = options.get('intermediates_only', False)
     for depth in model.depths:
@@ -254,11 +255,13 @@ def test_forward_intermediates_as_the_plain_net_at_every_depth(name, options):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
-@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx', 'getter'])
+@pytest.mark.parametrize(('name', 'feature_cls'), [
+    *(('ddnn_resnet20', cls) for cls in ('list', 'dict', 'hook', 'fx', 'getter')),
+    ('ddnn_resnet50', 'list'), ('ddnn_resnet18', 'fx'), ('ddnn_cifar_resnet18', 'list'),
+])
 def test_features_only_gives_the_maps_of_the_depth_asked_for(name, feature_cls, tmp_path):
     """Fails if an extractor, rebuilt from the model's children, gives the full-net's maps whatever the depth."""
-    model = create(name)
+    model = create(name, **narrow(name))
     x = images(model)
     path = tmp_path / 'weights.pth'
     torch.save(model.state_dict(), path)
@@ -266,7 +269,7 @@ def test_features_only_gives_the_maps_of_the_depth_asked_for(name, feature_cls, 
     for depth in (None, *model.depths):
         extractor = timm.create_model(
             name, features_only=True, depth=depth, feature_cls=feature_cls, pretrained=True,
-            pretrained_cfg_overlay={'file': str(path)}).eval()
+            pretrained_cfg_overlay={'file': str(path)}, **narrow(name)).eval()
         with torch.no_grad():
             maps = extractor(x)
             maps = list(maps.values()) if isinstance(maps, dict) else maps
@@ -287,7 +290,7 @@ def test_features_only_takes_indices():
 
 @pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 def test_prune_intermediate_layers_at_every_depth(name):
-    model = create(name)
+    model = create(name, **narrow(name))
     x = images(model)
     for last in range(len(model.feature_info)):
         pruned = deepcopy(model)
@@ -304,11 +307,11 @@ def test_prune_intermediate_layers_at_every_depth(name):
 
 @pytest.mark.parametrize('name', some_at_once('ddnn_resnet18', 'ddnn_resnet20'))
 def test_torchscript_and_fx(name):
-    model = create(name)
+    model = create(name, **narrow(name))
     x = images(model)
     with torch.no_grad():
         for depth in model.depths:
-            at_depth = create(name, depth=depth)
+            at_depth = create(name, depth=depth, **narrow(name))
             expected = model(x, depth=depth)
             assert torch.equal(torch.jit.script(at_depth)(x), expected)
             assert torch.equal(torch.jit.trace(at_depth, x)(x), expected)
@@ -340,7 +343,7 @@ def test_threads_at_different_depths(small):
     assert not wrong
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
 @pytest.mark.parametrize('shared_affine', [True, False])
 def test_group_matcher_puts_a_sub_nets_parameters_with_their_block(name, shared_affine):
     model = timm.create_model(name, device='meta', shared_affine=shared_affine)

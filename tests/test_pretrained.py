@@ -44,7 +44,7 @@ def change(folder, **changes):
     (dict(model_args__layers=[1] * 10_000), r'layers in .* must be a list of 1 to 8 items'),
     (dict(model_args__layers='many'), "layers in .* must be a list of 1 to 8 items, got 'many'"),
     (dict(model_args__layers=[3, 3]),
-     'ddnn_resnet20 cannot be made with the arguments given: layers and channels must be of three stages'),
+     'layers and channels must be of three stages'),
     (dict(model_args__subnets=[[9, 9, 9]]), 'blocks of a sub-net must be 3 integers'),
     (dict(model_args__channels=[4, 8, 90_000]), r'at most \d+ values, got \d+, the weights hold \d+'),
     (dict(model_args__channels=[4, 8, 900_000]), r'channels\[2\] in .* must be an integer from 1 to 100000'),

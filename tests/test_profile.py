@@ -1,24 +1,27 @@
 """What `timm-ddnn profile` measures, writes and draws."""
 import copy
 import json
+import subprocess
 import time
 import weakref
 
 import pytest
 import timm
 import torch
-from conftest import create, images
+from helpers.models import create, images
 from PIL import Image
 from torch import nn
 
-from timm_ddnn.deploy import peak_memory
+from timm_ddnn.deploy import peak_memory, plots
 from timm_ddnn.deploy import profile as profiling
 from timm_ddnn.deploy.choose import read_profile, select_depth
 from timm_ddnn.deploy.peak_memory import measure_memory
-from timm_ddnn.deploy.profile import plot_profile, profile_model
+from timm_ddnn.deploy.plots import plot_profile
+from timm_ddnn.deploy.profile import profile_model
 from timm_ddnn.hub.save import save_model
 from timm_ddnn.models.ddnn_resnet import WEIGHTS
 from timm_ddnn.models.dynamic_depth import DynamicDepthMixin
+from timm_ddnn.utils.errors import InputError
 from timm_ddnn_cli.main import main
 
 TAG = 'ddnn_resnet20.ekd_cifar10'
@@ -118,16 +121,27 @@ def test_threads_are_those_asked_for_and_restored(fails, tiny, known_memory, cal
     if fails:
         def forward(self, x, depth=None):
             if len(x) == 2:
-                raise RuntimeError('there is no memory\nfor that')
+                raise torch.OutOfMemoryError('there is no memory\nfor that')
             return torch.zeros(len(x), 10)
         monkeypatch.setattr(DynamicDepthMixin, 'forward', forward)
-        with pytest.raises(ValueError, match=r'depth 20, eager, batch of 2, threads: 3 .* there is no memory$'):
+        with pytest.raises(InputError, match=r'for depth 20, eager, batch of 2, threads: 3: there is no memory$'):
             profile_model(tiny, batch_sizes=(2,), threads=(3, 5), rounds=1)
     else:
         profile_model(tiny, batch_sizes=(2,), threads=(3, 5), rounds=1)
         assert [count for _, batch, count in calls if batch == 2] == [3] * 12 + [5] * 12
         assert [asked['threads'] for asked in known_memory] == [5, 5, 5]
     assert torch.get_num_threads() == 7
+
+
+def test_a_bug_is_not_taken_for_too_little_memory(tiny, known_memory, monkeypatch):
+    """Catches an error of the program that is reported as if the machine were too small."""
+    def forward(self, x, depth=None):
+        if len(x) == 2:
+            raise RuntimeError('planted')
+        return torch.zeros(len(x), 10)
+    monkeypatch.setattr(DynamicDepthMixin, 'forward', forward)
+    with pytest.raises(RuntimeError, match='planted'):
+        profile_model(tiny, batch_sizes=(2,), threads=(1,), rounds=1)
 
 
 def test_onnx_files_are_the_depths(tiny, known_memory, tmp_path):
@@ -147,9 +161,10 @@ def test_onnx_files_are_the_depths(tiny, known_memory, tmp_path):
 def test_onnx_runtime_is_measured(tiny, known_memory, calls):
     """Catches a runtime whose name stands on latencies of PyTorch, and memory that is measured without its files."""
     pytest.importorskip('onnxruntime')
-    profile = profile_model(tiny, runtimes=('onnxruntime',), batch_sizes=(5,), threads=(1,), rounds=2)
+    profile = profile_model(
+        tiny, depths=(14, 8), runtimes=('onnxruntime',), batch_sizes=(5,), threads=(1,), rounds=2)
     assert not [call for call in calls if call[1] == 5]
-    assert [m['runtime'] for m in profile['measurements']] == ['onnxruntime'] * 3
+    assert [m['runtime'] for m in profile['measurements']] == ['onnxruntime'] * 2
     assert all(asked['onnx_files'].keys() == {5} for asked in known_memory)
     assert profile['versions']['onnxruntime']
 
@@ -215,16 +230,33 @@ def test_memory_of_onnx_runtime_is_that_of_one_batch_size(monkeypatch):
     assert {*most} == {1}
 
 
-def test_memory_that_cannot_be_measured_is_named():
-    """Catches a traceback of the process, or no word of why it ended."""
-    with pytest.raises(RuntimeError, match=r'status 1: RuntimeError: .*memory'):
-        measure_memory(create('ddnn_resnet20').extract(8), runtime='eager', input_size=(3, 64, 64),
-                       batch_sizes=(10 ** 9,), threads=1)
+@pytest.mark.parametrize(('status', 'stderr', 'kind', 'message'), [
+    (peak_memory._EXIT_NO_MEMORY, '', InputError, 'memory must be larger for cifar_resnet8 with batches of 2 images'),
+    (-9, 'Killed', InputError, 'memory must be larger'),
+    (1, 'Traceback\nKeyError: planted', RuntimeError, 'status 1:\nTraceback\nKeyError: planted'),
+])
+def test_a_measuring_process_that_fails_is_told(status, stderr, kind, message, tiny, monkeypatch):
+    """Catches too little memory that looks like a bug, and a bug that looks like too little memory."""
+    run = subprocess.CompletedProcess([], status, '', stderr)
+    monkeypatch.setattr(peak_memory.subprocess, 'run', lambda *args, **kwargs: run)
+    with pytest.raises(RuntimeError if kind is RuntimeError else InputError, match=message) as error:
+        measure_memory(tiny.extract(8), runtime='eager', input_size=(3, 32, 32), batch_sizes=(1, 2), threads=1)
+    assert type(error.value) is kind
+
+
+@pytest.mark.parametrize(('make', 'expected'), [
+    (lambda: torch.empty(10 ** 15), True), (lambda: bytearray(10 ** 15), True), (lambda: torch.zeros(2, -1), False),
+])
+def test_too_little_memory_is_told_from_other_errors(make, expected):
+    """Catches an allocator's error that is not known."""
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        make()
+    assert peak_memory.is_out_of_memory(error.value) is expected
 
 
 def test_a_model_built_with_a_class_is_named():
     """Catches a traceback for arguments that another process cannot be told."""
-    with pytest.raises(ValueError, match=r'numbers, strings and lists of them, got .*SiLU'):
+    with pytest.raises(InputError, match=r'numbers, strings and lists of them, got .*SiLU'):
         profile_model(create('ddnn_resnet20', act_layer=nn.SiLU))
 
 
@@ -236,14 +268,16 @@ def test_a_model_of_grey_images_is_profiled(known_memory):
 
 @pytest.mark.parametrize('kwargs, message', [
     ({'depths': (21,)}, r'\(20, 14, 8\)'),
-    ({'batch_sizes': (1, 0)}, 'batch_sizes must be integers of at least 1'),
-    ({'batch_sizes': ()}, 'batch_sizes'),
+    ({'batch_sizes': (1, 0)}, r'\[1\] in batch_sizes must be an integer from 1'),
+    ({'batch_sizes': ()}, 'batch_sizes'), ({'batch_sizes': (1.5,)}, 'batch_sizes'),
     ({'threads': (0,)}, 'threads'),
-    ({'threads': (10 ** 6,)}, 'threads must be at most'),
+    ({'threads': (10 ** 6,)}, r'\[0\] in threads must be an integer from 1 to'),
+    ({'img_size': 10 ** 6}, 'img_size must be an integer from 1 to 4096'),
     ({'rounds': 0}, 'rounds'),
     ({'runtimes': ('eager', 'tflite')}, 'eager, compiled, onnxruntime'),
     ({'device': 'tpu'}, "got 'tpu'"),
     ({'device': 'cuda:99'}, "got 'cuda:99'"),
+    ({'device': 'meta'}, "got 'meta'"),
 ])
 def test_wrong_arguments_are_refused_before_anything_runs(kwargs, message, tiny, known_memory, calls):
     """Catches an argument that is wrong and noticed after minutes, or never."""
@@ -329,7 +363,7 @@ def test_accuracy_comes_from_the_saved_model_or_an_evaluation(prefix, tiny, know
 def test_wrong_input_is_one_line_and_leaves_nothing(args, message, monkeypatch, tmp_path, capsys):
     """Catches a traceback, another exit status, and files or folders that stay after an error."""
     def memory_fails(*args, **kwargs):
-        raise RuntimeError('memory\nran out')
+        raise InputError('memory must be larger for depth 20, eager')
     monkeypatch.setattr(profiling, 'measure_memory', memory_fails)
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'file').touch()
@@ -347,9 +381,9 @@ def test_wrong_input_is_one_line_and_leaves_nothing(args, message, monkeypatch, 
 def points(path, profile, monkeypatch):
     """Draw a profile; -> for each panel its scale and its curves as lists of points."""
     figures = []
-    save = profiling.save_figure
-    monkeypatch.setattr(profiling, 'save_figure', lambda figure, path: (figures.append(figure), save(figure, path)))
-    plot_profile(path, profile, 'title')
+    save = plots.save_figure
+    monkeypatch.setattr(plots, 'save_figure', lambda figure, path: (figures.append(figure), save(figure, path)))
+    plot_profile(path, profile)
     with Image.open(path) as picture:
         picture.load()
     return [
@@ -367,7 +401,7 @@ def test_picture_has_accuracy_over_latency(known_memory, tiny, tmp_path, monkeyp
         expected = [
             (m['median_ms'], accuracies[m['depth']]) for m in profile['measurements'] if m['batch_size'] == batch_size]
         assert panel == [expected]
-    assert profiling._apart(accuracies) == {88.0: [8], 92.0: [20, 14]}
+    assert plots._group_near(accuracies) == {88.0: [8], 92.0: [20, 14]}
     for row in profile['depths']:
         del row['top1']
     profile['measurements'] = profile['measurements'][:3]

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from conftest import create, logits_by_depth
+from helpers.models import create, logits_by_depth
 from PIL import Image
 from rich.console import Console
 from torch import nn
@@ -144,7 +144,7 @@ def test_table_shows_every_depth():
     text = console.export_text()
     assert 'model-[set]' in text  # no markup of rich
     assert [word for word in text.split() if word[0].isdigit()] == [
-        '20', '3-3-3', '0.270', '40.6', '97.50', '100.00', '8', '1-1-1', '0.075', '12.2', '90.25', '99.00', '0.270']
+        '20', '3-3-3', '270', '40.6', '97.50', '100.00', '8', '1-1-1', '75.3', '12.2', '90.25', '99.00', '270']
 
 
 def colours(path):
@@ -164,8 +164,7 @@ def test_accuracy_picture(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'b.png']
 
 
-@pytest.mark.parametrize('ema', [False, True])
-@pytest.mark.parametrize('epochs', [1, 3])
+@pytest.mark.parametrize(('ema', 'epochs'), [(False, 1), (True, 3)])
 def test_curves_picture(tmp_path, ema, epochs):
     """Catches a depth that is not drawn, and terms that are absent (alpha or beta of 0) as an error."""
     record = {'train_ce_20': 0.5, 'train_ce_8': 0.7, 'train_kl_8': 0.1, 'top1_20': 90.0, 'top1_8': 80.0}

@@ -7,32 +7,34 @@ from collections import Counter
 import pytest
 import timm
 import torch
-from conftest import EXPECTED_DEPTHS, create, images, logits_by_depth
+from helpers.models import create, images, logits_by_depth, some_at_once
 from timm.layers import convert_sync_batchnorm
-from timm.models.resnet import BasicBlock, Bottleneck
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from timm_ddnn.models.shared_weights import SubNetModule
+from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.modules import find_norms
 
 
 def assert_shared(model):
-    """All that distinguishes a sub-net from the full-net are the statistics of its norms, or their affine too."""
+    """Every module and tensor is registered once, and a sub-net has for itself the statistics of its norms alone."""
+    full = set(model._nodes(model.depths[0]))
     for depth in model.depths[1:]:
-        for name, stage in model.subnets[str(depth)].items():
-            for twin, block in zip(stage, getattr(model, name), strict=False):
-                pairs = zip(twin.named_parameters(), block.named_parameters(), strict=True)
-                assert all(a is b for (_, a), (_, b) in pairs)
-                for own, original in zip(find_norms(twin), find_norms(block), strict=True):
-                    assert (own.running_mean is original.running_mean) == (twin is block)
-    stock_names = dict(model.named_parameters())
-    assert not [n for n in stock_names if n.startswith('subnets.')]
+        for (path, stage, place), block in zip(model._nodes(depth), model.path(depth), strict=True):
+            same = path == model.blocks(model.depths[0])[:stage]
+            original = getattr(model, f'layer{stage + 1}')[place]
+            assert (block is original) == same == ((path, stage, place) in full)
+            assert same or block.original is original
+    for named in (model.named_modules, model.named_parameters, model.named_buffers):
+        assert len(list(named(remove_duplicate=False))) == len(list(named()))
+    assert not [name for name, _ in model.named_parameters() if name.startswith('subnets.')]
     state = model.state_dict()
     assert len({t.data_ptr() for t in state.values() if t.numel() and t.device.type != 'meta'}) in (0, len(state))
 
 
-@pytest.mark.parametrize('name', list(EXPECTED_DEPTHS))
+@pytest.mark.parametrize('name', some_at_once('ddnn_resnet18', 'ddnn_resnet50', 'ddnn_resnet152', 'ddnn_resnet20'))
 def test_state_dict_is_the_stock_one_and_the_sub_nets_own_statistics(name):
     model = timm.create_model(name, device='meta')
     stock = model.extract(model.depths[0])
@@ -64,19 +66,17 @@ def test_private_affine_keeps_scale_and_shift_per_path():
 def test_private_affine_is_not_lost_in_a_model_that_shares_it():
     """Catches weights that load without a word and give other sub-nets."""
     private, shared = create('ddnn_resnet20', shared_affine=False), timm.create_model('ddnn_resnet20')
-    message = r"for every path \('subnets.14.layer2.0.bn1.weight' is not .*: create it with shared_affine=False"
-    with pytest.raises(RuntimeError, match=message):
-        shared.load_state_dict(private.state_dict())
-    expanded = shared.expand_state_dict(shared.state_dict())
-    assert expanded.keys() > shared.state_dict().keys()
-    shared.load_state_dict(expanded)
+    message = r"the first being 'subnets.14.layer2.0.bn1.weight': create it with shared_affine=False"
+    for strict in (True, False):
+        with pytest.raises(InputError, match=message):
+            shared.load_state_dict(private.state_dict(), strict=strict)
 
 
 def count_blocks(model, x, depth):
     """Number of executions of every block object in one forward."""
-    counts, handles = Counter(), []
-    for block in {id(m): m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck))}.values():
-        handles.append(block.register_forward_hook(lambda m, *_: counts.update([m])))
+    blocks = {id(block): block for d in model.depths for block in model.path(d)}.values()
+    counts = Counter()
+    handles = [block.register_forward_hook(lambda m, *_: counts.update([m])) for block in blocks]
     with torch.no_grad():
         model(x, depth=depth)
     for handle in handles:
@@ -105,7 +105,7 @@ def test_blocks_shared_by_several_depths_run_once(name, expected):
 
 
 def test_late_cut_shares_the_prefix_and_needs_no_statistics_of_its_own():
-    model = create('ddnn_resnet50', subnets=((3, 4, 6, 1), (3, 4, 3, 3)))
+    model = create('ddnn_resnet50', subnets=((3, 4, 6, 1), (3, 4, 3, 3)), channels=(8, 16, 32, 64))
     assert model.depths == (50, 44, 41)
     counts = count_blocks(model, images(model), 'all')
     assert sum(counts.values()) == 16 + 3
@@ -116,12 +116,11 @@ def test_late_cut_shares_the_prefix_and_needs_no_statistics_of_its_own():
 
 def test_statistics_follow_the_path():
     """In training each distinct path keeps its own statistics and every shared norm is updated once per forward."""
-    model = create('ddnn_resnet152', num_classes=2, drop_path_rate=0.0)
-    by_name = dict(model.named_buffers(remove_duplicate=False))
-    assert by_name['subnets.101.layer3.5.bn1.running_mean'] is by_name['subnets.50.layer3.5.bn1.running_mean']
-    assert by_name['subnets.101.layer3.5.bn1.running_mean'] is not by_name['layer3.5.bn1.running_mean']
-    assert by_name['subnets.101.layer2.3.bn1.running_mean'] is by_name['layer2.3.bn1.running_mean']
-    assert by_name['subnets.101.layer4.0.bn1.running_mean'] is not by_name['subnets.50.layer4.0.bn1.running_mean']
+    model = create('ddnn_resnet152', num_classes=2, channels=(8, 16, 32, 64))
+    paths = {d: dict(zip(model._nodes(d), model.path(d), strict=True)) for d in model.depths}
+    common = [[block for node, block in paths[d].items() if node in paths[e]] for d, e in ((101, 50), (50, 101))]
+    assert len(common[0]) == 3 + 4 + 6 and all(a is b for a, b in zip(*common, strict=True))
+    assert [block in model.layer2 for block in common[0]] == [False] * 3 + [True] * 4 + [False] * 6
     model.train()
     before = {k: v.clone() for k, v in model.state_dict().items() if k.endswith('num_batches_tracked')}
     with torch.no_grad():
@@ -196,22 +195,21 @@ def test_ema_averages_every_tensor_once(small):
 @pytest.mark.parametrize('convert', [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm])
 def test_sharing_survives_sync_batchnorm_conversion(convert):
     """Fails if a shared norm became two, of which only one is updated: its statistics would stay behind."""
-    model = create('ddnn_resnet152')
+    model = create('ddnn_resnet152', channels=(8, 16, 32, 64))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     expected = logits_by_depth(model, images(model, batch=1))
     converted = convert(model)
-    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in find_norms(converted))
+    norms = [norm.original if isinstance(norm, SubNetModule) else norm for norm in find_norms(converted)]
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     converted = copy.deepcopy(converted).double().float()  # parts what only a common buffer holds together
     assert_shared(converted)
     assert list(converted.state_dict()) == list(state)
-    by_name = dict(converted.named_buffers(remove_duplicate=False))
-    assert by_name['subnets.101.layer3.5.bn1.running_mean'] is by_name['subnets.50.layer3.5.bn1.running_mean']
     logits = logits_by_depth(converted, images(model, batch=1))
     assert all(torch.allclose(logits[d], expected[d], rtol=1e-4) for d in expected)
 
 
 def test_meta_device_to_empty_and_assign():
-    """Leaving the meta device makes new parameters: twins must hold the same new ones."""
+    """Leaving the meta device makes new parameters: sub-nets must use the same new ones."""
     source = create('ddnn_resnet20')
     x = images(source)
     expected = logits_by_depth(source, x)
@@ -288,6 +286,7 @@ def test_compile_gives_one_graph_per_depth_and_one_for_all(small):
     assert small.trained_depths == small.depths
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor_agrees(small):
     torch._dynamo.reset()
     compiled = torch.compile(small)
@@ -298,12 +297,11 @@ def test_compiled_by_inductor_agrees(small):
             torch.testing.assert_close(outputs[depth].logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('strict', [False, True])
-def test_export_at_a_fixed_depth_and_at_all(small, strict):
+def test_export_at_a_fixed_depth_and_at_all(small):
     x = images(small)
     expected = logits_by_depth(small, x)
     with torch.no_grad():
-        for depth in (*small.depths, 'all'):
+        for depth, strict in ((20, False), (8, False), ('all', False), ('all', True)):
             program = torch.export.export(small, (x,), kwargs={'depth': depth}, strict=strict)
             out = program.module()(x, depth=depth)
             if depth == 'all':

@@ -6,12 +6,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import create, images, logits_by_depth, randomize_norms
+from helpers.models import create, images, logits_by_depth, randomize_norms
 from timm.models import load_checkpoint, save_for_hf
 from timm.models._hub import load_model_config_from_path
 
 from timm_ddnn import EKDTask
 from timm_ddnn.models.ddnn_resnet import WEIGHTS
+from timm_ddnn.utils.errors import InputError
 
 
 @pytest.fixture(scope='module')
@@ -118,7 +119,7 @@ def test_damaged_file_does_not_load(trained, missing, how, tmp_path):
     path = tmp_path / 'damaged.pth'
     torch.save(state, path)
     overlay = {'file': str(path)}
-    with pytest.raises(RuntimeError, match='entries.* missing.*' + missing.replace('.', r'\.')):
+    with pytest.raises(InputError, match='entries.* missing.*' + missing.replace('.', r'\.')):
         if how in ('strict', 'non-strict'):
             timm.create_model('ddnn_resnet20').load_state_dict(state, strict=how == 'strict')
         elif how == 'other classes':
@@ -142,13 +143,13 @@ def test_a_full_net_that_was_trained_alone_loads(was_trained):
     with torch.no_grad():
         assert torch.equal(model.eval()(x), alone(x))
     state = {name: tensor for name, tensor in alone.state_dict().items() if not name.startswith('layer3.1')}
-    with pytest.raises(RuntimeError, match=r'missing, the first being .layer3\.1'):
+    with pytest.raises(InputError, match=r'missing, the first being .layer3\.1'):
         model.load_state_dict(state, strict=False)
 
 
 def test_failed_load_of_foreign_weights_names_what_is_wrong(trained, caplog):
     model = timm.create_model('ddnn_resnet20', subnets=((2, 2, 1),))
-    with pytest.raises(RuntimeError, match=r'of sub-nets \[8, 14\], the model with depths \(20, 12\) of \[12\]'):
+    with pytest.raises(InputError, match=r'of sub-nets \[8, 14\], the model with depths \(20, 12\) of \[12\]'):
         model.load_state_dict(trained.state_dict(), strict=False)
     caplog.clear()
     with pytest.raises(RuntimeError, match=r'layer1.2.conv1.weight'):

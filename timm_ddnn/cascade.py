@@ -16,7 +16,7 @@ __all__ = ['Cascade', 'StepCost', 'confidence']
 
 
 def confidence(logits: torch.Tensor) -> torch.Tensor:
-    """Compute the greatest probability of every image, [B], in float32.
+    """Compute the greatest probability of every image, [B], in float32; 0 where logits give none.
 
     As the confidence that ends a cascade it is the choice of 'Dynamically Sacrificing Accuracy for Reduced Computation'
     (arXiv 1805.10982) and of MSDNet (arXiv 1703.09844, budgeted batch classification).
@@ -24,7 +24,7 @@ def confidence(logits: torch.Tensor) -> torch.Tensor:
     Args:
         logits: [B, C].
     """
-    return logits.float().softmax(-1).amax(-1)
+    return logits.float().softmax(-1).amax(-1).nan_to_num(0.0)
 
 
 class StepCost(NamedTuple):

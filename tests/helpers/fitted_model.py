@@ -1,8 +1,8 @@
 """A model that knows digits, without a training run: its classifier is fitted by least squares."""
 import torch
-from conftest import create
 from timm.data import resolve_input_data_config
 
+from helpers.models import create
 from timm_ddnn.calibration import calibrate_bn
 from timm_ddnn.data.datasets import load_image_data
 from timm_ddnn.evaluation.batches import load_batches

@@ -1,48 +1,51 @@
-"""Runs the training script with batch-norm statistics frozen, and records loss and gradient of its first updates.
-
-    python frozen_run.py FILE UPDATES SCRIPT ARGS...
-
-FILE.RANK gets a list per update: the losses of this process's batches, and the gradient of all parameters [N].
-"""
+"""Records loss and gradient of the first updates of a training run whose batch-norm statistics are frozen."""
 import os
-import runpy
-import sys
 
 import torch
 from torch import nn
 
 from timm_ddnn import EKDTask
 
-_, path, updates, script, *arguments = sys.argv
-records, losses = [], []
+
+class Recorded(BaseException):
+    """The run is not needed any longer."""
 
 
-def train(task, mode=True, original=nn.Module.train):
-    original(task, mode)
-    for module in task.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            original(module, False)
-    return task
+def plant(patch, file, updates):
+    """Freeze the statistics, and end the run by `Recorded` after some updates.
 
+    `file`.RANK gets a list per update: the losses of this process's batches, and the gradient of all parameters [N].
 
-def forward(task, *args, original=EKDTask.forward):
-    terms = original(task, *args)
-    losses.append(terms['loss'].item())
-    return terms
+    Args:
+        patch: pytest's monkeypatch, or what has its `setattr`.
+        file: Path of the records, without the rank.
+        updates: How many updates to record.
+    """
+    records, losses = [], []
 
+    def train(task, mode=True, original=nn.Module.train):
+        original(task, mode)
+        for module in task.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                original(module, False)
+        return task
 
-def step(optimizer, *args, original=torch.optim.SGD.step, **kwargs):
-    gradient = torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group['params']])
-    records.append((list(losses), gradient))
-    losses.clear()
-    if len(records) == int(updates):
-        torch.save(records, f'{path}.{os.environ.get("RANK", 0)}')
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        os._exit(0)
-    return original(optimizer, *args, **kwargs)
+    def forward(task, *args, original=EKDTask.forward, **kwargs):
+        terms = original(task, *args, **kwargs)
+        losses.append(terms['loss'].item())
+        return terms
 
+    def step(optimizer, *args, original=torch.optim.SGD.step, **kwargs):
+        gradient = torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group['params']])
+        records.append((list(losses), gradient))
+        losses.clear()
+        if len(records) == updates:
+            torch.save(records, f'{file}.{os.environ.get("RANK", 0)}')
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+            raise Recorded
+        return original(optimizer, *args, **kwargs)
 
-EKDTask.train, EKDTask.forward, torch.optim.SGD.step = train, forward, step
-sys.argv = [script, *arguments]
-runpy.run_path(script, run_name='__main__')
+    patch.setattr(EKDTask, 'train', train)
+    patch.setattr(EKDTask, 'forward', forward)
+    patch.setattr(torch.optim.SGD, 'step', step)

@@ -22,10 +22,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.hub_api import Handler
-from helpers.hub_repos import LFS_SUFFIXES, File, Repo, User
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http, disable_progress_bars, enable_progress_bars
+
+from helpers.hub_api import Handler
+from helpers.hub_repos import LFS_SUFFIXES, File, Repo, User
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -1,13 +1,11 @@
-"""Runs the training script until a moment that is given, and then kills it by SIGKILL.
+"""Kills a training run by SIGKILL at a moment that is given.
 
-    python killed_run.py LOG MOMENT SECONDS SCRIPT ARGS...
+    python killed_run.py LOG MOMENT SECONDS OPTIONS...
 
-MOMENT is 'step' or 'save': the kill comes SECONDS after the first step, or after a checkpoint begins to be written. Of
-several processes the last is killed, and writes LOG: a line with the count of updates at the start and after each
-update, 'save' when a checkpoint begins to be written, 'saved' when that has ended, and 'kill'.
+runs the command with these options, for launchers; a fork calls `plant` itself. Of several processes the last one is
+killed.
 """
 import os
-import runpy
 import signal
 import sys
 import threading
@@ -17,41 +15,47 @@ from timm.scheduler import CosineLRScheduler
 
 from timm_ddnn.train.checkpoint import Checkpoints
 
-_, log, moment, seconds, script, *arguments = sys.argv
-is_last = int(os.environ.get('RANK', 0)) + 1 == int(os.environ.get('WORLD_SIZE', 1))
-file = os.open(log if is_last else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-begun = threading.Event()
+
+def plant(log, moment, seconds):
+    """Kill this process some seconds after a moment: 'step', the first step, or 'save', the start of a checkpoint.
+
+    `log` gets a line with the count of updates at the start and after each update, 'save' when a checkpoint begins to
+    be written, 'saved' when that has ended, and 'kill'.
+    """
+    is_last = int(os.environ.get('RANK', 0)) + 1 == int(os.environ.get('WORLD_SIZE', 1))
+    file = os.open(log if is_last else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    begun = threading.Event()
+
+    def write(event):
+        os.write(file, f'{event}\n'.encode())
+
+    def kill():
+        begun.wait()
+        time.sleep(seconds)
+        write('kill')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def step_update(scheduler, num_updates, original=CosineLRScheduler.step_update):
+        write(num_updates)
+        if moment == 'step':
+            begun.set()
+        original(scheduler, num_updates)
+
+    def save(checkpoints, state, original=Checkpoints.save):
+        write('save')
+        if moment == 'save':
+            begun.set()
+        original(checkpoints, state)
+        write('saved')
+
+    CosineLRScheduler.step_update = step_update
+    Checkpoints.save = save
+    if is_last:
+        threading.Thread(target=kill, daemon=True).start()
 
 
-def write(event):
-    os.write(file, f'{event}\n'.encode())
+if __name__ == '__main__':
+    from timm_ddnn_cli.main import main
 
-
-def kill():
-    begun.wait()
-    time.sleep(float(seconds))
-    write('kill')
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def step_update(scheduler, num_updates, original=CosineLRScheduler.step_update):
-    write(num_updates)
-    if moment == 'step':
-        begun.set()
-    original(scheduler, num_updates)
-
-
-def save(checkpoints, *args, original=Checkpoints.save, **kwargs):
-    write('save')
-    if moment == 'save':
-        begun.set()
-    original(checkpoints, *args, **kwargs)
-    write('saved')
-
-
-CosineLRScheduler.step_update = step_update
-Checkpoints.save = save
-if is_last:
-    threading.Thread(target=kill, daemon=True).start()
-sys.argv = [script, *arguments]
-runpy.run_path(script, run_name='__main__')
+    plant(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    main(['train', *sys.argv[4:]])

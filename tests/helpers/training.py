@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+from timm_ddnn.data.loader import _kill_workers
 from timm_ddnn_cli.main import main
 
 from .image_files import write_parquet
@@ -69,6 +71,7 @@ def fork(*args, processes=1, before=None, log='log'):
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, 'w', buffering=1) for number in (1, 2))
         if processes > 1:
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
@@ -77,7 +80,10 @@ def fork(*args, processes=1, before=None, log='log'):
         torch.set_num_threads(1)
         if before:
             before()
-        run(*args)
+        try:
+            run(*args)
+        finally:
+            _kill_workers()  # forks do not come to the end of the program, where it is called
 
     forks = [multiprocessing.get_context('fork').Process(target=work, args=(rank,)) for rank in range(processes)]
     for process in forks:

@@ -2,23 +2,27 @@
 
 Reading and augmenting the images is in `images.py`. Models and losses need neither, nor the `datasets` library.
 """
-import glob
+import hashlib
+import json
 import logging
 import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch import nn
 
 from ..utils.errors import InputError
+from .folders import find_splits, read_folders
 
-__all__ = ['ImageData', 'class_names', 'load_image_data', 'match_classes', 'quiet_datasets']
+__all__ = ['ImageData', 'class_names', 'fingerprint', 'load_image_data', 'match_classes', 'quiet_datasets']
 
 
 _logger = logging.getLogger(__name__)
@@ -26,6 +30,7 @@ TRAIN_SPLITS = ('train',)
 VAL_SPLITS = ('validation', 'val', 'valid', 'test')
 INPUT_KEYS = ('image', 'img')
 TARGET_KEYS = ('label', 'labels', 'fine_label')
+MOST_HASHED_BYTES = 2 ** 28
 
 
 def quiet_datasets() -> None:
@@ -75,7 +80,7 @@ def load_image_data(
 
     Raises:
         FileNotFoundError: If there is no such data set, or a shard of it is missing.
-        ValueError: If a split or column cannot be told or does not exist, or labels are not integers 0..C-1.
+        InputError: If a split or column cannot be told or does not exist, or labels are not integers 0..C-1.
     """
     if name == 'digits':
         available = _load_digits()
@@ -88,14 +93,13 @@ def load_image_data(
 
     if os.path.isdir(name) and name != 'digits':
         files = {split: available[split] for split in roles.values()}
-        builder, options = 'parquet', {}
-        if not next(iter(files.values()))[0].endswith('.parquet'):
-            builder, options = 'imagefolder', {'drop_labels': False}  # folders are classes also where there is only one
-            _check_folders([Path(name) / split for split in files])
-        try:
-            available = datasets.load_dataset(builder, data_files=files, **options)
-        except Exception as e:  # datasets and the formats that it reads raise many types, and none that they share
-            raise ValueError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
+        if isinstance(next(iter(files.values())), Path):
+            available = read_folders(files)
+        else:
+            try:
+                available = datasets.load_dataset('parquet', data_files=files)
+            except Exception as e:  # datasets and pyarrow raise many types, and none that they share
+                raise InputError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
     splits = {role: available[split] for role, split in roles.items()}
 
     features = splits['validation'].features
@@ -105,9 +109,45 @@ def load_image_data(
         try:
             splits = {role: split.cast_column(input_key, datasets.Image()) for role, split in splits.items()}
         except (pa.ArrowException, TypeError, ValueError) as e:
-            raise ValueError(f'column {input_key!r} holds no images but {features[input_key]}') from e
+            raise InputError(f'column {input_key!r} holds no images but {features[input_key]}') from e
     class_names = _check_labels({roles[role]: split for role, split in splits.items()}, target_key, training)
     return ImageData(splits.get('train'), splits['validation'], input_key, target_key, class_names)
+
+
+def fingerprint(data: ImageData) -> dict[str, Any]:
+    """Compute what tells a data set from another, for a run that resumes.
+
+    Args:
+        data: What `load_image_data` found.
+
+    Returns:
+        How many images the splits have, and 'sha256', over names, sizes and classes of all images, and over their bytes
+        if these are at most 256 MiB. It does not depend on where the files lie, nor on their times.
+    """
+    splits = {'training_images': data.train, 'validation_images': data.validation}
+    digest = hashlib.sha256(json.dumps(data.class_names).encode())
+    total = 0
+    for split in splits.values():
+        for path, size, label in _image_sizes(split, data):
+            total += size
+            digest.update(f'{"/".join(Path(path).parts[-2:])} {size} {label}\n'.encode())
+    if total <= MOST_HASHED_BYTES:
+        for split in splits.values():
+            for row in split.cast_column(data.input_key, datasets.Image(decode=False)).select_columns(data.input_key):
+                image = row[data.input_key]
+                digest.update(Path(image['path']).read_bytes() if image['bytes'] is None else image['bytes'])
+    return {'sha256': digest.hexdigest(), **{name: len(split) for name, split in splits.items()}}
+
+
+def _image_sizes(split: datasets.Dataset, data: ImageData) -> Iterator[tuple[str, int, int]]:
+    """Path ('' without one), bytes and label of every image; the images are not read."""
+    columns = split.cast_column(data.input_key, datasets.Image(decode=False)).with_format('arrow')
+    for batch in columns.select_columns([data.input_key, data.target_key]).iter(1000):
+        images = batch[data.input_key].combine_chunks()
+        sizes = pc.binary_length(images.field('bytes')).to_pylist()
+        paths, labels = images.field('path').to_pylist(), batch[data.target_key].to_pylist()
+        for path, size, label in zip(paths, sizes, labels, strict=True):
+            yield path or '', os.path.getsize(path) if size is None else size, label
 
 
 def class_names(model: nn.Module) -> list[str] | None:
@@ -195,8 +235,8 @@ def _load_digits() -> datasets.DatasetDict:
     })
 
 
-def _find_files(folder: Path) -> dict[str, list[str]]:
-    """Map the splits in a folder to their parquet files, or to the pattern of their image files."""
+def _find_files(folder: Path) -> dict[str, list[str]] | dict[str, Path]:
+    """Map the splits in a folder to their parquet files, or to their folders of images."""
     for place in (folder, folder / 'data'):
         splits: dict[str, list[str]] = {}
         shards: Counter[tuple[str, str]] = Counter()
@@ -210,21 +250,10 @@ def _find_files(folder: Path) -> dict[str, list[str]]:
                 raise FileNotFoundError(f'split {split!r} in {str(place)!r} lacks some of its {int(count)} files')
         if splits:
             return splits
-    splits = {
-        path.name: [f'{glob.escape(str(path.resolve()))}/**'] for path in sorted(folder.iterdir())
-        if path.is_dir() and next(path.glob('*/*'), None)
-    }
-    if not splits:
+    folders = find_splits(folder)
+    if not folders:
         raise FileNotFoundError(f'folder {str(folder)!r} has neither SPLIT*.parquet nor SPLIT/CLASS/IMAGE files')
-    return splits
-
-
-def _check_folders(splits: list[Path]) -> None:
-    """Refuse images in folders of a class folder, whose labels would be those of the inner ones."""
-    for split in splits:
-        deeper = next(filter(Path.is_file, split.glob('*/*/*')), None)
-        if deeper and not any(split.glob('metadata.*')):
-            raise ValueError(f'images must lie in SPLIT/CLASS/, got {deeper}')
+    return folders
 
 
 def _load_from_hub(name: str) -> datasets.DatasetDict:
@@ -237,10 +266,10 @@ def _load_from_hub(name: str) -> datasets.DatasetDict:
 
 def _pick_split(available: dict[str, Any], given: str | None, usual: tuple[str, ...], flag: str) -> str:
     if given is not None and given not in available:
-        raise ValueError(f'{flag} must be one of the splits {sorted(available)}, got {given!r}')
+        raise InputError(f'{flag} must be one of the splits {sorted(available)}, got {given!r}')
     found = [split for split in usual if split in available] if given is None else [given]
     if not found:
-        raise ValueError(f'{flag} must name one of the splits {sorted(available)}: none is called {" or ".join(usual)}')
+        raise InputError(f'{flag} must name one of the splits {sorted(available)}: none is called {" or ".join(usual)}')
     return found[0]
 
 
@@ -254,13 +283,13 @@ def _pick_column(
     """Choose a column by the name given, else by its type, else by its name, the name deciding between several."""
     if given is not None:
         if given not in features:
-            raise ValueError(f'{flag} must be one of the columns {list(features)}, got {given!r}')
+            raise InputError(f'{flag} must be one of the columns {list(features)}, got {given!r}')
         return given
     found = [column for column, feature in features.items() if isinstance(feature, kind)] or list(features)
     if len(found) > 1 or not isinstance(features[found[0]], kind):
         found = [column for column in found if column in usual]
     if len(found) != 1:
-        raise ValueError(f'{flag} must name one of the columns {list(features)}: which of them it is cannot be told')
+        raise InputError(f'{flag} must name one of the columns {list(features)}: which of them it is cannot be told')
     return found[0]
 
 
@@ -270,10 +299,10 @@ def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool)
     for split, data in splits.items():
         column = data.select_columns(key).with_format('arrow')[:][key]
         if not len(column):
-            raise ValueError(f'split {split!r} is empty')
+            raise InputError(f'split {split!r} is empty')
         if column.null_count or not pa.types.is_integer(column.type):
             got = f'nothing in row {column.is_null().index(True)}' if column.null_count else column.type
-            raise ValueError(f'column {key!r} must hold integers 0..C-1, got {got} in split {split!r}')
+            raise InputError(f'column {key!r} must hold integers 0..C-1, got {got} in split {split!r}')
         labels[split] = column.to_numpy()
 
     feature = next(iter(splits.values())).features[key]
@@ -284,11 +313,11 @@ def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool)
         # Where it is trained on, every label is there, else the numbers do not begin at 0 or have holes
         class_names = [str(i) for i in range(len(present) if training else int(present[-1]) + 1)]
     if training and len(class_names) < 2:
-        raise ValueError(f'column {key!r} must name at least 2 classes, got {class_names}')
+        raise InputError(f'column {key!r} must name at least 2 classes, got {class_names}')
     for split, values in labels.items():
         wrong = np.flatnonzero((values < 0) | (values >= len(class_names)))
         if len(wrong):
-            raise ValueError(
+            raise InputError(
                 f'labels must be 0..{len(class_names) - 1} for {len(class_names)} classes, '
                 f'got {values[wrong[0]]} in row {wrong[0]} of split {split!r}'
             )

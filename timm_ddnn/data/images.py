@@ -29,12 +29,11 @@ class ImageReadError(InputError):
 
     on_every_process = True
 
-    def __str__(self) -> str:
-        """Return the message. A loader raises the error of a worker process anew, with a traceback as the message."""
-        message = super().__str__()
-        if 'in DataLoader worker process' not in message:
-            return message
-        return message.strip().splitlines()[-1].partition(': ')[2]
+    def __init__(self, message: str) -> None:
+        """Keep the message; a loader raises the error of a worker process anew, with a traceback as the message."""
+        if 'in DataLoader worker process' in message:
+            message = message.strip().splitlines()[-1].partition(': ')[2]
+        super().__init__(message)
 
 
 @contextmanager
@@ -65,10 +64,10 @@ def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
         mode: 'L' or 'RGB'.
 
     Raises:
-        ValueError: If the image has deeper values, which PIL would cut off at 255.
+        InputError: If the image has deeper values, which PIL would cut off at 255.
     """
     if image.mode[0] in 'IF':
-        raise ValueError(f'pixels must be of 8 bits, got mode {image.mode!r}: scale them to 0..255')
+        raise InputError(f'pixels must be of 8 bits, got mode {image.mode!r}: scale them to 0..255')
     return image.convert(mode)
 
 
@@ -95,10 +94,10 @@ class Images(Dataset):
                 long as decoding a small image.
 
         Raises:
-            ValueError: If `in_chans` is neither 1 nor 3.
+            InputError: If `in_chans` is neither 1 nor 3.
         """
         if in_chans not in (1, 3):
-            raise ValueError(f'in_chans must be 1 or 3, got {in_chans!r}')
+            raise InputError(f'in_chans must be 1 or 3, got {in_chans!r}')
         self.data = getattr(data, split)
         self.input_key = data.input_key
         self.target_key = data.target_key

@@ -112,7 +112,11 @@ class DynamicDepthMixin(StateDictMixin):
         maps: dict[int, dict[int, torch.Tensor]] = {}
         for i, d in enumerate(depths):
             # It starts from the map behind which its path leaves that of the net before it that it shares most with
-            start, source = max(((count_shared_blocks(blocks[d], blocks[e]), e) for e in maps), default=(0, d))
+            start, source = 0, d
+            for e in maps:
+                shared = count_shared_blocks(blocks[d], blocks[e])
+                if shared > start:
+                    start, source = shared, e
             stops = {start, *ends[d], *(count_shared_blocks(blocks[d], blocks[e]) for e in depths[i + 1:])}
             known = {count: y for count, y in maps.get(source, {}).items() if count <= start}
             maps[d] = known | self.run_blocks(known.get(start, x), self._path(d), start, stops)

@@ -58,6 +58,9 @@ class StateDictMixin(SharedWeightsMixin):
                     f'Depths {self.depths[1:]} are not trained: these weights hold depth {self.depths[0]} alone. '
                     'Train them, or calibrate their statistics.'
                 )
+        for name, tensor in own.items() if state_dict else ():
+            if name.endswith('.num_batches_tracked'):  # files of before PyTorch 0.4.1 and of frozen norms have none
+                state_dict.setdefault(name, torch.zeros_like(tensor, device='cpu'))
         return state_dict
 
     def _check_names(self, given: Iterable[str], own: Iterable[str], alone: bool) -> None:
@@ -78,7 +81,7 @@ class StateDictMixin(SharedWeightsMixin):
         head = self.get_classifier(name_only=True)
         missing = [
             name for name in own if name not in given and not name.startswith(f'{head}.')
-            and not name.endswith('.num_batches_tracked')  # which PyTorch completes where a file may lack it
+            and not name.endswith('.num_batches_tracked')
             and not (alone and name.startswith('subnets.'))
         ]
         if missing:

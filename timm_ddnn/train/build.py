@@ -103,7 +103,8 @@ def create_model(
             f'{twice[0]}')
     if not args.evaluate and num_classes < len(data.class_names):
         raise InputError(f'--num-classes must be at least {len(data.class_names)} for this data set, got {num_classes}')
-    model = create_ddnn(args.model, **options, **dict(args.model_kwargs))
+    given = {name: value for name, value in options.items() if value is not None}
+    model = create_ddnn(args.model, **given, **dict(args.model_kwargs))
     if args.pretrained or args.initial_checkpoint:
         data = match_classes(data, model, more=bool(args.num_classes))
     elif ':' in resolve_name(args.model):
