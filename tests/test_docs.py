@@ -93,7 +93,7 @@ def test_names_of_the_package_exist():
 
 @pytest.mark.parametrize('name', list(EXPECTED_DEPTHS))
 def test_tables_of_models(name):
-    """Catches costs of another model, a model that a table lacks, and a counter that counts otherwise than the field."""
+    """Catches costs of another model, a row that is missing, and a counter that counts otherwise than the field."""
     model = timm.create_model(name, device='meta')
     costs = count_costs(model, model.pretrained_cfg['input_size'])
     if name in PUBLISHED:
