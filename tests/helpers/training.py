@@ -53,7 +53,7 @@ def run(*args, on_gpu=False):
             worker.terminate()  # else the garbage collector waits five seconds for each, in any later test
 
 
-def fork(*args, processes=1, before=None, log='log'):
+def fork(*args, processes=1, before=None, log='log', program=run):
     """Start the command in forks of this process, which are ready at once; wait by `join`.
 
     Args:
@@ -61,6 +61,7 @@ def fork(*args, processes=1, before=None, log='log'):
         processes: How many train together.
         before: Called in each of them at first, to patch what it runs.
         log: File that they write stdout and stderr to.
+        program: Called with the options.
     """
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -81,7 +82,7 @@ def fork(*args, processes=1, before=None, log='log'):
         if before:
             before()
         try:
-            run(*args)
+            program(*args)
         finally:
             _kill_workers()  # forks do not come to the end of the program, where it is called
 

@@ -38,6 +38,7 @@ class SubNetModule(nn.Module):
         """
         super().__init__()
         vars(self)['_place'] = (parent, name)  # not as an attribute, which would register the parent here
+        self._is_norm = False
         original = self.original
         self.training = original.training
         self._is_norm = original in find_norms(original)
@@ -53,9 +54,18 @@ class SubNetModule(nn.Module):
 
     @property
     def original(self) -> nn.Module:
-        """The module of the full-net."""
+        """The module of the full-net.
+
+        Raises:
+            InputError: If something has put a module without running statistics in the place of a norm.
+        """
         parent, name = self._place
-        return parent._modules[name]
+        module = parent._modules[name]
+        if self._is_norm and 'running_mean' not in module._buffers:
+            raise InputError(
+                f'a norm whose statistics differ by depth was replaced by {type(module).__name__}: convert what '
+                'extract(depth) returns, not a model of several depths')
+        return module
 
     @property
     def momentum(self) -> float | None:
@@ -83,17 +93,9 @@ class SubNetModule(nn.Module):
         return module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute what the full-net's module computes, by the statistics of this one.
-
-        Raises:
-            InputError: If something has put a module without running statistics in the place of a norm.
-        """
+        """Compute what the full-net's module computes, by the statistics of this one."""
         original, module = self.original, self._assemble()
         if self._is_norm:
-            if 'running_mean' not in original._buffers:
-                raise InputError(
-                    f'a norm whose statistics differ by depth was replaced by {type(original).__name__}: convert what '
-                    'extract(depth) returns, not a model of several depths')
             for hook in original._forward_pre_hooks.values():  # by which torch.nn.utils.prune masks weights
                 hook(module, (x,))
             if isinstance(x, torch.fx.Proxy):  # torch.fx does not trace into norms of torch.nn, whose check it cannot
