@@ -99,7 +99,7 @@ def join(forks, log='log', timeout=120):
         if process.is_alive():
             process.kill()
             process.join()
-    return [process.exitcode for process in forks], Path(log).read_text()
+    return [process.exitcode for process in forks], Path(log).read_text(errors='replace')
 
 
 def read(folder, file='summary.json'):
