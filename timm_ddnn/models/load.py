@@ -7,18 +7,18 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import timm
-import torch
-from timm.models import is_model, is_model_pretrained, list_pretrained, load_state_dict, parse_model_name
+from timm.models import is_model, is_model_pretrained, list_pretrained, parse_model_name
 from torch import nn
 
 from ..utils.costs import count_costs
 from ..utils.errors import InputError
+from ..weights.build import judge_arguments
 from ..weights.download import ARCHITECTURES, SavedConfig, read_config
-from ..weights.weight_checks import check_tensors
-from .dynamic_depth import DynamicDepthMixin
+from ..weights.weight_checks import check_tensors, read_checkpoint
 
 __all__ = [
     'create_ddnn', 'list_models', 'load_model', 'load_teacher', 'resolve_name', 'saved_results', 'warn_of_untrained',
@@ -35,9 +35,12 @@ def resolve_name(name: str) -> str:
         name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a model. A folder with a
             config.json goes before a model of the same name.
     """
+    registered = is_model(name.split('.')[0])
     if os.path.isfile(os.path.join(name, 'config.json')):
+        if registered:
+            _logger.warning(f'the folder {name!r} is taken, not the model of that name')
         return f'local-dir:{name}'
-    return f'local-dir:{name}' if os.path.isdir(name) and not is_model(name.split('.')[0]) else name
+    return f'local-dir:{name}' if os.path.isdir(name) and not registered else name
 
 
 @contextmanager
@@ -70,10 +73,13 @@ def _find(name: str, pretrained: bool, cache_dir: str | None) -> tuple[str, Save
 
 
 def _create(name: str, config: SavedConfig | None, **kwargs: Any) -> nn.Module:
-    if config is None:
-        return timm.create_model(name, **kwargs)
-    args = config.model_args
-    return timm.create_model(name, pretrained_cfg=config, **{**args, 'pretrained_model_args': dict(args), **kwargs})
+    if config is not None:
+        args = config.model_args
+        return timm.create_model(name, pretrained_cfg=config, **{**args, 'pretrained_model_args': dict(args), **kwargs})
+    if kwargs.keys() - {'pretrained', 'cache_dir'}:
+        trial = {**kwargs, 'pretrained': False, 'device': 'meta'}
+        judge_arguments(partial(timm.create_model, name), name.split('.')[0], **trial)
+    return timm.create_model(name, **kwargs)
 
 
 def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Module:
@@ -98,27 +104,15 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
         raise wrong
     with _naming(name, checkpoint_path):
         found, config = _find(name, kwargs.get('pretrained', False), kwargs.get('cache_dir'))
-        if found.split('.')[0] not in known:
-            raise wrong
+    if found.split('.')[0] not in known:
+        raise wrong
+    with _naming(name, checkpoint_path):
         model = _create(found, config, **kwargs)
         if checkpoint_path:
-            _load_checkpoint(model, checkpoint_path)
+            tensors = read_checkpoint(checkpoint_path)
+            check_tensors(tensors, model, checkpoint_path)
+            model.load_state_dict(tensors)
     return model
-
-
-def _load_checkpoint(model: DynamicDepthMixin, path: str) -> None:
-    if not os.path.isfile(path):
-        raise FileNotFoundError('there is no such file')
-    try:
-        weights = load_state_dict(path)
-    except OSError:
-        raise
-    except Exception as e:  # of timm, safetensors, torch and pickle, which name many types
-        raise InputError(f'it is not a file of weights: {type(e).__name__}') from e
-    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise InputError('it is not a file of weights: it holds more than tensors')
-    check_tensors(weights, model, path)
-    model.load_state_dict(weights)
 
 
 def load_model(name: str) -> nn.Module:
@@ -145,12 +139,14 @@ def load_teacher(name: str) -> nn.Module:
     name = resolve_name(name)
     with _naming(name):
         found, config = _find(name, True, None)
-        try:
+        if found.startswith(ARCHITECTURES):
             return _create(found, config, pretrained=True)
-        except Exception as e:  # what timm raises for files of its own architectures
-            if found.startswith(ARCHITECTURES):
-                raise
+        try:
+            net = _create(found, config, pretrained=True)
+        except Exception as e:  # by which timm judges files of its own architectures
             raise InputError(str(e) or type(e).__name__) from e
+        check_tensors(dict(net.named_parameters()), net, name, whole=False)
+    return net
 
 
 def saved_results(model: nn.Module) -> list[dict[str, Any]]:

@@ -1,11 +1,9 @@
 """What a config.json from elsewhere may ask for: tables of its entries, and the size of what it would build."""
-import math
 from collections.abc import Mapping
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
 from torch import nn
 
 from ..utils.errors import InputError
@@ -153,22 +151,24 @@ def check_names(cls: type[nn.Module], model_args: Mapping[str, Any], *, saved: b
         raise InputError(f'{where} must be of {sorted(known)}, got {brief(unknown)}')
 
 
-def check_size(model: nn.Module, weights: Path | None) -> None:
+def check_size(model: nn.Module, weights: Mapping[str, torch.Tensor] | None) -> None:
     """Check that a model that a config.json from elsewhere describes is not much larger than its weights.
 
     Args:
         model: The model, on the meta device.
-        weights: The safetensors file that is to be loaded, if any.
+        weights: The tensors that are to be loaded, if any.
 
     Raises:
         InputError: If it is.
     """
-    count, held = sum(tensor.numel() for tensor in model.state_dict().values()), ''
-    allowed = MAX_PARAMETERS
+    count, held, allowed = _count(model.state_dict()), '', MAX_PARAMETERS
     if weights is not None:
-        with safe_open(weights, framework='pt') as file:
-            size = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        size = _count(weights)
         allowed = 2 * size + 100_000_000  # a larger classifier, and statistics of sub-nets that the file has not
         held = f', the weights hold {size}'
     if count > allowed:
         raise InputError(f'config.json must describe a model of at most {allowed} values, got {count}{held}')
+
+
+def _count(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
