@@ -150,7 +150,7 @@ def test_default_cfg_describes_the_model(name):
     x = torch.empty(1, *cfg['input_size'], device='meta')
     assert model.forward_features(x).shape[-2:] == tuple(cfg['pool_size'])
     assert model(x).shape == (1, cfg['num_classes'])
-    with pytest.raises(TypeError, match='not_an_argument'):
+    with pytest.raises(InputError, match='not_an_argument'):
         timm.create_model(name, device='meta', not_an_argument=1)
 
 
