@@ -1,10 +1,13 @@
 """Models from a name that a user typed: what is found, what is wrong input, and what is a bug."""
+import argparse
 import shutil
 
 import pytest
 import timm
 import torch
+import yaml
 from helpers.small_models import make_model, save
+from timm.utils import CheckpointSaver
 
 from timm_ddnn.models.dynamic_depth import DynamicDepthMixin
 from timm_ddnn.models.load import create_ddnn, load_model, load_teacher, resolve_name, saved_results
@@ -100,3 +103,59 @@ def test_results_are_those_of_the_weights_that_were_loaded(folder):
     assert saved_results(create_ddnn('net', checkpoint_path='net/model.safetensors')) == []
     assert saved_results(timm.create_model('ddnn_resnet32')) == []
     assert len(saved_results(timm.create_model('ddnn_resnet20', pretrained=True))) == 3
+
+
+def timm_run(folder, name, model, ema=None, **args):
+    """Write what timm's train.py leaves: arguments, and checkpoints by its own saver."""
+    folder.mkdir()
+    unset = dict.fromkeys(('num_classes', 'in_chans', 'img_size', 'input_size', 'gp', 'mean', 'std', 'crop_pct'))
+    args = {'model': name, **unset, 'interpolation': '', 'model_kwargs': {}, **args}
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args, default_flow_style=False))
+    saver = CheckpointSaver(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), args=argparse.Namespace(**args), checkpoint_dir=str(folder),
+        recovery_dir=str(folder), model_ema=ema)
+    saver.save_checkpoint(0, metric=1.0)
+    return folder
+
+
+def test_a_run_of_timms_script_is_a_model_and_a_teacher(tmp_path):
+    """Catches a training by timm's own script whose result no command takes, or takes with random weights."""
+    model = make_model(in_chans=1)
+    folder = timm_run(tmp_path / 'run', 'ddnn_resnet20', model, in_chans=1, img_size=48, mean=[0.5], std=[0.2],
+                      model_kwargs={'channels': [4, 8, 16]})
+    x = torch.randn(2, 1, 48, 48)
+    for loaded in (load_model(str(folder)), load_teacher(f'local-dir:{folder}').eval()):
+        assert loaded.trained_depths == (20, 14, 8)
+        assert torch.equal(loaded(x, depth=14), model(x, depth=14))
+        assert loaded.pretrained_cfg['input_size'] == (1, 48, 48)
+        assert loaded.pretrained_cfg['mean'] == [0.5] and loaded.pretrained_cfg['crop_pct'] == 1.0
+        assert saved_results(loaded) == [] and 'label_names' not in loaded.pretrained_cfg
+    assert create_ddnn(str(folder)).num_classes == 10
+    assert not torch.equal(create_ddnn(str(folder)).conv1.weight, model.conv1.weight)
+
+    net = timm.create_model('resnet18', num_classes=7).eval()
+    ema = timm.create_model('resnet18', num_classes=7).eval()
+    teacher = load_teacher(str(timm_run(tmp_path / 'stock', 'resnet18', net, ema=ema))).eval()
+    assert teacher.num_classes == 7
+    assert torch.equal(teacher.fc.weight, ema.fc.weight) != torch.equal(teacher.fc.weight, net.fc.weight)
+
+
+@pytest.mark.parametrize(('name', 'content', 'message'), [
+    ('args.yaml', '[', r'args\.yaml must be YAML'),
+    ('args.yaml', '[]', r'args\.yaml must be an object'),
+    ('args.yaml', 'model: none', r'model in .*args\.yaml must be one of'),
+    ('args.yaml', 'model: ddnn_resnet20\nmodel_kwargs: {surprise: 1}', 'surprise'),
+    ('args.yaml', None, 'has no config.json'),
+    ('model_best.pth.tar', '0', r'model_best\.pth\.tar is not a file of weights'),
+    ('*.pth.tar', None, 'has no config.json'),
+])
+def test_a_damaged_run_of_timms_script_is_wrong_input(tmp_path, name, content, message):
+    """Catches tracebacks for what a killed training left."""
+    folder = timm_run(tmp_path / 'run', 'ddnn_resnet20', timm.create_model('ddnn_resnet20'))
+    for path in list(folder.glob(name)):
+        path.unlink()
+        if content is not None:
+            path.write_text(content)
+    for load in (load_model, load_teacher):
+        with pytest.raises(InputError, match=message):
+            load(str(folder))

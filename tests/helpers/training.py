@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
@@ -63,6 +64,8 @@ def fork(*args, processes=1, before=None, log='log', program=run):
         log: File that they write stdout and stderr to.
         program: Called with the options.
     """
+    if not hasattr(os, 'fork'):
+        pytest.skip('this system has no forks')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -99,7 +102,7 @@ def join(forks, log='log', timeout=120):
         if process.is_alive():
             process.kill()
             process.join()
-    return [process.exitcode for process in forks], Path(log).read_text()
+    return [process.exitcode for process in forks], Path(log).read_text(errors='replace')
 
 
 def read(folder, file='summary.json'):

@@ -54,8 +54,10 @@ def build_model(
     if from_config:
         check_names(cls, kwargs.get('pretrained_model_args') or {}, saved=True)
     overlay, weights = dict(pretrained_cfg_overlay or {}), None
-    if given.get('state_dict') or any(overlay.get(key) for key in ('file', 'url', 'state_dict', 'hf_hub_id')):
-        # what the caller names goes before weights that come with this library or lie beside a config.json
+    # weights that the caller names go before those that come with this library or lie beside a config.json
+    if any(overlay.get(key) for key in ('file', 'url', 'state_dict', 'hf_hub_id')):
+        overlay, saved = {**dict.fromkeys(('source', 'file', 'tag', 'label_names')), **overlay}, None
+    elif given.get('state_dict'):
         overlay, saved = {'source': None, 'file': None, **overlay}, None
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict()
