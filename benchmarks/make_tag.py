@@ -83,7 +83,7 @@ def main():
             for parameter in model.parameters():
                 parameter.data = parameter.data.half() if parameter.ndim > 1 else parameter.data
         save_model(model, folder, data_config=data_config, class_names=names, rows=[])
-        result = evaluate_model(str(folder), str(data_folder(best.data, args.folder.resolve())), per_class=True)
+        result = evaluate_model(str(folder), str(data_folder(best.data, args.folder.resolve())))
         rows = [{key: row[key] for key in ROW} for row in result['depths']]
         save_model(model, folder, data_config=data_config, class_names=names, rows=rows)
     measured = RESULTS / 'weights' / tag

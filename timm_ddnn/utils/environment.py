@@ -1,4 +1,6 @@
 """The machine that a number was measured on, and its devices."""
+import copy
+import functools
 import os
 import platform
 import subprocess
@@ -46,6 +48,11 @@ def describe_machine() -> dict[str, Any]:
         cpu_cores, memory_gib, gpus), git (commit of the checkout that holds this library, and whether it is dirty; None
         outside of a checkout).
     """
+    return copy.deepcopy(_describe_once())
+
+
+@functools.cache
+def _describe_once() -> dict[str, Any]:
     cpu = platform.processor()
     if os.path.exists('/proc/cpuinfo'):
         lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
