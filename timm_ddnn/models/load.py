@@ -114,6 +114,8 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
     if found.split('.')[0] not in known:
         raise wrong
     with _naming(name, checkpoint_path):
+        if 'device' in kwargs:
+            raise InputError('device is not an argument of a model here: it is made on the CPU, and then moved')
         model = _create(found, saved, **kwargs)
         if checkpoint_path:
             tensors = read_checkpoint(checkpoint_path)

@@ -92,6 +92,9 @@ class SubNetModule(nn.Module):
         for kind in ('_parameters', '_buffers', '_modules'):
             if own := getattr(self, kind):
                 state[kind] = {**state[kind], **own}
+        for name, child in self.named_children():
+            if isinstance(child.original, (nn.ModuleList, nn.ModuleDict)):  # which is not called but iterated over
+                state['_modules'][name] = child._assemble()
         if 'weight' in original._buffers:  # scale and shift were frozen
             state['_parameters'] = {name: p.detach() for name, p in module._parameters.items() if p is not None}
         return module
@@ -176,10 +179,15 @@ class SharedWeightsMixin:
             **kwargs: Arguments of the parent class.
 
         Raises:
-            InputError: If the blocks of a sub-net are not within the full-net's, if two nets have the same depth, or
-                if no net has the default depth asked for.
+            InputError: If a layer has no channels, a classifier no pooling before it, the blocks of a sub-net are not
+                within the full-net's, two nets have the same depth, or no net has the default depth asked for.
         """
         super().__init__(block, layers, **kwargs)
+        if self.num_classes and self.global_pool.is_identity():
+            raise InputError("global_pool must not be '' where there is a classifier, num_classes of at least 1")
+        empty = [name for name, p in self.named_parameters() if not p.numel()]
+        if empty:
+            raise InputError(f'channels must be at least 1 everywhere, got none in {empty[0]!r}')
         self._plain_args = {k: v for k, v in kwargs.items() if k not in ('device', 'dtype')} | {'block': block}
         self._layers_per_block = 3 if issubclass(block, Bottleneck) else 2
         self._blocks: dict[int, Blocks] = {self._depth_of(layers): tuple(layers)}
