@@ -160,9 +160,10 @@ def accelerate_setting(monkeypatch):
 @pytest.mark.parametrize('name, value, message', [
     ('DYNAMO_BACKEND', 'EAGER', 'dynamo_backend of accelerate must be NO, because --torchcompile compiles, got EAGER'),
     ('MIXED_PRECISION', 'int8', 'mixed_precision of accelerate must be no, bf16 or fp16, got int8'),
-    ('MIXED_PRECISION', 'half', 'settings of accelerate are wrong: .*half'),
+    ('TORCH_DEVICE', 'foo', 'accelerate cannot be set up: .*foo'),
+    ('MIXED_PRECISION', 'half', 'accelerate cannot be set up: .*half'),
     ('GRADIENT_ACCUMULATION_STEPS', '0', 'gradient_accumulation_steps of accelerate must be at least 1, got 0'),
-    ('GRADIENT_ACCUMULATION_STEPS', 'two', 'settings of accelerate are wrong: .*two'),
+    ('GRADIENT_ACCUMULATION_STEPS', 'two', 'accelerate cannot be set up: .*two'),
 ])
 def test_settings_of_accelerate_that_do_not_go_with_training(name, value, message, accelerate_setting, capfd):
     """Catches a run that trains otherwise than its summary says, because of the environment."""
