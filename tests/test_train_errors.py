@@ -78,7 +78,7 @@ WRONG = [
     ('--dataset damaged -b 2 -j 2', r'row 3 of split .train. \(no file name\) cannot be read: unknown format'),
     ('--val-split foo', r"--val-split must be one of the splits \['train', 'validation'\], got 'foo'"),
     ('--output file', '--output must be a folder, got the file file'),
-    ('--output file/out', r"Not a directory: 'file/out'"),
+    ('--output file/out', r"Not a directory: 'file/out/checkpoints'"),
     ('--batch-size 0', "batch-size: must be an integer from 1 to .*, got '0'"),
     ('--batch-size 1438', '--batch-size must be at most 1437 for 1437 images, got 1438'),
     ('--batch-size 7 --mixup 0.2', '--batch-size must be even for .*, got 7'),
@@ -160,9 +160,9 @@ def accelerate_setting(monkeypatch):
 @pytest.mark.parametrize('name, value, message', [
     ('DYNAMO_BACKEND', 'EAGER', 'dynamo_backend of accelerate must be NO, because --torchcompile compiles, got EAGER'),
     ('MIXED_PRECISION', 'int8', 'mixed_precision of accelerate must be no, bf16 or fp16, got int8'),
-    ('MIXED_PRECISION', 'half', 'settings of accelerate are wrong: .*half'),
+    ('TORCH_DEVICE', 'foo', 'accelerate cannot be set up: .*foo'),
     ('GRADIENT_ACCUMULATION_STEPS', '0', 'gradient_accumulation_steps of accelerate must be at least 1, got 0'),
-    ('GRADIENT_ACCUMULATION_STEPS', 'two', 'settings of accelerate are wrong: .*two'),
+    ('GRADIENT_ACCUMULATION_STEPS', 'two', 'accelerate cannot be set up: .*two'),
 ])
 def test_settings_of_accelerate_that_do_not_go_with_training(name, value, message, accelerate_setting, capfd):
     """Catches a run that trains otherwise than its summary says, because of the environment."""
