@@ -47,7 +47,7 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     assert str(target.relative_to(tmp_path)) in shown
     assert {path.name for path in target.iterdir()} == {'README.md', 'accuracy.png', 'config.json', 'model.safetensors'}
     for path in target.iterdir():
-        assert re.search(rf'{re.escape(path.name)} .* {path.stat().st_size:,} ', shown)
+        assert re.search(rf'{re.escape(path.name)} +{path.stat().st_size:,}\n', shown)
 
     _, metadata, card = (target / 'README.md').read_text(encoding='utf-8').split('---\n', 2)
     metadata = yaml.safe_load(metadata)
