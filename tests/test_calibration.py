@@ -106,7 +106,7 @@ def test_images_that_give_no_statistics_leave_everything_as_it_was(small, value)
     before = {k: v.clone() for k, v in small.state_dict().items()}
     data = batches()
     data[1][0][3, 0, 5, 5] = value
-    with pytest.raises(InputError, match='loader must give finite images'):
+    with pytest.raises(InputError, match='loader must give images whose maps are finite'):
         calibrate_bn(small, data, depth='all')
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
     assert small.trained_depths == ()

@@ -70,7 +70,7 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int | str | Seq
         if not num_images:
             raise InputError('loader gave no images')
         if not all(buffer.isfinite().all() for norm in norms for buffer in norm.buffers()):
-            raise InputError('loader must give finite images, whose maps are finite; got such as give NaN or inf')
+            raise InputError('loader must give images whose maps are finite, got statistics of NaN or inf')
     except BaseException:
         for norm, old in zip(norms, statistics, strict=True):
             for name, buffer in norm.named_buffers():

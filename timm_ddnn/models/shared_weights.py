@@ -89,14 +89,19 @@ class SubNetModule(nn.Module):
         state = vars(module)
         state.update(vars(original))
         state['training'] = self.training
-        for kind in ('_parameters', '_buffers', '_modules'):
-            if own := getattr(self, kind):
-                state[kind] = {**state[kind], **own}
-        for name, child in self.named_children():
-            if isinstance(child.original, (nn.ModuleList, nn.ModuleDict)):  # which is not called but iterated over
-                state['_modules'][name] = child._assemble()
-        if 'weight' in original._buffers:  # scale and shift were frozen
-            state['_parameters'] = {name: p.detach() for name, p in module._parameters.items() if p is not None}
+        parameters, buffers, modules = self._parameters, self._buffers, self._modules
+        if parameters and 'weight' in original._buffers:  # scale and shift were frozen
+            parameters, buffers = {}, buffers | {name: p.detach() for name, p in parameters.items()}
+        if parameters:
+            state['_parameters'] = original._parameters | parameters
+        if buffers:
+            state['_buffers'] = original._buffers | buffers
+        if modules:
+            state['_modules'] = original._modules | {
+                # a list of modules is not called but iterated over
+                name: child._assemble() if isinstance(child.original, (nn.ModuleList, nn.ModuleDict)) else child
+                for name, child in modules.items()
+            }
         return module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,12 +116,9 @@ class SubNetModule(nn.Module):
 
     def extract(self) -> nn.Module:
         """Copy the module with the statistics of this one."""
-        module = copy.deepcopy(self.original)
-        module.training = self.training
-        module._parameters.update(copy.deepcopy(self._parameters))
-        module._buffers.update(copy.deepcopy(self._buffers))
-        module._modules.update((name, child.extract()) for name, child in self.named_children())
-        return module
+        module = self._assemble()
+        vars(module)['_modules'] = module._modules | {name: child.extract() for name, child in self.named_children()}
+        return copy.deepcopy(module)
 
 
 class SubNets(nn.ModuleDict):
