@@ -60,7 +60,7 @@ def check_place(tag, run):
     """
     evaluation = RESULTS / 'weights' / tag / 'evaluation.json'
     if evaluation.exists():
-        names = json.loads(evaluation.read_text())['run'], run
+        names = json.loads(evaluation.read_text(encoding='utf-8'))['run'], run
         there, here = (split_name(name.rpartition('/')[2])[0] for name in names)
         if there != here:
             raise InputError(f'{tag} must be of {there}, as it is now, got {here}: remove {evaluation.parent} first')

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import time
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from filelock import FileLock
 from helpers.killed_run import plant
 from helpers.training import (
     FAST,
@@ -32,6 +35,8 @@ from safetensors.torch import load_file
 from timm_ddnn import EKDLoss
 from timm_ddnn.train.checkpoint import CheckpointError, Checkpoints
 from timm_ddnn.train.signals import EXIT_STOPPED
+from timm_ddnn.train.state import TrainState
+from timm_ddnn.utils.files import file_sha256
 
 pytestmark = pytest.mark.usefixtures('surroundings')
 
@@ -245,6 +250,11 @@ def test_resume_auto_begins_where_there_is_nothing():
     assert checkpoints('out') == ['step-00000004']
 
 
+def files_of(folder):
+    return {
+        path: path.read_bytes() for path in Path(folder).rglob('*') if path.is_file() and path.name != '.lock'}
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['--output', 'out'], 'out has checkpoints: resume by --resume auto, or choose another folder'),
     (['--resume', 'auto'], '--resume auto needs --output'),
@@ -260,12 +270,79 @@ def test_resume_auto_begins_where_there_is_nothing():
 def test_wrong_ways_to_resume(arguments, message, copy_of, capfd):
     """Catches a run that resumes with something else than it began with, and one that overwrites another."""
     copy_of(10)
-    before = {path: path.read_bytes() for path in Path('out').rglob('*') if path.is_file()}
+    before = files_of('out')
     with pytest.raises(SystemExit) as exit_info:
         run(*FULL, *arguments)
     assert exit_info.value.code == 2
     fail_on(capfd, message)
-    assert {path: path.read_bytes() for path in Path('out').rglob('*') if path.is_file()} == before
+    assert files_of('out') == before
+
+
+def test_what_is_the_users_stays(tmp_path):
+    """Catches a copy of a checkpoint that is deleted, or takes the place of one, and a link that stops every save."""
+    options = [*PLAIN, '-b', 44, '--checkpoint-interval', 2, '--output', 'out']  # of 16 updates
+    run(*options, '--checkpoint-hist', 9)
+    folder = Path('out/checkpoints')
+    for updates in (12, 14, 16):
+        shutil.rmtree(folder / f'step-{updates:08d}')
+    shutil.copytree(folder / 'step-00000008', folder / 'step-00000008-good')
+    shutil.copytree(folder / 'step-00000008', folder / 'step-saved')
+    shutil.move(folder / 'step-00000010', tmp_path / 'moved')
+    (folder / 'step-00000010').symlink_to(tmp_path / 'moved')
+    (folder / 'step-00000012').symlink_to(tmp_path / 'nowhere')
+    (folder / 'step-00000014').write_text('a file')
+    run(*options, '--checkpoint-hist', 1, '--resume', 'auto')
+    best = max(history('out'), key=lambda record: record['top1'])['updates']
+    assert set(checkpoints('out')) == {f'step-{best:08d}', 'step-00000016', 'step-00000008-good', 'step-saved'}
+    assert (tmp_path / 'moved' / 'state.json').exists()
+
+
+def test_random_states_that_do_not_load_are_an_error(copy_of, capfd):
+    """Catches a run that resumes with other random numbers: accelerate passes over states that it cannot load."""
+    copy_of(5)
+    folder = Path('out/checkpoints/step-00000005')
+    torch.save({'step': 10, 'random_state': 'other'}, folder / 'random_states_0.pkl')
+    checksums = json.loads((folder / 'checksums.json').read_text())
+    file = folder / 'random_states_0.pkl'
+    checksums[file.name] = {'bytes': file.stat().st_size, 'sha256': file_sha256(file)}
+    (folder / 'checksums.json').write_text(json.dumps(checksums))
+    with pytest.raises(SystemExit) as exit_info:
+        run(*FULL, '--output', 'out', '--resume', 'auto')
+    assert exit_info.value.code == 2
+    fail_on(capfd, 'checkpoint out/checkpoints/step-00000005 does not fit this run: ')
+
+
+def test_a_folder_is_for_one_run_at_a_time(copy_of, uninterrupted, capfd):
+    """Catches two runs that overwrite each other, and a folder that a killed run leaves locked or littered."""
+    copy_of(40)
+    Path('out/.model-left').mkdir()
+    with FileLock('out/checkpoints/.lock'), pytest.raises(SystemExit) as exit_info:
+        run(*FULL, '--output', 'out', '--resume', 'auto')
+    assert exit_info.value.code == 2
+    fail_on(capfd, '--output out must not be that of another run, which is writing to it')
+    assert Path('out/.model-left').exists()
+    run(*FULL, '--output', 'out', '--resume', 'auto')
+    assert_same_run('out', uninterrupted)
+    assert not list(Path('out').glob('.model-*'))
+
+
+@pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])
+def test_file_systems_that_cannot_flush_a_folder(number, monkeypatch, tmp_path):
+    """Catches a run without checkpoints on such a system, and a disk that fails and is not reported."""
+    def fsync(descriptor, original=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        original(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path)
+    state = TrainState({}, updates=3)
+    if number == errno.EIO:
+        with pytest.raises(CheckpointError, match='cannot be written'):
+            checkpoints.save(state)
+    else:
+        checkpoints.save(state)
+        assert checkpoints.newest() == (tmp_path / 'step-00000003', {})
 
 
 # Full disk

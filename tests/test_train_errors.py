@@ -1,4 +1,6 @@
 """What training says to wrong input, in one line and with status 2; a bug keeps its traceback and ends with 1."""
+import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -8,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import timm
-from helpers.image_files import DAMAGED, png, write_parquet
-from helpers.training import FAST, error_lines, few_digits, run
+import torch
+from helpers.image_files import DAMAGED, png, write_images, write_parquet
+from helpers.training import FAST, error_lines, few_digits, fork, history, join, read, run
 from timm.models import save_for_hf
 
 from timm_ddnn import EKDLoss
+from timm_ddnn.data.loader import LoaderError, create_loader, worker_errors
+from timm_ddnn.train.loop import LossMeter
 
 pytestmark = pytest.mark.usefixtures('surroundings')
 
@@ -65,7 +70,7 @@ WRONG = [
      "--teacher .*: 10 classes are called otherwise in the data than in the model, the first '0' and 'airplane'"),
     ('--dataset nowhere', "no data set 'nowhere': not 'digits', not a folder here"),
     ('--dataset empty', "'empty' has neither SPLIT"),
-    ('--dataset text', "data set 'text' cannot be read: .*no data"),
+    ('--dataset text', "1 files in text/train/a are not images that can be read here, the first is 'a.txt'"),
     ('--dataset noparquet', "data set 'noparquet' cannot be read: Parquet file size"),
     ('--dataset labels', r"0\.\.9 for 10 classes, got 11 in row 1 of split 'train'"),
     ('--dataset labels --target-key foo', r"--target-key must be one of the columns .*, got 'foo'"),
@@ -73,12 +78,15 @@ WRONG = [
     ('--dataset damaged -b 2 -j 2', r'row 3 of split .train. \(no file name\) cannot be read: unknown format'),
     ('--val-split foo', r"--val-split must be one of the splits \['train', 'validation'\], got 'foo'"),
     ('--output file', '--output must be a folder, got the file file'),
-    ('--output file/out', r"Not a directory: 'file/out'"),
-    ('--batch-size 0', "batch-size: must be an integer of at least 1, got '0'"),
+    ('--output file/out', r"Not a directory: 'file/out/checkpoints'"),
+    ('--batch-size 0', "batch-size: must be an integer from 1 to .*, got '0'"),
     ('--batch-size 1438', '--batch-size must be at most 1437 for 1437 images, got 1438'),
     ('--batch-size 7 --mixup 0.2', '--batch-size must be even for .*, got 7'),
-    ('--epochs x', "must be an integer of at least 1, got 'x'"),
-    ('--lr nan', "must be a number of at least 0, got 'nan'"),
+    ('--epochs x', "must be an integer from 1 to .*, got 'x'"),
+    ('--lr nan', "must be a number from 0 to 3.4e.38, got 'nan'"),
+    ('--lr 1e308', "must be a number from 0 to 3.4e.38, got '1e308'"),
+    ('--workers 1000', "must be an integer from 0 to .*, got '1000'"),
+    (f'--epochs 1{"0" * 400}', "must be an integer from 1 to 2147483647, got '1000"),
     ('--lr 1e30 --log-interval 1', 'loss is not finite in epoch 1'),
     ('--drop 1.5', "must be a number from 0 to 1, got '1.5'"),
     ('--weights 14', "DEPTH=WEIGHT .*, got '14'"),
@@ -109,7 +117,7 @@ def test_wrong_input_is_one_line_and_status_2(arguments, message, files, capfd):
     lines = error_lines(capfd, without=['Pretrained '])
     assert len(lines) == 1, lines
     assert re.match(f'error: .*{message}', lines[0]), lines
-    assert Path('out').exists() == ('damaged' in arguments or '1e30' in arguments)  # wrong before training began
+    assert Path('out').exists() == ('damaged' in arguments or '1e30 ' in arguments)  # wrong before training began
     assert not list(Path().glob('out/*.safetensors'))
 
 
@@ -139,6 +147,112 @@ def test_a_program_with_a_bug_ends():
     )
     assert process.returncode == 1, process.stderr
     assert process.stderr.startswith('Traceback') and process.stderr.endswith('ValueError: planted\n')
+
+
+# What comes from the surroundings
+
+@pytest.fixture
+def accelerate_setting(monkeypatch):
+    """Set what `accelerate launch` and its configuration file hand on in the environment."""
+    return lambda name, value: monkeypatch.setenv(f'ACCELERATE_{name}', value)
+
+
+@pytest.mark.parametrize('name, value, message', [
+    ('DYNAMO_BACKEND', 'EAGER', 'dynamo_backend of accelerate must be NO, because --torchcompile compiles, got EAGER'),
+    ('MIXED_PRECISION', 'int8', 'mixed_precision of accelerate must be no, bf16 or fp16, got int8'),
+    ('TORCH_DEVICE', 'foo', 'accelerate cannot be set up: .*foo'),
+    ('GRADIENT_ACCUMULATION_STEPS', '0', 'gradient_accumulation_steps of accelerate must be at least 1, got 0'),
+    ('GRADIENT_ACCUMULATION_STEPS', 'two', 'accelerate cannot be set up: .*two'),
+])
+def test_settings_of_accelerate_that_do_not_go_with_training(name, value, message, accelerate_setting, capfd):
+    """Catches a run that trains otherwise than its summary says, because of the environment."""
+    accelerate_setting(name, value)
+    with pytest.raises(SystemExit) as exit_info:
+        run(*FAST, *few_digits(), '--output', 'out')
+    assert exit_info.value.code == 2
+    line, = error_lines(capfd)
+    assert re.match(f'error: .*{message}', line), line
+
+
+@pytest.mark.parametrize('options, used', [([], 2), (['--grad-accum-steps', 3], 3)])
+def test_batches_per_update_are_those_of_the_summary(options, used, accelerate_setting):
+    """Catches updates and a schedule that the environment changes, and a summary that says otherwise."""
+    accelerate_setting('GRADIENT_ACCUMULATION_STEPS', '2')
+    run(*FAST, *few_digits(), '--epochs', 1, *options, '--output', 'out')  # of 11 batches
+    record, = history('out')
+    assert record['updates'] == math.ceil(11 / used) and record['lr'] == pytest.approx(0, abs=1e-9)
+    assert read('out')['arguments']['grad_accum_steps'] == used
+
+
+def test_text_is_utf8_and_a_console_cannot_lose_results(monkeypatch, tmp_path):
+    """Catches a locale that changes what is written, and a training without a summary because of its last line."""
+    folder = tmp_path / 'цифры' / 'crème'
+    for split in ('train', 'val'):
+        write_images(folder / split, range(40), class_names=[f'цифра {i}' for i in range(10)])
+
+    def plain_console():
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding='cp1252', errors='strict')
+
+    monkeypatch.setenv('LC_ALL', 'C')
+    statuses, output = join(fork(*FAST, '--dataset', folder, '--epochs', 1, '-b', 20, before=plain_console))
+    assert statuses == [0], output
+    run_folder, = Path('output').iterdir()
+    assert run_folder.name == 'ddnn_resnet20-crème'
+    assert read(run_folder)['arguments']['dataset'] == str(folder)
+    assert read(run_folder, 'config.json')['label_names'] == [f'цифра {i}' for i in range(10)]
+
+
+def test_results_are_on_disk_before_they_are_printed(monkeypatch):
+    """Catches results that are lost because they cannot be shown."""
+    def print_table(*args):
+        assert Path('out/summary.json').exists()
+        raise KeyError('planted')
+
+    monkeypatch.setattr('timm_ddnn_cli.tables.result_table', print_table)
+    with pytest.raises(KeyError, match='planted'):
+        run(*FAST, *few_digits(), '--epochs', 1, '--output', 'out')
+
+
+def test_a_worker_that_is_killed_is_named(monkeypatch, capfd):
+    """Catches a traceback where the system has killed a worker for want of memory."""
+    def kill(meter, terms, original=LossMeter.update):
+        original(meter, terms)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+
+    monkeypatch.setattr(LossMeter, 'update', kill)
+    with pytest.raises(SystemExit) as exit_info:
+        run(*FAST, *few_digits(), '-j', 1, '--output', 'out')
+    assert exit_info.value.code == 2
+    line, = error_lines(capfd)
+    assert line.startswith('error: a worker process that loads images has ended, ') and 'fewer --workers' in line
+
+
+class FullMemory(torch.utils.data.Dataset):
+    """Images whose worker finds /dev/shm full, or meets a bug."""
+
+    seed = 0
+
+    def __init__(self, message):
+        self.message = message
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, key):
+        raise RuntimeError(self.message)
+
+
+def test_a_small_shared_memory_is_named():
+    """Catches a traceback where /dev/shm of a container is full, and a bug that is taken for that."""
+    full = 'unable to write to file </torch_7_1>: No space left on device (28)'
+    for message, error in (full, LoaderError), ('planted', RuntimeError):
+        loader = create_loader(FullMemory(message), 1, training=False, num_workers=1)
+        with pytest.raises(error, match=message.partition('<')[0]) as error_info, worker_errors():
+            list(loader)
+        assert type(error_info.value) is error
 
 
 def test_one_process_of_a_machine_speaks(monkeypatch, capfd):

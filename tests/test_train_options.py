@@ -41,13 +41,13 @@ def seen(monkeypatch):
     """What the task and the loss are given, by name."""
     seen = {}
 
-    def forward(task, images, target, original=EKDTask.forward):
+    def forward(task, images, target, depth, original=EKDTask.forward):
         channels_last = dict(memory_format=torch.channels_last)
         seen['images'] = images.is_contiguous(**channels_last), images.is_contiguous()
         seen['input'] = images
         weight = task.trainable_module.layer2[0].conv1.weight
         seen['weights'] = weight.is_contiguous(**channels_last), weight.is_contiguous()
-        return original(task, images, target)
+        return original(task, images, target, depth)
 
     def terms(loss, outputs, target, teacher=None, original=EKDLoss.terms):
         seen['logits'] = {output.logits.dtype for output in outputs.values()}

@@ -1,4 +1,5 @@
 """Training as its users start it: short real runs on digits, and what they write."""
+import json
 import os
 import shutil
 import subprocess
@@ -95,11 +96,12 @@ def test_evaluate_reproduces_the_accuracy(trained, weights, capsys):
     assert all(f'{accuracy:.2f}' in printed for accuracy in top1(read(trained)).values())
 
 
-def test_single_images_are_evaluated(trained):
-    """Catches the need of batch norm for more than one value, where it is not trained."""
+def test_single_images_are_evaluated(trained, capsys):
+    """Catches the need of batch norm for more than one value, where it is not trained; and JSON amid other lines."""
     run('--evaluate', '--pretrained', '--model', f'local-dir:{trained}', '--img-size', 4, '-b', 1, '-j', 0,
-        '--output', 'out', *few_digits())
+        '--output', 'out', *few_digits(), '--json')
     assert read('out', 'evaluation.json')['validation_images'] == 40
+    assert json.loads(capsys.readouterr().out) == read('out', 'evaluation.json')
 
 
 def test_images_of_a_folder_and_pretrained_weights(trained):

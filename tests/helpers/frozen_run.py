@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from timm_ddnn import EKDTask
+from timm_ddnn.utils.modules import find_norms
 
 
 class Recorded(BaseException):
@@ -25,9 +26,8 @@ def plant(patch, file, updates):
 
     def train(task, mode=True, original=nn.Module.train):
         original(task, mode)
-        for module in task.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                original(module, False)
+        for norm in find_norms(task):
+            original(norm, False)
         return task
 
     def forward(task, *args, original=EKDTask.forward, **kwargs):

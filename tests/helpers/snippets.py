@@ -35,8 +35,9 @@ SHORT = {
     'calibrate': ['-j', '0'],
     'evaluate': ['-j', '0', '--speed-images', '4'],
     'list': ['ddnn_resnet20'],
-    'profile': ['--rounds', '2'],
-    'train': ['--epochs', '1', '-b', '4', '-j', '0', '--warmup-epochs', '0', '--mixed-precision', 'no'],
+    'profile': ['--rounds', '2', '--depths', '14'],
+    'train': [
+        '--epochs', '1', '-b', '4', '-j', '0', '--warmup-epochs', '0', '--mixed-precision', 'no', '--img-size', '32'],
 }
 SLOW = {'train', 'export', 'profile', 'choose'}
 OTHER_HOSTS = {'--multi_gpu', '--config_file', '--main_process_ip'}

@@ -8,6 +8,7 @@ import multiprocessing
 import signal
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -16,7 +17,42 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ['EpochSampler', 'create_loader', 'normalize']
+from ..utils.errors import InputError
+
+__all__ = ['EpochSampler', 'LoaderError', 'create_loader', 'normalize', 'worker_errors']
+
+
+# In errors of torch, when a worker was killed, or the memory that it shares with the main process is full
+WORKER_ENDED = (
+    'killed by signal', 'exited unexpectedly', 'No space left on device', 'unable to allocate shared memory',
+    'unable to open shared memory', 'unable to write to file', 'unable to resize file', 'Too many open files',
+    'Cannot allocate memory',
+)
+
+
+class LoaderError(InputError):
+    """A worker process that has ended, for want of memory as a rule."""
+
+    on_every_process = True
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn torch's errors of workers that ended into a `LoaderError`.
+
+    torch raises them wherever the main process is when a worker ends, so what uses batches has to be inside too.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as e:
+        message = str(e)
+        if 'DataLoader worker' not in message or not any(sign in message for sign in WORKER_ENDED):
+            raise
+        reason = message.strip().splitlines()[-1] if 'in DataLoader worker process' in message else message
+        raise LoaderError(
+            'a worker process that loads images has ended, for want of memory or of /dev/shm as a rule: use fewer '
+            f'--workers, 0 for none, or a larger /dev/shm ({reason})'
+        ) from e
 
 
 class EpochSampler(Sampler):

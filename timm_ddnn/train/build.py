@@ -1,13 +1,14 @@
 """The parts of a training run, each built from the options of `timm-ddnn train`."""
 import argparse
 import math
+import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from rich.console import Console
 from timm.data import Mixup, create_transform
 from timm.optim import create_optimizer_v2
@@ -24,6 +25,7 @@ from ..data.loader import create_loader
 from ..models.load import create_ddnn, load_teacher, resolve_name
 from ..task import EKDTask
 from ..utils.errors import InputError
+from ..weights.download import read_config
 from .progress import print_line
 
 __all__ = [
@@ -36,15 +38,32 @@ __all__ = [
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """Create the accelerator, which knows device, processes and precision.
 
+    Some of its settings come from `accelerate launch`, a configuration file or the environment. Options that are given
+    win over them; `args.grad_accum_steps` is then what is used.
+
     Raises:
-        InputError: If the machine or the kind of processes does not go with the options.
+        InputError: If the machine, the kind of processes or another setting does not go with the options.
     """
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.grad_accum_steps,
-        # Processes wait while one of them downloads and converts a large data set for the first time
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-    )
+    plugin = GradientAccumulationPlugin(num_steps=args.grad_accum_steps) if args.grad_accum_steps else None
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_plugin=plugin,
+            # Processes wait while one of them downloads and converts a large data set for the first time
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+        )
+    except (ValueError, ImportError, RuntimeError) as e:  # by which accelerate and torch judge their surroundings
+        raise InputError(f'accelerate cannot be set up: {e}') from e
+    args.grad_accum_steps = accelerator.gradient_accumulation_steps
+    if args.grad_accum_steps < 1:
+        raise InputError(f'gradient_accumulation_steps of accelerate must be at least 1, got {args.grad_accum_steps}')
+    if accelerator.mixed_precision not in ('no', 'bf16', 'fp16'):
+        raise InputError(f'mixed_precision of accelerate must be no, bf16 or fp16, got {accelerator.mixed_precision}')
+    backend = accelerator.state.dynamo_plugin.backend.value
+    if backend != 'NO':
+        raise InputError(f'dynamo_backend of accelerate must be NO, because --torchcompile compiles, got {backend}')
+    if accelerator.parallelism_config:
+        raise InputError('parallelism_config of accelerate must not be used: every process has a whole model')
     if accelerator.device.type == 'cpu' and (accelerator.mixed_precision == 'fp16' or args.sync_bn):
         raise InputError("--mixed-precision fp16 and --sync-bn are for GPUs, on a CPU there are 'no' and 'bf16'")
     if accelerator.distributed_type in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
@@ -105,6 +124,10 @@ def create_model(
         raise InputError(f'--num-classes must be at least {len(data.class_names)} for this data set, got {num_classes}')
     given = {name: value for name, value in options.items() if value is not None}
     model = create_ddnn(args.model, **given, **dict(args.model_kwargs))
+    if args.initial_checkpoint:
+        folder, name = os.path.split(args.initial_checkpoint)
+        if name == 'model.safetensors' and os.path.isfile(os.path.join(folder, 'config.json')):  # of a run
+            model.pretrained_cfg['label_names'] = read_config(f'local-dir:{folder or "."}').get('label_names')
     if args.pretrained or args.initial_checkpoint:
         data = match_classes(data, model, more=bool(args.num_classes))
     elif ':' in resolve_name(args.model):

@@ -6,14 +6,22 @@ with the position in the run, and `checksums.json` with size and SHA-256 of all 
 temporary name, flushed to the disk and renamed: a folder of the final name is complete. With several machines the
 folder must lie on a file system that they share.
 """
+import errno
 import json
 import os
+import random
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
+from accelerate.utils import load
+from accelerate.utils.constants import RNG_STATE_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,6 +31,9 @@ from ..utils.files import file_sha256
 from .state import TrainState
 
 __all__ = ['CheckpointError', 'Checkpoints']
+
+
+NAME = re.compile(r'step-\d{8,}')
 
 
 class CheckpointError(InputError):
@@ -50,8 +61,12 @@ class Checkpoints:
         self.current: str | None = None
 
     def paths(self) -> list[Path]:
-        """List the checkpoints, the newest first. They need not be intact."""
-        return sorted(self.folder.glob('step-*'), reverse=True)
+        """List the checkpoints, the newest first. They need not be intact.
+
+        What has a name of another form, such as a copy `step-00000020-good`, belongs to the user.
+        """
+        found = (path for path in self.folder.glob('step-*') if NAME.fullmatch(path.name) and path.is_dir())
+        return sorted(found, reverse=True)
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint, to be called by all processes, and remove those that are not to be kept.
@@ -70,10 +85,13 @@ class Checkpoints:
         try:
             if main_process:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for remains in self.folder.glob('.*.tmp'):
-                    shutil.rmtree(remains)
+                for remains in self.folder.glob('.step-*.tmp'):
+                    _remove_tree(remains)
             self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(temporary), safe_serialization=True)
+            try:
+                self.accelerator.save_state(str(temporary), safe_serialization=True)
+            except RuntimeError as e:  # torch's, when the disk is full
+                raise OSError(str(e)) from e
             if self.ema:
                 # Statistics of the averaged model are each process's own between two evaluations
                 tensors = self.ema.state_dict() if main_process else dict(self.ema.named_buffers())
@@ -81,12 +99,12 @@ class Checkpoints:
                 save_file(tensors, temporary / f'ema_{self.accelerator.process_index}.safetensors')
             self.accelerator.wait_for_everyone()
             if main_process:
-                (temporary / 'state.json').write_text(json.dumps(asdict(state)))
+                (temporary / 'state.json').write_text(json.dumps(asdict(state)), encoding='utf-8')
                 checksums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
-                (temporary / 'checksums.json').write_text(json.dumps(checksums, indent=2) + '\n')
+                (temporary / 'checksums.json').write_text(json.dumps(checksums, indent=2) + '\n', encoding='utf-8')
                 for path in (*temporary.iterdir(), temporary):
                     _flush(path)
-                if target.exists():  # of a run that resumed from an earlier one
+                if os.path.lexists(target):  # of a run that resumed from an earlier one
                     self._remove(target)
                 os.replace(temporary, target)
                 _flush(self.folder)
@@ -94,7 +112,7 @@ class Checkpoints:
                 for path in self.paths():
                     if path.name not in kept:
                         self._remove(path)
-        except (OSError, RuntimeError, SafetensorError) as e:
+        except (OSError, SafetensorError) as e:
             shutil.rmtree(temporary, ignore_errors=True)
             intact = ', '.join(path.name for path in self.paths()) or 'none'
             raise CheckpointError(f'checkpoint {target} cannot be written: {e}. Left as they were: {intact}') from e
@@ -126,7 +144,7 @@ class Checkpoints:
         for other, damage in damaged.items():
             aside = other.with_name(f'damaged-{other.name}')
             if aside.exists():
-                shutil.rmtree(aside)
+                _remove_tree(aside)
             os.replace(other, aside)
             lines.append(f'{other} is damaged, left aside as {aside.name}: {damage}')
         return path, lines
@@ -163,7 +181,7 @@ class Checkpoints:
         damage = _find_damage(path)
         if damage:
             raise CheckpointError(f'checkpoint {path} is damaged: {damage}')
-        return json.loads((path / 'state.json').read_text())
+        return json.loads((path / 'state.json').read_text(encoding='utf-8'))
 
     def load(self, path: Path) -> None:
         """Put back what was saved besides the state, to be called by all processes.
@@ -176,29 +194,51 @@ class Checkpoints:
         """
         try:
             self.accelerator.load_state(str(path))
+            # accelerate passes over random states that do not load
+            states = load(path / f'{RNG_STATE_NAME}_{self.accelerator.process_index}.pkl')
+            random.setstate(states['random_state'])
+            np.random.set_state(states['numpy_random_seed'])
+            torch.set_rng_state(states['torch_manual_seed'])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(states['torch_cuda_manual_seed'])
             if self.ema:
                 tensors = load_file(path / 'ema_0.safetensors')
                 tensors |= load_file(path / f'ema_{self.accelerator.process_index}.safetensors')
                 self.ema.load_state_dict(tensors)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-            raise CheckpointError(f'checkpoint {path} does not fit this run: {e}') from e
+        except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, UnpicklingError) as e:
+            raise CheckpointError(f'checkpoint {path} does not fit this run: {type(e).__name__}: {e}') from e
         self.current = path.name
 
     def _remove(self, path: Path) -> None:
         # Renamed first: what is cut short must not look like a checkpoint
         doomed = path.with_name(f'.{path.name}.old.tmp')
         os.replace(path, doomed)
-        shutil.rmtree(doomed)
+        _remove_tree(doomed)
 
 
 def _checksum(path: Path) -> dict[str, Any]:
     return {'bytes': path.stat().st_size, 'sha256': file_sha256(path)}
 
 
+def _remove_tree(path: Path) -> None:
+    """Remove a folder, or a file or link that has its name."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to the disk, a folder where the system can."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == 'nt':
+        return
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if not (is_folder and e.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
     finally:
         os.close(descriptor)
 
@@ -206,7 +246,7 @@ def _flush(path: Path) -> None:
 def _find_damage(path: Path) -> str | None:
     """Say what is wrong with a checkpoint, None if its files are those that were written."""
     try:
-        checksums = json.loads((path / 'checksums.json').read_text())
+        checksums = json.loads((path / 'checksums.json').read_text(encoding='utf-8'))
         for name, expected in checksums.items():
             found = _checksum(path / name)
             if found['bytes'] != expected['bytes']:

@@ -6,14 +6,16 @@ what it resumes from in `checkpoint.py`.
 import argparse
 import json
 import os
+import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
+from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError
 from timm.data import resolve_input_data_config
@@ -21,7 +23,7 @@ from timm.utils import distribute_bn, get_outdir
 from torch import nn
 
 from ..data.datasets import ImageData, quiet_datasets
-from ..data.loader import normalize
+from ..data.loader import normalize, worker_errors
 from ..evaluation.metrics import add_accuracies
 from ..evaluation.plots import plot_accuracy, plot_curves
 from ..evaluation.predict import evaluate
@@ -41,6 +43,7 @@ from .state import TrainState, fixed_arguments
 __all__ = ['describe_run', 'evaluate_only', 'train']
 
 
+@worker_errors()
 def train(
         args: argparse.Namespace,
         ekd_options: Mapping[str, Any],
@@ -85,21 +88,20 @@ def train(
     build.check_sizes(args, accelerator, model, data, data_config, batches=len(train_loader))
     scheduler = build.create_scheduler(args, optimizer, batches=len(train_loader))
 
-    # Begin, or resume
     name = f'{model.pretrained_cfg["architecture"]}-{Path(args.dataset).resolve().name}'
-    output = make_output(args.output, name)
-    arguments = fixed_arguments(args, accelerator, teacher)
-    checkpoints = Checkpoints(
-        accelerator, output / 'checkpoints', ema=ema.module if ema else None, keep=args.checkpoint_hist)
-    state = resume(args, checkpoints, arguments, console) or TrainState(arguments)
-    start_tracker(accelerator, args, output, f'{output.name}-{state.run}')
-    scheduler.step_update(state.updates)
-
-    # Loop: every epoch is evaluated and saved, by the averaged weights if there are any
+    arguments = fixed_arguments(args, accelerator, data, teacher)
     nets = {'': model, 'ema_': ema.module} if ema else {'': model}
-    prefix, net = list(nets.items())[-1]
+    prefix, net = list(nets.items())[-1]  # what is reported and saved
     costs = count_costs(model, data_config['input_size'])
-    with stop_signals() as request, TrainProgress(console, args.epochs, len(train_loader)) as progress:
+    progress = TrainProgress(console, args.epochs, len(train_loader))
+    with open_output(args.output, name) as output, stop_signals() as request, progress:
+        checkpoints = Checkpoints(
+            accelerator, output / 'checkpoints', ema=ema.module if ema else None, keep=args.checkpoint_hist)
+        state = resume(args, checkpoints, arguments, len(train_loader), console) or TrainState(arguments)
+        start_tracker(accelerator, args, output, f'{output.name}-{state.run}')
+        scheduler.step_update(state.updates)
+
+        # Loop: every epoch is evaluated and saved
         while state.epoch < args.epochs and not request.agreed:
             means = train_one_epoch(
                 args, accelerator, task, train_loader, data_config, optimizer, scheduler, state, checkpoints, progress,
@@ -108,11 +110,11 @@ def train(
                 break
             check_weights(model, state.updates)
             record = loss_record(state, optimizer, means)
-            for name_prefix, each in nets.items():
+            for kind, weights in nets.items():
                 if accelerator.num_processes > 1:
-                    distribute_bn(each, accelerator.num_processes, reduce=True)
-                metrics = evaluate(accelerator, each, normalize(val_loader, data_config, device))
-                record |= {name_prefix + metric: value for metric, value in metrics.items()}
+                    distribute_bn(weights, accelerator.num_processes, reduce=True)
+                metrics = evaluate(accelerator, weights, normalize(val_loader, data_config, device))
+                record |= {kind + metric: value for metric, value in metrics.items()}
             rows = add_accuracies(costs, metrics)
             record |= {
                 'top1': sum(row['top1'] for row in rows) / len(rows),
@@ -126,14 +128,15 @@ def train(
             checkpoints.save(state)  # last: a run that resumes from it has all that the epoch writes
             print_line(console, describe_epoch(args, state, rows))
             request.agree()
-    if request.agreed:
-        print_line(console, f'{request.agreed}: stopped after update {state.updates}, --resume auto resumes')
         accelerator.end_training()
-        sys.exit(EXIT_STOPPED)
+        if request.agreed:
+            print_line(console, f'{request.agreed}: stopped after update {state.updates}, --resume auto resumes')
+            sys.exit(EXIT_STOPPED)
 
-    summary = None
-    if main_process:  # plots first: a summary means that the run is complete
-        metrics = {name.removeprefix(prefix): value for name, value in state.history[-1].items() if prefix in name}
+        # Plots first: a summary means that the run is complete
+        if not main_process:
+            return None
+        metrics = {key.removeprefix(prefix): value for key, value in state.history[-1].items() if prefix in key}
         rows = add_accuracies(costs, metrics)
         plot_accuracy(output / 'accuracy.png', rows, name)
         plot_curves(output / 'curves.png', state.history, model.depths, name)
@@ -147,10 +150,10 @@ def train(
             'images_per_second': _mean(state.history, 'images_per_second'),
         }
         write_json(output / 'summary.json', summary)
-    accelerator.end_training()
-    return summary
+        return summary
 
 
+@worker_errors()
 def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Evaluate saved weights, and write evaluation.json if there is a folder for it.
 
@@ -171,8 +174,8 @@ def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] 
     model, data = build.create_model(args, data, accelerator.device, console)
     data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
     val_loader = accelerator.prepare(build.create_val_loader(args, data, data_config, accelerator.device))
-    if args.output:
-        make_output(args.output)
+    if args.output and accelerator.is_main_process:
+        args.output.mkdir(parents=True, exist_ok=True)  # an error better now than after the evaluation
     metrics = evaluate(accelerator, model, normalize(val_loader, data_config, accelerator.device))
     rows = add_accuracies(count_costs(model, data_config['input_size']), metrics)
     result = {**describe_run(accelerator, vars(args)), **describe_results(args, model, data, rows)}
@@ -181,27 +184,39 @@ def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] 
     return result if accelerator.is_main_process else None
 
 
-def make_output(folder: Path | None, name: str = '') -> Path:
-    """Make the folder of a run, to be called by all processes.
+@contextmanager
+def open_output(folder: Path | None, name: str) -> Iterator[Path]:
+    """Make the folder of a run and keep it from other runs, to be called by all processes.
 
     Args:
         folder: The folder; a new one in output/ if None.
         name: Name of the new one.
 
+    Yields:
+        The folder.
+
     Raises:
+        InputError: If another run is writing to it.
         OSError: If nothing can be written there.
     """
-    if PartialState().is_main_process:
-        folder = folder or Path(get_outdir('output', name, inc=True))
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # an error better now than after the training
-    return Path(broadcast_object_list([str(folder)])[0])
+    with ExitStack() as stack:
+        if PartialState().is_main_process:
+            folder = folder or Path(get_outdir('output', name, inc=True))
+            (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(FileLock(folder / 'checkpoints' / '.lock', timeout=0))
+            except Timeout:
+                raise InputError(f'--output {folder} must not be that of another run, which is writing to it') from None
+            for remains in folder.glob('.model-*'):  # of a run that was killed while it saved its model
+                shutil.rmtree(remains, ignore_errors=True)
+        yield Path(broadcast_object_list([str(folder)])[0])
 
 
 def resume(
         args: argparse.Namespace,
         checkpoints: Checkpoints,
         arguments: Mapping[str, Any],
+        batches: int,
         console: Console,
 ) -> TrainState | None:
     """Load the checkpoint of --resume, to be called by all processes; None if there is none.
@@ -210,10 +225,12 @@ def resume(
         args: Options of the run.
         checkpoints: Checkpoints of the run.
         arguments: What decides its weights.
+        batches: Batches of an epoch.
         console: Where to say what is resumed from.
 
     Raises:
-        InputError: If the checkpoint is damaged, of another run, or the end of one whose model is elsewhere.
+        InputError: If the checkpoint is damaged, of another run or other data, or the end of a run whose model is
+            elsewhere.
     """
     path, damaged = checkpoints.find(args.resume) if PartialState().is_main_process else (None, [])
     for line in damaged:
@@ -221,7 +238,10 @@ def resume(
     path = broadcast_object_list([path])[0]
     if path is None:
         return None
-    state = TrainState.from_dict(checkpoints.read_state(path), arguments)
+    saved = checkpoints.read_state(path)
+    if saved['step'] >= batches:
+        raise InputError(f'--resume {path} is at batch {saved["step"]} of an epoch, of which the data have {batches}')
+    state = TrainState.from_dict(saved, arguments)
     output = checkpoints.folder.parent
     if state.epoch == args.epochs and not (output / 'model.safetensors').exists():
         raise InputError(f'--resume {path} is the end of a run, whose model is not in --output {output}')

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from ..data.datasets import ImageData, fingerprint
 from ..utils.errors import InputError
 from ..utils.modules import state_dict_sha256
 
@@ -83,13 +85,15 @@ class TrainState:
 def fixed_arguments(
         args: argparse.Namespace,
         accelerator: Accelerator,
+        data: ImageData,
         teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Collect what decides the weights of a run, as JSON has it.
+    """Collect what decides the weights of a run, as JSON has it; to be called by all processes.
 
     Args:
         args: Options of the run.
         accelerator: Accelerator of the run.
+        data: The data set.
         teacher: Net that teaches and is not trained.
     """
     fixed = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
@@ -98,6 +102,7 @@ def fixed_arguments(
         'mixed_precision': accelerator.mixed_precision,
         'device': accelerator.device.type,
         'visible_gpus': torch.cuda.device_count(),
+        'data': broadcast_object_list([fingerprint(data) if accelerator.is_main_process else None])[0],
         'teacher_sha256': state_dict_sha256(teacher) if teacher else None,
     }
     return json.loads(json.dumps(fixed, default=str))

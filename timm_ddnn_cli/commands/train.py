@@ -18,7 +18,9 @@ several processes: accelerate launch --multi_gpu --num_processes 4 train_scripts
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments, named as in timm's training script where that has them."""
-    count, fraction, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+    # Within float32 and 32-bit integers
+    count, fraction, amount = number(int, 1, 2 ** 31 - 1), number(float, 0, 1), number(float, 0, 3.4e38)
+    counter = number(int, 0, 2 ** 31 - 1)
 
     arg = parser.add_argument_group('model').add_argument
     arg('--model', default='ddnn_resnet20', help="timm's name, the folder or hf-hub:ID of a dynamic-depth model")
@@ -26,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'; of none: the full-net alone")
     arg('--pretrained', action='store_true', help='start from published or saved weights')
     arg('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in a file, of as many classes')
-    arg('--num-classes', type=count, help='classes of the model, those of the data set if not given')
-    arg('--img-size', type=count, help="side of the images in pixels, the model's if not given")
+    arg('--num-classes', type=number(int, 1, 10 ** 6), help='classes of the model, those of the data set if not given')
+    arg('--img-size', type=number(int, 1, 8192), help="side of the images in pixels, the model's if not given")
     arg('--drop', type=fraction, default=0.0, help='dropout rate before the classifier')
     arg('--drop-path', type=fraction, default=0.0, help='stochastic depth rate')
     arg('--model-kwargs', nargs='+', type=parse_option, default=[], metavar='KEY=VALUE', help='further arguments')
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('loss')
     add_ekd_options(group)
     arg = group.add_argument
-    arg('--full-net-updates', type=number(int, 0), default=0, metavar='N',
+    arg('--full-net-updates', type=counter, default=0, metavar='N',
         help='train the full-net alone in the first N updates, and all depths in the others')
     arg('--smoothing', type=fraction, default=0.0, help='label smoothing')
     arg('--bce-loss', action='store_true', help='binary cross-entropy in the place of cross-entropy')
@@ -68,10 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--momentum', type=fraction, default=0.9, help='momentum')
     arg('--weight-decay', type=amount, default=5e-4, help='weight decay, not on biases and norms')
     arg('--clip-grad', type=amount, help='norm that gradients are clipped to')
-    arg('--grad-accum-steps', type=count, default=1, help='batches per update')
+    arg('--grad-accum-steps', type=count, help="batches per update, accelerate launch's or 1 if not given")
     arg('--sched', choices=('cosine', 'tanh', 'constant'), default='cosine', help='schedule, stepped per update')
     arg('--lr', type=amount, default=0.1, help='learning rate')
-    arg('--warmup-epochs', type=number(int, 0), default=1, help='epochs of linear warm-up')
+    arg('--warmup-epochs', type=counter, default=1, help='epochs of linear warm-up')
     arg('--warmup-lr', type=amount, default=1e-5, help='learning rate at the start of the warm-up')
     arg('--min-lr', type=amount, default=0.0, help='learning rate at the end of the cosine')
     arg('--model-ema', action='store_true', help='average the weights; the average is reported and saved')
@@ -82,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--evaluate', action='store_true', help='report the accuracy of every depth, without training')
     arg('--output', type=Path, help='folder to write to, a new one in output/ if not given')
     arg('--resume', metavar='auto|PATH', help='resume from the newest checkpoint in --output, if any, or from that one')
-    arg('--checkpoint-interval', type=number(int, 0), default=0, help='updates between checkpoints within an epoch')
+    arg('--checkpoint-interval', type=counter, default=0, help='updates between checkpoints within an epoch')
     arg('--checkpoint-hist', type=count, default=2, help='newest checkpoints to keep, besides the best')
     arg('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='seed of everything random')
     arg('--mixed-precision', choices=('no', 'bf16', 'fp16'), help="accelerate launch's if not given")
