@@ -85,8 +85,9 @@ def _installed_version(package: str) -> str | None:
 def _git_state(file: Path) -> dict[str, Any] | None:
     """Commit of the checkout that tracks a file, and whether a tracked file differs from it; None if none does."""
     def git(*args: str) -> str:
-        return subprocess.run(
-            ('git', '-C', str(file.parent), *args), capture_output=True, text=True, check=True).stdout.strip()
+        command = ('git', '-C', str(file.parent), *args)
+        run = subprocess.run(command, capture_output=True, encoding='utf-8', errors='replace', check=True)
+        return run.stdout.strip()
     try:
         git('ls-files', '--error-unmatch', file.name)
         return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain', '--untracked-files=no'))}
