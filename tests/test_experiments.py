@@ -129,7 +129,7 @@ def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd
     kept.unlink()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     monkeypatch.setattr('sys.argv', [*command, 'some/kd-8-0'])
-    with pytest.raises(InputError, match='alone-14-0/model.safetensors must have the SHA-256 '):
+    with pytest.raises(InputError, match=r'alone-14-0/model.safetensors must have the SHA-256 '):
         experiments.main()
     weights.write_bytes(content)
     kept.write_bytes(result)
