@@ -143,7 +143,8 @@ def test_a_program_with_a_bug_ends():
     )
     process = subprocess.run(
         [sys.executable, '-c', code, *FAST, *few_digits(), '-j', '2', '--output', 'out'],
-        env=dict(os.environ, ACCELERATE_USE_CPU='1'), capture_output=True, text=True, timeout=120,
+        env=dict(os.environ, ACCELERATE_USE_CPU='1', PYTHONWARNDEFAULTENCODING=''), capture_output=True, text=True,
+        timeout=120,
     )
     assert process.returncode == 1, process.stderr
     assert process.stderr.startswith('Traceback') and process.stderr.endswith('ValueError: planted\n')
