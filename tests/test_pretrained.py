@@ -225,6 +225,16 @@ def test_a_classifier_that_is_left_out_is_checked_too(folder, change_tensors):
         timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=5)
 
 
+def test_weights_of_a_url_are_checked_too(folder, monkeypatch):
+    """Catches the one place of weights that timm alone reads."""
+    rewrite(folder, put('bn1.bias', math.nan))
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_url', lambda *args, **kwargs: load_file(
+        folder / 'model.safetensors'))
+    with pytest.raises(InputError, match=r'bn1\.bias of http://host/net\.pth must have finite values'):
+        timm.create_model('ddnn_resnet20', pretrained=True, channels=(4, 8, 16),
+                          pretrained_cfg_overlay=dict(url='http://host/net.pth', hf_hub_id=None))
+
+
 @pytest.mark.parametrize('asked', [{}, {'num_classes': 7}, {'num_classes': 10}, {'num_classes': 5}])
 def test_classes_that_contradict_the_weights_are_refused(folder, asked):
     """Catches a classifier of random values in a model that counts as trained, because a file says other classes."""
