@@ -7,8 +7,8 @@
 `features_only=True, depth=18` gives the maps of depth 18 and no other: a stock net that trains, saves and exports like
 any backbone of timm, and that has left the weights that it shared. A segmentation decoder takes the same maps.
 
-The images are real, two photographs that come with scikit-learn, the boxes are known because the script puts them
-there: the flower of the one, at places and sizes drawn at random, in the landscape of the other.
+The images are made of two photographs that come with scikit-learn: the flower of one is put into the landscape of the
+other, at places and sizes drawn at random, so that its box is known.
 """
 import random
 from collections import OrderedDict
@@ -24,7 +24,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_iou
 from torchvision.transforms.functional import to_tensor
 
 import timm_ddnn  # noqa: F401  the import registers the models
-from timm_ddnn_cli.arguments import ArgumentParser, number, one_line_errors
+from timm_ddnn_cli.arguments import ArgumentParser, number, run
 
 FLOWER = (168, 83, 446, 361)  # its box in flower.jpg, in pixels
 HEIGHT, WIDTH = 128, 192
@@ -67,9 +67,8 @@ def main() -> None:
     random.seed(0)
     torch.manual_seed(0)
 
-    with one_line_errors(ValueError, RuntimeError, OSError):
-        body = timm.create_model(
-            args.model, pretrained=args.pretrained, features_only=True, depth=args.depth, out_indices=(-3, -2, -1))
+    body = timm.create_model(
+        args.model, pretrained=args.pretrained, features_only=True, depth=args.depth, out_indices=(-3, -2, -1))
     anchors = AnchorGenerator([(stride,) for stride in body.feature_info.reduction()], [(1.0,)] * 3)
     model = FCOS(Pyramid(body), 2, anchor_generator=anchors, min_size=HEIGHT, max_size=WIDTH)  # nothing and flower
     with torch.no_grad():
@@ -96,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -8,8 +8,11 @@ import torch
 from helpers.models import create
 from helpers.training import ROOT
 from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data import create_transform, resolve_input_data_config
 
 from timm_ddnn.hub.save import save_model
+from timm_ddnn.models.load import load_model
 
 CONFIG = dict(
     input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, crop_mode='center')
@@ -37,15 +40,17 @@ def test_photograph(folder, monkeypatch, capsys):
     """Catches an example that does not run, a table of another depth, and a picture that is none."""
     picture = folder / 'picture.png'
     args = ['--model', f'local-dir:{folder / "model"}', '--output', picture, '--repeats', 2]
-    names = run(monkeypatch, 'photograph.py', *args)
+    run(monkeypatch, 'photograph.py', *args)
     printed = capsys.readouterr().out
     assert 'has depths (20, 14, 8), trained are (20, 14, 8); 10 classes' in printed
     table = {line[:8]: line[8:].split() for line in printed.splitlines() if line.startswith('animal ')}
     assert len(table) == 5
-    answers = set()
+    model, answers = load_model(str(folder / 'model')), set()
+    transform = create_transform(**resolve_input_data_config(model))
+    image = transform(Image.fromarray(load_sample_image('china.jpg')))[None]
     for column, depth in enumerate((20, 14, 8)):
         with torch.no_grad():
-            expected = names['model'].extract(depth)(names['image']).softmax(-1)[0]
+            expected = model.extract(depth)(image).softmax(-1)[0]
         for name, values in table.items():
             assert abs(float(values[column]) - 100 * expected[NAMES.index(name)].item()) < 0.06
         answers.add(tuple(expected.tolist()))

@@ -16,8 +16,7 @@ from PIL import Image
 from timm_ddnn.deploy import export as exporting
 from timm_ddnn.deploy import formats
 from timm_ddnn.deploy.export import export_model
-from timm_ddnn.models import load as load_module
-from timm_ddnn.models.load import load_model, saved_results
+from timm_ddnn.models.load import load_model
 from timm_ddnn.utils.errors import InputError
 from timm_ddnn_cli.main import main
 
@@ -184,7 +183,7 @@ def test_files_are_replaced_only_when_that_is_wanted(saved, tmp_path, capsys):
     assert files(tmp_path) == before
     main([*map(str, cli), '--overwrite'])
     assert files(tmp_path)[tmp_path / 'ddnn_resnet20-8.pt'] != before[tmp_path / 'ddnn_resnet20-8.pt']
-    assert f'in {tmp_path}' in capsys.readouterr().out
+    assert f'{tmp_path}: ddnn_resnet20-20.pt ddnn_resnet20-14.pt ddnn_resnet20-8.pt\n' in capsys.readouterr().out
 
 
 def test_an_untrained_net_has_no_published_accuracy(tmp_path):
@@ -307,23 +306,3 @@ def test_missing_packages_are_named(saved, tmp_path, capsys, monkeypatch):
     line = failing(capsys, 'export', saved[1], '--depth', 8, '--format', 'torchscript', '--output', tmp_path)
     assert 'data must be given' in line
     assert not files(tmp_path)
-
-
-def test_saved_results_are_those_of_the_models_own_config(saved, tmp_path, monkeypatch):
-    """Catches accuracies of another model or revision, and an error where there are none."""
-    model = load_model(str(saved[1]))
-    assert [row['top1'] for row in saved_results(model)] == [20.5, 14.5, 8.5]
-    asked = []
-
-    def fetch(repo_id, filename, revision=None):
-        asked.append((repo_id, filename, revision))
-        return saved[1] / filename
-
-    monkeypatch.setattr(load_module, 'fetch', fetch)
-    model.pretrained_cfg = {'hf_hub_id': 'owner/name@v1', 'source': 'hf-hub'}
-    assert [row['top1'] for row in saved_results(model)] == [20.5, 14.5, 8.5]
-    assert asked == [('owner/name', 'config.json', 'v1')]
-    for content in ('{}', '{"depths": 3}', '{"depths": [{"depth": 101}]}', 'nothing'):
-        (tmp_path / 'config.json').write_text(content)
-        model.pretrained_cfg = {'file': str(tmp_path / 'model.safetensors')}
-        assert saved_results(model) == []

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import timm_ddnn
+from timm_ddnn.hub import publish
 from timm_ddnn.models.load import create_ddnn, saved_results
 from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.modules import state_dict_sha256
@@ -274,6 +275,16 @@ def test_a_damaged_configuration_is_repaired_and_not_used(published, caplog, cre
     assert config.read_bytes() == content
 
 
+def test_a_damaged_configuration_is_named_offline(published, monkeypatch):
+    """Catches a JSONDecodeError where the cache is damaged and the Hub is not there to repair it."""
+    load()
+    config, = Path(constants.HF_HUB_CACHE).glob('*/snapshots/*/config.json')
+    config.resolve().write_bytes(b'!')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(OSError, match=rf'config\.json of {NET} is damaged .* HF_HUB_OFFLINE is set'):
+        load()
+
+
 def test_configurations_of_other_architectures_pass_through(hub, client, tmp_path):
     """Catches a change of what timm itself loads: its result must be that of timm's own reader."""
     original = timm.models._hub
@@ -347,3 +358,69 @@ def test_pickle_is_never_loaded(hub, client, folder, tmp_path):
     assert load('hf-hub:tests/both').depths == (20, 14, 8)
     assert not mark.exists()
     assert not hub.seen(r'pytorch_model\.bin')
+
+
+@pytest.mark.parametrize(('variable', 'value', 'message'), [
+    ('SSL_CERT_FILE', '/nowhere/certificates.pem', r"SSL_CERT_FILE must be a file, got '/nowhere/certificates\.pem'"),
+    ('ALL_PROXY', 'socks5://user:secret@127.0.0.1:9', r"ALL_PROXY names a SOCKS proxy, .*: pip install 'httpx\[socks"),
+    ('https_proxy', 'http://user:secret@127.0.0.1:none', r'HTTPS_PROXY must be as http://host:port'),
+    ('HTTP_PROXY', 'secret:::', r'HTTP_PROXY must be as http://host:port'),
+    ('HF_TOKEN', '“secret”', r'the token of HF_TOKEN .* must be plain ASCII'),
+    ('HF_TOKEN', 'sec\tret', r'the token of HF_TOKEN .* must be plain ASCII'),
+])
+def test_a_wrong_environment_is_named(published, folder, monkeypatch, variable, value, message):
+    """Catches errors of the client that do not say which variable is wrong, and messages that show a password."""
+    monkeypatch.setenv(variable, value)
+    for call in (lambda: fetch(NET, 'config.json'), lambda: timm_ddnn.push_to_hub(folder, NET)):
+        with pytest.raises(InputError, match=message) as error:
+            call()
+        assert 'secret' not in str(error.value) and 'sec\t' not in str(error.value)
+
+
+@pytest.mark.parametrize('proxy', ['http://127.0.0.1:9', 'http://a:b@host', '127.0.0.1:9', 'https://[::1]:8/'])
+def test_proxies_that_can_be_right_are_let_through(monkeypatch, proxy):
+    """Catches a check that refuses what the client takes."""
+    monkeypatch.setenv('HTTPS_PROXY', proxy)
+    download.check_client()
+
+
+def test_private_is_not_public(published, folder):
+    """Catches what was meant to be private in a repository that is public."""
+    before = published.repos[NET].resolve('main')
+    with pytest.raises(InputError, match=f'{NET} must be private, got a public repository'):
+        timm_ddnn.push_to_hub(folder, NET, private=True, revision='trial')
+    assert published.repos[NET].resolve('main') is before and list(published.repos[NET].branches) == ['main']
+    published.repos[NET].private = True
+    assert timm_ddnn.push_to_hub(folder, NET, private=True).commit
+
+
+@pytest.mark.parametrize('token', ['hf_wrong', None])
+def test_unchanged_content_needs_a_token_too(hub, client, folder, monkeypatch, token):
+    """Catches a push that is called done though nobody was let in, because nothing was to be sent."""
+    timm_ddnn.push_to_hub(folder, NET)
+    monkeypatch.setenv('HF_TOKEN', token) if token else monkeypatch.delenv('HF_TOKEN')
+    with pytest.raises(OSError, match=r'[Tt]oken') as error:
+        timm_ddnn.push_to_hub(folder, NET)
+    assert 'hf_wrong' not in str(error.value)
+    assert len(commits(hub)) == 1
+
+
+@pytest.mark.parametrize('same_content', [True, False])
+def test_two_pushes_at_once(hub, client, saved, monkeypatch, same_content):
+    """Catches a push that fails because another has just published the same, and one that overwrites another's."""
+    create_commit = publish.HfApi.create_commit
+
+    def after_another(api, *args, **kwargs):
+        monkeypatch.setattr(publish.HfApi, 'create_commit', create_commit)
+        others.append(timm_ddnn.push_to_hub(saved[0], NET))
+        return create_commit(api, *args, **kwargs)
+
+    others = []
+    monkeypatch.setattr(publish.HfApi, 'create_commit', after_another)
+    if same_content:
+        assert timm_ddnn.push_to_hub(saved[0], NET).commit == others[0].commit
+    else:
+        with pytest.raises(OSError, match='another commit was made at the same time'):
+            timm_ddnn.push_to_hub(saved[1], NET)
+    assert hub.repos[NET].resolve('main').oid == others[0].commit
+    assert len(commits(hub)) == 1

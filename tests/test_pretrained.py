@@ -2,16 +2,19 @@
 import json
 import math
 import shutil
+import tracemalloc
 
 import pytest
 import timm
 import torch
 from helpers.small_models import make_model, save
+from safetensors.torch import load_file, save_file
 
 import timm_ddnn
-from timm_ddnn.models.load import create_ddnn
+from timm_ddnn.models.load import create_ddnn, saved_results
 from timm_ddnn.utils.errors import InputError
-from timm_ddnn.weights import config_checks
+from timm_ddnn.utils.files import file_sha256
+from timm_ddnn.weights.download import read_config
 
 
 @pytest.fixture(scope='module')
@@ -112,17 +115,17 @@ def test_a_strangers_configuration_is_refused_before_anything_is_built(folder, m
     assert set(built) <= {'meta'}
 
 
-def test_a_configuration_without_weights_is_limited_too(folder, monkeypatch):
+def test_a_configuration_without_weights_is_limited_too(folder):
     """Catches a check that only weights set off."""
-    monkeypatch.setattr(config_checks, 'MAX_PARAMETERS', 1_000)
-    with pytest.raises(InputError, match='a model of at most 1000 values, got'):
+    change(folder, model_args__channels=[4, 8, 20_000])
+    with pytest.raises(InputError, match='a model of at most 200000000 values, got'):
         timm.create_model(f'local-dir:{folder}')
 
 
 def test_weights_that_do_not_fit_are_named(folder):
     """Catches an error that does not say which tensor differs."""
     change(folder, model_args__channels=[4, 8, 32])
-    with pytest.raises(InputError, match=r'fc\.weight of .* must have shape \(10, 32\) as in the model, got'):
+    with pytest.raises(InputError, match=r'layer3\.0\.conv1\.weight of .* must have shape \(32, 8, 3, 3\) as in'):
         timm.create_model(f'local-dir:{folder}', pretrained=True)
 
 
@@ -151,3 +154,113 @@ def test_a_configuration_of_no_dynamic_model_is_refused_by_the_commands(folder, 
     (folder / 'pytorch_model.bin').write_bytes(b'0')
     with pytest.raises(InputError, match=r'config\.json of|must be a dynamic-depth model'):
         create_ddnn(f'local-dir:{folder}', pretrained=True)
+
+
+def rewrite(folder, change_tensors):
+    """Change the tensors of a folder as somebody would who saves them anew, with their checksum."""
+    tensors = load_file(folder / 'model.safetensors')
+    change_tensors(tensors)
+    save_file(tensors, folder / 'model.safetensors')
+    change(folder, weights_sha256=file_sha256(folder / 'model.safetensors'))
+
+
+def put(name, value):
+    def change_tensors(tensors):
+        tensors[name].view(-1)[0] = value
+    return change_tensors
+
+
+def cast(name, dtype):
+    def change_tensors(tensors):
+        tensors[name] = tensors[name].to(dtype)
+    return change_tensors
+
+
+@pytest.mark.parametrize(('change_tensors', 'message'), [
+    (put('layer2.0.conv1.weight', math.nan), r'layer2\.0\.conv1\.weight of .* finite values, got NaN or infinity'),
+    (put('bn1.bias', math.inf), r'bn1\.bias of .* finite values'),
+    (put('fc.bias', -math.inf), r'fc\.bias of .* finite values'),
+    (put('subnets.14.layer2.0.bn1.running_mean', math.nan), r'subnets\.14\.layer2\.0\.bn1\.running_mean of .* finite'),
+    (put('bn1.running_var', -0.5), r'bn1\.running_var of .* must be variances of at least 0, got -0\.5'),
+    (cast('conv1.weight', torch.int32), r'conv1\.weight of .* must be of type torch\.float64, .* got torch\.int32'),
+    (cast('fc.weight', torch.bool), r'fc\.weight of .* got torch\.bool'),
+    (cast('fc.weight', torch.float8_e4m3fn), r'fc\.weight of .* got torch\.float8_e4m3fn'),
+    (lambda tensors: tensors.pop('bn1.bias'), r"1 are missing such as 'bn1\.bias', 0 are unknown"),
+    (lambda tensors: tensors.pop('subnets.14.layer2.0.bn1.running_var'), 'running_var'),
+    (lambda tensors: tensors.update(other=torch.zeros(1)), r"0 are missing, 1 are unknown such as 'other'"),
+    (lambda tensors: tensors.update({'fc.weight': torch.zeros(7, 16), 'fc.bias': torch.zeros(7)}),
+     r'num_classes of the configuration must be 7, as in fc\.weight of .*, got 10|fc\.weight .* must have shape'),
+])
+@pytest.mark.parametrize('place', ['local-dir', 'file', 'state_dict', 'checkpoint_path'])
+def test_weights_that_cannot_be_right_are_refused(folder, change_tensors, message, place):
+    """Catches a model whose outputs are NaN or random and that says that all its depths are trained."""
+    rewrite(folder, change_tensors)
+    file = str(folder / 'model.safetensors')
+    model = dict(model_name='ddnn_resnet20', channels=(4, 8, 16))
+    with pytest.raises(InputError, match=message) as error:
+        if place == 'local-dir':
+            timm.create_model(f'local-dir:{folder}', pretrained=True)
+        elif place == 'checkpoint_path':
+            create_ddnn('ddnn_resnet20', channels=(4, 8, 16), checkpoint_path=file)
+        else:
+            given = {'file': file, 'state_dict': load_file(file)}[place]
+            timm.create_model(**model, pretrained=True, pretrained_cfg_overlay={place: given})
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_load(folder, dtype):
+    """Catches a check of types that refuses what can be loaded."""
+    def change_tensors(tensors):
+        tensors.update({name: t.to(dtype) for name, t in tensors.items() if t.is_floating_point()})
+    rewrite(folder, change_tensors)
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True).trained_depths == (20, 14, 8)
+
+
+@pytest.mark.parametrize('change_tensors', [put('fc.bias', math.nan), cast('fc.weight', torch.int8)])
+def test_a_classifier_that_is_left_out_is_checked_too(folder, change_tensors):
+    """Catches checks of the model in the place of the weights: what they would have put into it may be damaged."""
+    rewrite(folder, change_tensors)
+    with pytest.raises(InputError, match=r'fc\.'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=5)
+
+
+def test_weights_of_a_url_are_checked_too(folder, monkeypatch):
+    """Catches the one place of weights that timm alone reads."""
+    rewrite(folder, put('bn1.bias', math.nan))
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_url', lambda *args, **kwargs: load_file(
+        folder / 'model.safetensors'))
+    with pytest.raises(InputError, match=r'bn1\.bias of http://host/net\.pth must have finite values'):
+        timm.create_model('ddnn_resnet20', pretrained=True, channels=(4, 8, 16),
+                          pretrained_cfg_overlay=dict(url='http://host/net.pth', hf_hub_id=None))
+
+
+@pytest.mark.parametrize('asked', [{}, {'num_classes': 7}, {'num_classes': 10}, {'num_classes': 5}])
+def test_classes_that_contradict_the_weights_are_refused(folder, asked):
+    """Catches a classifier of random values in a model that counts as trained, because a file says other classes."""
+    change(folder, num_classes=7, label_names=None, pretrained_cfg__label_names=None)
+    with pytest.raises(InputError, match=r'num_classes of the configuration must be 10, as in fc\.weight of .*, got 7'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True, **asked)
+
+
+def test_weights_given_in_python_go_before_those_of_the_configuration(folder):
+    """Catches a state dict that is passed over for the weights beside the configuration, and one that is printed."""
+    bundled = timm.create_model('ddnn_resnet20', pretrained=True).pretrained_cfg
+    for cfg in (bundled, read_config(f'local-dir:{folder}')):
+        weights = timm.create_model('ddnn_resnet20').state_dict()
+        cfg = dict(cfg, state_dict=weights)
+        model = timm.create_model('ddnn_resnet20', pretrained=True, pretrained_cfg=cfg)
+        assert torch.equal(model.conv1.weight, weights['conv1.weight'])
+        assert 'state_dict' not in model.pretrained_cfg
+        assert saved_results(model) == []
+
+
+def test_a_configuration_of_millions_of_names_takes_no_memory(folder):
+    """Catches a file that is parsed before anything limits it."""
+    with open(folder / 'config.json', 'a') as file:
+        file.write(' ' * 2 ** 25)
+    tracemalloc.start()
+    with pytest.raises(InputError, match='must have at most 16777216 bytes'):
+        timm.create_model(f'local-dir:{folder}')
+    assert tracemalloc.get_traced_memory()[1] < 2 ** 26
+    tracemalloc.stop()

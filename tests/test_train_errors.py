@@ -57,7 +57,7 @@ WRONG = [
     ('--subnets 1,1', r'3 integers, from 1 up to \(3, 3, 3\), got \(1, 1\)'),
     ('--subnets two', "blocks per stage such as '2,2,2,2', got 'two'"),
     ('--initial-checkpoint nowhere.pth', "must be a file, got 'nowhere.pth'"),
-    ('--initial-checkpoint file', "cannot be created with the weights in 'file': it is not a file of weights"),
+    ('--initial-checkpoint file', "cannot be created with the weights in 'file': file is not a file of weights"),
     ('--model output/nowhere', "must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got 'output/nowhere'"),
     ('--num-classes 5', '--num-classes must be at least 10 for this data set, got 5'),
     ('--evaluate', '--evaluate needs weights'),
@@ -143,7 +143,8 @@ def test_a_program_with_a_bug_ends():
     )
     process = subprocess.run(
         [sys.executable, '-c', code, *FAST, *few_digits(), '-j', '2', '--output', 'out'],
-        env=dict(os.environ, ACCELERATE_USE_CPU='1'), capture_output=True, text=True, timeout=120,
+        env=dict(os.environ, ACCELERATE_USE_CPU='1', PYTHONWARNDEFAULTENCODING=''), capture_output=True, text=True,
+        timeout=120,
     )
     assert process.returncode == 1, process.stderr
     assert process.stderr.startswith('Traceback') and process.stderr.endswith('ValueError: planted\n')

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
@@ -53,7 +54,7 @@ def run(*args, on_gpu=False):
             worker.terminate()  # else the garbage collector waits five seconds for each, in any later test
 
 
-def fork(*args, processes=1, before=None, log='log'):
+def fork(*args, processes=1, before=None, log='log', program=run):
     """Start the command in forks of this process, which are ready at once; wait by `join`.
 
     Args:
@@ -61,7 +62,10 @@ def fork(*args, processes=1, before=None, log='log'):
         processes: How many train together.
         before: Called in each of them at first, to patch what it runs.
         log: File that they write stdout and stderr to.
+        program: Called with the options.
     """
+    if not hasattr(os, 'fork'):
+        pytest.skip('this system has no forks')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -81,7 +85,7 @@ def fork(*args, processes=1, before=None, log='log'):
         if before:
             before()
         try:
-            run(*args)
+            program(*args)
         finally:
             _kill_workers()  # forks do not come to the end of the program, where it is called
 

@@ -31,7 +31,8 @@ def main():
     images = images.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1)
     with torch.inference_mode():
         accuracy = (model.eval()(images).argmax(1) == torch.tensor(digits.target)[:1024]).double().mean()
-    print(json.dumps({'top1': float(accuracy) * 100, 'arguments': sys.argv[1:]}))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(json.dumps({'top1': float(accuracy) * 100, 'arguments': sys.argv[1:], 'parameters': parameters}))
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ from ..utils.costs import count_costs
 from ..utils.errors import InputError
 from ..utils.files import file_sha256, git_sha1, write_text
 from ..utils.schema import read_json
+from ..weights.download import check_client
 from .model_card import SUMMARY, create_model_card
 from .save import save_model
 
@@ -131,6 +132,7 @@ def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None
 
 
 def _upload(folder: Path, repo_id: str, files: dict[str, int], private: bool, revision: str | None) -> Publication:
+    check_client()
     api = HfApi(library_name='timm-ddnn')
     try:
         api.whoami()  # a wrong token ends here, also where there is nothing to change
@@ -158,9 +160,11 @@ def _upload(folder: Path, repo_id: str, files: dict[str, int], private: bool, re
                 raise
             info = api.model_info(url.repo_id, revision=revision, files_metadata=True)
             if not _same(folder, files, info):
-                raise
+                raise OSError('another commit was made at the same time, publish again') from e
             return Publication(str(url), info.sha, files)  # another push of the same content was faster
-    except (HTTPError, RuntimeError, ConnectionError) as e:
+    except (OSError, HTTPError) as e:
+        raise OSError(f'{repo_id} cannot be published: {e}') from e
+    except RuntimeError as e:  # by which the client wraps what stopped an upload
         raise OSError(f'{repo_id} cannot be published: {e.__cause__ or e}') from e
     return Publication(str(url), commit.oid, files)
 

@@ -3,7 +3,6 @@ import copy
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,10 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
+from ..utils.errors import InputError
 from ..utils.files import file_sha256, write_json
+from ..utils.schema import read_json, record, text
+from ..weights.download import PREVIOUS
 
 __all__ = ['save_model']
 
@@ -27,29 +29,49 @@ def save_model(
 ) -> None:
     """Save weights and configuration such that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads them.
 
+    Weights and configuration that lie there are replaced. The older weights stay as long as their configuration does:
+    whoever loads in between, or after this process was killed in between, finds both of the same save.
+
     Args:
         model: Dynamic-depth model.
-        folder: Folder that exists. Of files with the same names the new ones take the place, one by one.
+        folder: Folder that exists.
         data_config: Preprocessing of the images, as `timm.data.resolve_data_config` gives it.
         class_names: Name of every class. They are left out if the model has other classes besides.
         rows: Rows of results. They become the key 'depths' of the configuration, which timm passes over.
     """
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # safetensors takes no other format
     label_names = list(class_names) if len(class_names) == model.num_classes else None
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.model-') as temporary:
+    new = folder / '.saving'
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    new.mkdir()
+    try:
         save_for_hf(
             model,
-            temporary,
+            new,
             safe_serialization=True,
             model_config={'label_names': label_names, 'depths': list(rows)},
             data_config=dict(data_config),
         )
-        path = Path(temporary) / 'config.json'
-        config = json.loads(path.read_bytes())
+        config = json.loads((new / 'config.json').read_bytes())
         # It stands at top level as well, and transformers cannot load a timm model that gets it twice
         config.get('model_args', {}).pop('num_classes', None)
-        config['weights_sha256'] = file_sha256(Path(temporary) / 'model.safetensors')
-        write_json(path, config)
-        shutil.copymode(path, Path(temporary) / 'model.safetensors')  # safetensors lets nobody but the owner read it
+        config['weights_sha256'] = file_sha256(new / 'model.safetensors')
+        write_json(new / 'config.json', config)
+        # safetensors lets nobody but the owner read it
+        shutil.copymode(new / 'config.json', new / 'model.safetensors')
+        if _belong_together(folder):
+            os.replace(folder / 'model.safetensors', folder / PREVIOUS)
         for name in ('model.safetensors', 'config.json'):
-            os.replace(Path(temporary) / name, folder / name)
+            os.replace(new / name, folder / name)
+        (folder / PREVIOUS).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _belong_together(folder: Path) -> bool:
+    """Whether the weights in a folder are those of its configuration."""
+    try:
+        config = read_json(folder / 'config.json', record({'weights_sha256': text()}))
+        return file_sha256(folder / 'model.safetensors') == config['weights_sha256']
+    except (InputError, FileNotFoundError):
+        return False

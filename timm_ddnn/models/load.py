@@ -7,18 +7,19 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import timm
-import torch
-from timm.models import is_model, is_model_pretrained, list_pretrained, load_state_dict, parse_model_name
+from timm.models import is_model, is_model_pretrained, list_pretrained, parse_model_name
 from torch import nn
 
 from ..utils.costs import count_costs
 from ..utils.errors import InputError
-from ..weights.download import ARCHITECTURES, SavedConfig, read_config
-from ..weights.weight_checks import check_tensors
-from .dynamic_depth import DynamicDepthMixin
+from ..weights.build import judge_arguments
+from ..weights.download import ARCHITECTURES, read_config
+from ..weights.timm_runs import read_timm_run
+from ..weights.weight_checks import check_tensors, read_checkpoint
 
 __all__ = [
     'create_ddnn', 'list_models', 'load_model', 'load_teacher', 'resolve_name', 'saved_results', 'warn_of_untrained',
@@ -35,9 +36,12 @@ def resolve_name(name: str) -> str:
         name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a model. A folder with a
             config.json goes before a model of the same name.
     """
+    registered = is_model(name.split('.')[0])
     if os.path.isfile(os.path.join(name, 'config.json')):
+        if registered:
+            _logger.warning(f'{name!r} names a folder and a registered model: the folder is loaded')
         return f'local-dir:{name}'
-    return f'local-dir:{name}' if os.path.isdir(name) and not is_model(name.split('.')[0]) else name
+    return f'local-dir:{name}' if os.path.isdir(name) and not registered else name
 
 
 @contextmanager
@@ -50,37 +54,46 @@ def _naming(name: str, checkpoint_path: str = '') -> Iterator[None]:
         raise InputError(f'model {name!r} cannot be created{weights}: {e}') from e
 
 
-def _find(name: str, pretrained: bool, cache_dir: str | None) -> tuple[str, SavedConfig | None]:
-    """Find the architecture of a name, with its tag if it has one, and its config.json if it is no registered name."""
+def _find(name: str, pretrained: bool, cache_dir: str | None) -> tuple[str, dict[str, Any]]:
+    """Find the architecture of a name, with its tag if it has one, and the arguments that were saved with it."""
     try:
-        source, _ = parse_model_name(name)
+        source, place = parse_model_name(name)
     except ValueError as e:
         raise InputError(str(e)) from None
-    config = read_config(name, cache_dir) if source else None
-    name = config.architecture if config else name
+    if source == 'local-dir' and not os.path.isfile(os.path.join(place, 'config.json')):
+        run = read_timm_run(place)
+        if run:
+            return run
+    if source:
+        config = read_config(name, cache_dir)
+        args = config.model_args
+        name, saved = config.architecture, {**args, 'pretrained_model_args': dict(args), 'pretrained_cfg': config}
+    else:
+        saved = {}
     architecture, _, tag = name.partition('.')
     if not is_model(architecture):
         raise InputError(f'Unknown model ({name})')
     tags = [known.partition('.')[2] for known in list_pretrained(f'{architecture}.*')]
     if tag and tag not in tags:
         raise InputError(f'tag of {architecture} must be one of {tags}, got {tag!r}')
-    if pretrained and not config and not is_model_pretrained(architecture):
+    if pretrained and not saved and not is_model_pretrained(architecture):
         raise InputError(f'No pretrained weights exist for {architecture}')
-    return name, config
+    return name, saved
 
 
-def _create(name: str, config: SavedConfig | None, **kwargs: Any) -> nn.Module:
-    if config is None:
-        return timm.create_model(name, **kwargs)
-    args = config.model_args
-    return timm.create_model(name, pretrained_cfg=config, **{**args, 'pretrained_model_args': dict(args), **kwargs})
+def _create(name: str, saved: dict[str, Any], **kwargs: Any) -> nn.Module:
+    kwargs = {**saved, **kwargs}
+    if 'pretrained_cfg' not in saved and kwargs.keys() - {'pretrained', 'cache_dir'}:
+        trial = {**kwargs, 'pretrained': False, 'device': 'meta'}
+        judge_arguments(partial(timm.create_model, name), name.split('.')[0], **trial)
+    return timm.create_model(name, **kwargs)
 
 
 def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Module:
     """Create a dynamic-depth model by `timm.create_model`.
 
     Args:
-        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
+        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run, timm's too.
         checkpoint_path: File with weights, safetensors or a checkpoint of timm.
         **kwargs: Further arguments of `timm.create_model`.
 
@@ -97,35 +110,26 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
             raise InputError(f"model must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got {name!r}")
         raise wrong
     with _naming(name, checkpoint_path):
-        found, config = _find(name, kwargs.get('pretrained', False), kwargs.get('cache_dir'))
-        if found.split('.')[0] not in known:
-            raise wrong
-        model = _create(found, config, **kwargs)
+        needed = kwargs.get('pretrained', False) and 'pretrained_cfg_overlay' not in kwargs
+        found, saved = _find(name, needed, kwargs.get('cache_dir'))
+    if found.split('.')[0] not in known:
+        raise wrong
+    with _naming(name, checkpoint_path):
+        if 'device' in kwargs:
+            raise InputError('device is not an argument of a model here: it is made on the CPU, and then moved')
+        model = _create(found, saved, **kwargs)
         if checkpoint_path:
-            _load_checkpoint(model, checkpoint_path)
+            tensors = read_checkpoint(checkpoint_path)
+            check_tensors(tensors, model, checkpoint_path)
+            model.load_state_dict(tensors)
     return model
-
-
-def _load_checkpoint(model: DynamicDepthMixin, path: str) -> None:
-    if not os.path.isfile(path):
-        raise FileNotFoundError('there is no such file')
-    try:
-        weights = load_state_dict(path)
-    except OSError:
-        raise
-    except Exception as e:  # of timm, safetensors, torch and pickle, which name many types
-        raise InputError(f'it is not a file of weights: {type(e).__name__}') from e
-    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise InputError('it is not a file of weights: it holds more than tensors')
-    check_tensors(weights, model, path)
-    model.load_state_dict(weights)
 
 
 def load_model(name: str) -> nn.Module:
     """Load a model with its weights, in eval mode.
 
     Args:
-        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
+        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run, timm's too.
 
     Raises:
         InputError: If there is no such model, or its weights are missing, damaged or of another model.
@@ -137,20 +141,22 @@ def load_teacher(name: str) -> nn.Module:
     """Load any trained net of timm, dynamic-depth models among them, as a teacher.
 
     Args:
-        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run.
+        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run, timm's too.
 
     Raises:
         InputError: If there is no such net, or its weights are missing, damaged or of another net.
     """
     name = resolve_name(name)
     with _naming(name):
-        found, config = _find(name, True, None)
+        found, saved = _find(name, True, None)
+        if found.startswith(ARCHITECTURES):
+            return _create(found, saved, pretrained=True)
         try:
-            return _create(found, config, pretrained=True)
-        except Exception as e:  # what timm raises for files of its own architectures
-            if found.startswith(ARCHITECTURES):
-                raise
+            net = _create(found, saved, pretrained=True)
+        except Exception as e:  # by which timm judges files of its own architectures
             raise InputError(str(e) or type(e).__name__) from e
+        check_tensors(dict(net.named_parameters()), net, name, whole=False)
+    return net
 
 
 def saved_results(model: nn.Module) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ class SubNetModule(nn.Module):
         """
         super().__init__()
         vars(self)['_place'] = (parent, name)  # not as an attribute, which would register the parent here
+        self._is_norm = False
         original = self.original
         self.training = original.training
         self._is_norm = original in find_norms(original)
@@ -53,9 +54,20 @@ class SubNetModule(nn.Module):
 
     @property
     def original(self) -> nn.Module:
-        """The module of the full-net."""
+        """The module of the full-net.
+
+        Raises:
+            InputError: If something has replaced a norm so that it has not what differs by depth.
+        """
         parent, name = self._place
-        return parent._modules[name]
+        module = parent._modules[name]
+        if self._is_norm:
+            for own in ('running_mean', *self._parameters):
+                if own not in module._buffers and own not in module._parameters:
+                    raise InputError(
+                        f'{type(module).__name__} in the place of a norm has no {own}, which differs by depth: convert '
+                        'what extract(depth) returns, not a model of several depths')
+        return module
 
     @property
     def momentum(self) -> float | None:
@@ -77,23 +89,25 @@ class SubNetModule(nn.Module):
         state = vars(module)
         state.update(vars(original))
         state['training'] = self.training
-        for kind in ('_parameters', '_buffers', '_modules'):
-            if own := getattr(self, kind):
-                state[kind] = {**state[kind], **own}
+        parameters, buffers, modules = self._parameters, self._buffers, self._modules
+        if parameters and 'weight' in original._buffers:  # scale and shift were frozen
+            parameters, buffers = {}, buffers | {name: p.detach() for name, p in parameters.items()}
+        if parameters:
+            state['_parameters'] = original._parameters | parameters
+        if buffers:
+            state['_buffers'] = original._buffers | buffers
+        if modules:
+            state['_modules'] = original._modules | {
+                # a list of modules is not called but iterated over
+                name: child._assemble() if isinstance(child.original, (nn.ModuleList, nn.ModuleDict)) else child
+                for name, child in modules.items()
+            }
         return module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute what the full-net's module computes, by the statistics of this one.
-
-        Raises:
-            InputError: If something has put a module without running statistics in the place of a norm.
-        """
+        """Compute what the full-net's module computes, by the statistics of this one."""
         original, module = self.original, self._assemble()
         if self._is_norm:
-            if 'running_mean' not in original._buffers:
-                raise InputError(
-                    f'a norm whose statistics differ by depth was replaced by {type(original).__name__}: convert what '
-                    'extract(depth) returns, not a model of several depths')
             for hook in original._forward_pre_hooks.values():  # by which torch.nn.utils.prune masks weights
                 hook(module, (x,))
             if isinstance(x, torch.fx.Proxy):  # torch.fx does not trace into norms of torch.nn, whose check it cannot
@@ -102,12 +116,9 @@ class SubNetModule(nn.Module):
 
     def extract(self) -> nn.Module:
         """Copy the module with the statistics of this one."""
-        module = copy.deepcopy(self.original)
-        module.training = self.training
-        module._parameters.update(copy.deepcopy(self._parameters))
-        module._buffers.update(copy.deepcopy(self._buffers))
-        module._modules.update((name, child.extract()) for name, child in self.named_children())
-        return module
+        module = self._assemble()
+        vars(module)['_modules'] = module._modules | {name: child.extract() for name, child in self.named_children()}
+        return copy.deepcopy(module)
 
 
 class SubNets(nn.ModuleDict):
@@ -170,10 +181,15 @@ class SharedWeightsMixin:
             **kwargs: Arguments of the parent class.
 
         Raises:
-            InputError: If the blocks of a sub-net are not within the full-net's, if two nets have the same depth, or
-                if no net has the default depth asked for.
+            InputError: If a layer has no channels, a classifier no pooling before it, the blocks of a sub-net are not
+                within the full-net's, two nets have the same depth, or no net has the default depth asked for.
         """
         super().__init__(block, layers, **kwargs)
+        if self.num_classes and self.global_pool.is_identity():
+            raise InputError("global_pool must not be '' where there is a classifier, num_classes of at least 1")
+        empty = [name for name, p in self.named_parameters() if not p.numel()]
+        if empty:
+            raise InputError(f'channels must be at least 1 everywhere, got none in {empty[0]!r}')
         self._plain_args = {k: v for k, v in kwargs.items() if k not in ('device', 'dtype')} | {'block': block}
         self._layers_per_block = 3 if issubclass(block, Bottleneck) else 2
         self._blocks: dict[int, Blocks] = {self._depth_of(layers): tuple(layers)}

@@ -12,9 +12,9 @@ from torch import nn
 from ..utils.errors import InputError
 from .config_checks import check_names, check_size
 from .download import SavedConfig, find_weights, read_config
-from .weight_checks import check_file
+from .weight_checks import check_tensors, check_weights
 
-__all__ = ['build_model', 'verify_configs']
+__all__ = ['build_model', 'judge_arguments', 'verify_configs']
 
 
 def build_model(
@@ -54,24 +54,29 @@ def build_model(
     if from_config:
         check_names(cls, kwargs.get('pretrained_model_args') or {}, saved=True)
     overlay, weights = dict(pretrained_cfg_overlay or {}), None
-    if given.get('state_dict') or any(overlay.get(key) for key in ('file', 'url', 'state_dict', 'hf_hub_id')):
-        # what the caller names goes before weights that come with this library or lie beside a config.json
+    # weights that the caller names go before those that come with this library or lie beside a config.json
+    if any(overlay.get(key) for key in ('file', 'url', 'state_dict', 'hf_hub_id')):
+        overlay, saved = {**dict.fromkeys(('source', 'file', 'tag', 'label_names')), **overlay}, None
+    elif given.get('state_dict'):
         overlay, saved = {'source': None, 'file': None, **overlay}, None
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict()
-        weights, saved = find_weights(cfg, saved, cache_dir)
-        if weights:
-            overlay |= {'source': 'file', 'file': str(weights), 'state_dict': None}
-
-    whole = kwargs.get('pretrained_strict', True) and 'pretrained_filter_fn' not in kwargs
+        weights = find_weights(cfg, saved, cache_dir)
+    filter_fn = kwargs.pop('pretrained_filter_fn', None)
+    whole = kwargs.get('pretrained_strict', True) and filter_fn is None
+    if weights:
+        # what is loaded is what was verified; as `state_dict` timm would copy it
+        overlay |= {'source': None, 'file': None, 'state_dict': {'verified': weights.source}}
+        filter_verified = filter_fn or (lambda tensors, model: tensors)
+        filter_fn = lambda _, model: filter_verified(weights.tensors, model)  # noqa: E731
 
     def build(**model_args: Any) -> nn.Module:
         check_names(cls, model_args)
         if from_config:
-            check_size(_call(cls, variant, {**model_args, 'device': 'meta'}), weights)
-        model = _call(construct or cls, variant, model_args)
+            check_size(judge_arguments(cls, variant, **{**model_args, 'device': 'meta'}), weights and weights.tensors)
+        model = (construct or cls)(**model_args)
         if weights:
-            check_file(weights, model, cfg, whole=whole)
+            check_weights(weights.tensors, model, cfg, weights.source, whole=whole)
         return model
 
     model = build_model_with_cfg(
@@ -80,6 +85,7 @@ def build_model(
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=filter_fn,
         cache_dir=cache_dir,
         **kwargs,
     )
@@ -90,17 +96,28 @@ def build_model(
             model.pretrained_cfg.pop(key, None)
             if key in cfg:
                 model.pretrained_cfg[key] = cfg[key]
-        if saved and getattr(model, 'num_classes', None) == cfg['num_classes']:
-            model.saved_results = saved.depths
+        if weights.saved and getattr(model, 'num_classes', None) == cfg['num_classes']:
+            model.saved_results = weights.saved.depths
+    elif pretrained:  # from a URL
+        check_tensors(model.state_dict(), model, cfg.get('url') or 'the weights', whole=False)
     if not (pretrained or from_config):
         model.pretrained_cfg.pop('label_names', None)  # of the classes that the default weights know, not this model
     return model
 
 
-def _call(make: Callable[..., nn.Module], variant: str, model_args: dict[str, Any]) -> nn.Module:
-    """Make a model, where a failure is an InputError if it goes away with the arguments."""
+def judge_arguments(make: Callable[..., nn.Module], variant: str, /, **kwargs: Any) -> nn.Module:
+    """Make a model with arguments that may be wrong.
+
+    Args:
+        make: Makes the model.
+        variant: Name of its entrypoint.
+        **kwargs: Arguments of `make`.
+
+    Raises:
+        InputError: If that fails because of the arguments; any other failure is a bug and keeps its type.
+    """
     try:
-        return make(**model_args)
+        return make(**kwargs)
     except InputError:
         raise
     except Exception as e:  # timm and torch judge arguments by many types of exceptions

@@ -1,11 +1,9 @@
 """What a config.json from elsewhere may ask for: tables of its entries, and the size of what it would build."""
-import math
 from collections.abc import Mapping
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
 from torch import nn
 
 from ..utils.errors import InputError
@@ -145,7 +143,12 @@ def check_names(cls: type[nn.Module], model_args: Mapping[str, Any], *, saved: b
     Raises:
         InputError: If one is not an argument of the class.
     """
-    known = {name for parent in cls.__mro__ for name in signature(parent.__init__).parameters}
+    known = set()
+    for parent in cls.__mro__:
+        parameters = signature(parent.__init__).parameters
+        known |= parameters.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break  # this one passes nothing on to its parents
     known -= {'self', 'args', 'kwargs'} | ({'block', 'device', 'dtype'} if saved else set())
     unknown = sorted(set(model_args) - known)
     if unknown:
@@ -153,22 +156,24 @@ def check_names(cls: type[nn.Module], model_args: Mapping[str, Any], *, saved: b
         raise InputError(f'{where} must be of {sorted(known)}, got {brief(unknown)}')
 
 
-def check_size(model: nn.Module, weights: Path | None) -> None:
+def check_size(model: nn.Module, weights: Mapping[str, torch.Tensor] | None) -> None:
     """Check that a model that a config.json from elsewhere describes is not much larger than its weights.
 
     Args:
         model: The model, on the meta device.
-        weights: The safetensors file that is to be loaded, if any.
+        weights: The tensors that are to be loaded, if any.
 
     Raises:
         InputError: If it is.
     """
-    count, held = sum(tensor.numel() for tensor in model.state_dict().values()), ''
-    allowed = MAX_PARAMETERS
+    count, held, allowed = _count(model.state_dict()), '', MAX_PARAMETERS
     if weights is not None:
-        with safe_open(weights, framework='pt') as file:
-            size = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        size = _count(weights)
         allowed = 2 * size + 100_000_000  # a larger classifier, and statistics of sub-nets that the file has not
         held = f', the weights hold {size}'
     if count > allowed:
         raise InputError(f'config.json must describe a model of at most {allowed} values, got {count}{held}')
+
+
+def _count(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())

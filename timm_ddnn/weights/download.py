@@ -3,13 +3,18 @@
 Models are built of them in `build.py`. huggingface_hub checks the size of what it downloads and nothing of what it
 finds in its cache, hence the checksums here.
 """
+import hashlib
 import logging
 import os
+import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.request import getproxies
 
-from huggingface_hub import constants, hf_hub_download
+import torch
+from huggingface_hub import constants, get_token, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 from timm.models._hub import _parse_model_cfg
 
@@ -17,12 +22,40 @@ from ..utils.errors import InputError
 from ..utils.files import file_sha256, git_sha1
 from ..utils.schema import judge, read_json, record, text
 from .config_checks import CONFIG
+from .weight_checks import read_checkpoint, read_tensors
 
-__all__ = ['ARCHITECTURES', 'SavedConfig', 'fetch', 'find_weights', 'read_config']
+__all__ = [
+    'ARCHITECTURES', 'PREVIOUS', 'SavedConfig', 'Weights', 'check_client', 'fetch', 'find_weights', 'read_config',
+]
 
 
+PREVIOUS = '.previous.safetensors'  # weights of the config.json in a folder whose weights are being replaced
 ARCHITECTURES = 'ddnn_', 'cifar_resnet'  # how the names of this library's architectures begin
+PROXY = r'((https?|socks5h?)://)?([^/@]*@)?([^/@:\[\]]+|\[[\da-fA-F:]+\])(:\d+)?/?'  # [scheme://][user:password@]host[:port]
 _logger = logging.getLogger(__name__)
+
+
+def check_client() -> None:
+    """Check what the client of the Hub takes from the environment, where it does not name the cause itself.
+
+    Raises:
+        InputError: If a variable cannot be right; the message says which and what to do.
+    """
+    certificates = os.environ.get('SSL_CERT_FILE')
+    if certificates and not os.path.isfile(certificates):
+        raise InputError(f'SSL_CERT_FILE must be a file, got {certificates!r}: correct it or unset it')
+    for scheme in ('http', 'https', 'all'):
+        proxy, name = getproxies().get(scheme), f'{scheme.upper()}_PROXY'  # may hold a password: it is not shown
+        if proxy and not re.fullmatch(PROXY, proxy):
+            raise InputError(f'{name} must be as http://host:port, which its value is not: correct it or unset it')
+        if proxy and proxy.startswith('socks') and find_spec('socksio') is None:
+            raise InputError(f"{name} names a SOCKS proxy, which needs a package: pip install 'httpx[socks]'")
+    token = get_token() or ''
+    if not (token.isascii() and token.isprintable()):
+        raise InputError(
+            'the token of HF_TOKEN or `hf auth login` must be plain ASCII, as `hf_...`, got one with other characters: '
+            'copy it anew, without quotation marks'
+        )
 
 
 def fetch(
@@ -49,9 +82,11 @@ def fetch(
         Path in the cache. The name of its folder is the commit.
 
     Raises:
+        InputError: If the environment of the client is wrong, see `check_client`.
         OSError: If there is no such file or repository, it cannot be reached, or what comes is damaged.
     """
     download = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
+    check_client()
     try:
         path = Path(hf_hub_download(**download))
     except LocalEntryNotFoundError as e:
@@ -155,12 +190,25 @@ def read_config(name: str, cache_dir: str | Path | None = None) -> SavedConfig:
     return saved
 
 
+class Weights(NamedTuple):
+    """Weights as they were read.
+
+    Attributes:
+        tensors: Tensors by name.
+        source: What error messages call the place that they come from.
+        saved: The config.json beside them, if there is one.
+    """
+    tensors: dict[str, torch.Tensor]
+    source: str
+    saved: SavedConfig | None = None
+
+
 def find_weights(
         cfg: Mapping[str, Any],
         saved: SavedConfig | None = None,
         cache_dir: str | Path | None = None,
-) -> tuple[Path | None, SavedConfig | None]:
-    """Find and verify the safetensors file that a pretrained configuration names.
+) -> Weights | None:
+    """Find, verify and read the weights that a pretrained configuration names.
 
     Args:
         cfg: timm's pretrained configuration.
@@ -168,24 +216,20 @@ def find_weights(
         cache_dir: As for `fetch`.
 
     Returns:
-        The file, and the config.json beside it if there is one. None and None where the configuration names neither a
-        folder nor a repository on the Hub.
+        The weights, or None if the configuration names no place but a URL.
 
     Raises:
         InputError: If the weights are in another format.
         OSError: If there are none, they cannot be reached, or they are damaged.
     """
     if cfg.get('source') == 'local-dir':
-        path = Path(cfg['file']) / 'model.safetensors'
-        if not path.is_file():
-            raise FileNotFoundError(f'weights must be in model.safetensors, which is not in {path.parent}')
-        saved = saved or read_config(f'local-dir:{cfg["file"]}')
-        expected = saved.weights_sha256
-        if expected and (got := file_sha256(path)) != expected:
-            raise OSError(f'{path} is damaged: SHA-256 {got} instead of {expected} as config.json says')
-        return path, saved
-    if (cfg.get('source') != 'hf-hub' and (cfg.get('state_dict') or cfg.get('file'))) or not cfg.get('hf_hub_id'):
-        return None, None
+        return _read_folder(Path(cfg['file']), saved or read_config(f'local-dir:{cfg["file"]}'))
+    if cfg.get('source') != 'hf-hub' and cfg.get('state_dict'):
+        return Weights(dict(cfg['state_dict']), 'state_dict')
+    if cfg.get('source') != 'hf-hub' and cfg.get('file'):
+        return Weights(read_checkpoint(cfg['file']), cfg['file'])
+    if not cfg.get('hf_hub_id'):
+        return None
     repo_id, _, revision = cfg['hf_hub_id'].partition('@')
     filename = cfg.get('hf_hub_filename') or 'model.safetensors'
     if not filename.endswith('.safetensors'):
@@ -200,8 +244,31 @@ def find_weights(
     # of the commit of config.json: another one may follow in between
     revision, sha256 = (saved.commit, saved.weights_sha256) if saved else (revision or None, None)
     try:
-        return fetch(repo_id, filename, revision=revision, sha256=sha256, cache_dir=cache_dir), saved
+        path = fetch(repo_id, filename, revision=revision, sha256=sha256, cache_dir=cache_dir)
     except LocalEntryNotFoundError:
         raise  # not in the cache and not reached
     except EntryNotFoundError as e:
         raise FileNotFoundError(f'{repo_id} has no {filename}, and weights of other formats are not loaded: {e}') from e
+    return Weights(read_tensors(path.read_bytes(), str(path)), str(path), saved)
+
+
+def _read_folder(folder: Path, saved: SavedConfig) -> Weights:
+    """Read the weights of a configuration from a folder where another process may be saving at this time."""
+    while True:
+        damage = None
+        for path in (folder / 'model.safetensors', folder / PREVIOUS):
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            got, expected = hashlib.sha256(content).hexdigest(), saved.weights_sha256
+            if got == (expected or got):
+                return Weights(read_tensors(content, str(path)), str(path), saved)
+            damage = damage or f'{path} is damaged: SHA-256 {got} instead of {expected} as config.json says'
+        newer = read_config(f'local-dir:{folder}')
+        if newer.weights_sha256 == saved.weights_sha256:
+            raise OSError(damage) if damage else FileNotFoundError(
+                f'weights must be in model.safetensors, which is not in {folder}')
+        if (newer.architecture, newer.model_args, newer) != (saved.architecture, saved.model_args, saved):
+            raise OSError(f'another model was saved in {folder} while it was read: load it again')
+        saved = newer

@@ -1,40 +1,87 @@
-"""Whether weights can be right: types, shapes and values of their tensors."""
-from collections.abc import Iterable, Iterator, Mapping
+"""Files of weights, and whether the weights can be right: types, shapes and values of their tensors."""
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from timm.models import load_state_dict
 from torch import nn
 
 from ..utils.errors import InputError
 
-__all__ = ['check_file', 'check_tensors']
+__all__ = ['check_tensors', 'check_weights', 'read_checkpoint', 'read_tensors']
 
 
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
-def check_file(path: Path, model: nn.Module, cfg: Mapping[str, Any], *, whole: bool = True) -> None:
-    """Check a file of weights that timm is to load into a model.
+def read_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
+    """Read the content of a safetensors file.
 
     Args:
-        path: safetensors file.
+        content: All its bytes.
+        source: What error messages call the file.
+
+    Raises:
+        OSError: If it is damaged.
+    """
+    try:
+        return safetensors.torch.load(content)
+    except Exception as e:  # SafetensorError, and for headers that are wrong KeyError, AssertionError, ...
+        raise OSError(f'{source} is damaged: {e or type(e).__name__}') from e
+
+
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a file of weights, safetensors or a checkpoint of timm, whose averaged weights go before the others.
+
+    Args:
+        path: The file. Nothing that is pickled in it is executed.
+
+    Raises:
+        InputError: If it holds something else.
+        OSError: If it does not exist or cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{path} does not exist')
+    try:
+        tensors = load_state_dict(str(path))
+    except OSError:
+        raise
+    except Exception as e:  # of timm, safetensors, torch and pickle, which name many types
+        raise InputError(f'{path} is not a file of weights: {type(e).__name__}') from e
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise InputError(f'{path} is not a file of weights: it holds more than tensors')
+    return tensors
+
+
+def check_weights(
+        tensors: Mapping[str, torch.Tensor],
+        model: nn.Module,
+        cfg: Mapping[str, Any],
+        source: str,
+        *,
+        whole: bool = True,
+) -> None:
+    """Check pretrained weights that timm is to load into a model.
+
+    Args:
+        tensors: Tensors by name.
         model: The model, whose classes and channels may be others than those of the weights.
         cfg: timm's pretrained configuration of the weights.
-        whole: Whether the file holds the tensors of this model, no more and no fewer.
+        source: What error messages call the place that they come from.
+        whole: As for `check_tensors`.
 
     Raises:
         InputError: If `check_tensors` refuses them, or they have other classes than the configuration says.
-        OSError: If the file is damaged.
     """
     classifier, first_conv = (_names(cfg.get(key)) for key in ('classifier', 'first_conv'))
-    tensors = dict(_tensors(path))
     for name in classifier:
-        rows = len(tensors.get(f'{name}.weight', ())) - (cfg.get('label_offset') or 0)
-        if f'{name}.weight' in tensors and rows != cfg['num_classes']:
+        weight = f'{name}.weight'
+        if weight in tensors and (rows := len(tensors[weight]) - (cfg.get('label_offset') or 0)) != cfg['num_classes']:
             raise InputError(
-                f'num_classes of the configuration must be {rows}, as in {name}.weight of {path}, '
+                f'num_classes of the configuration must be {rows}, as in {weight} of {source}, '
                 f'got {cfg["num_classes"]}'
             )
     adapted = set()
@@ -42,7 +89,7 @@ def check_file(path: Path, model: nn.Module, cfg: Mapping[str, Any], *, whole: b
         adapted |= set(classifier)
     if getattr(model, 'in_chans', None) != cfg.get('input_size', (3,))[0]:
         adapted |= set(first_conv)
-    check_tensors(tensors, model, str(path), adapted=adapted, whole=whole)
+    check_tensors(tensors, model, source, adapted=adapted, whole=whole)
 
 
 def check_tensors(
@@ -66,24 +113,27 @@ def check_tensors(
         InputError: If tensors are missing or unknown, or one has another shape than in the model, is of integers or of
             fewer than 16 bits, has values that are not finite, or is a negative variance.
     """
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    own = model.state_dict()
     missing, unknown = (
         [name for name in names if not name.startswith('subnets.') and not name.endswith('num_batches_tracked')
          and name.rpartition('.')[0] not in adapted]
-        for names in (shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys())
+        for names in (own.keys() - tensors.keys(), tensors.keys() - own.keys())
     )
     if whole and (missing or unknown):
         raise InputError(
             f'{source} must hold the tensors of the model: {len(missing)} are missing{_example(missing)}, '
             f'{len(unknown)} are unknown{_example(unknown)}'
         )
-    for name, tensor in tensors.items():
+    for name in (name for name in {**own, **tensors} if name in tensors):  # the first that is wrong is named
+        tensor, expected = tensors[name], own.get(name)
         module, _, last = name.rpartition('.')
-        if name in shapes and module not in adapted and tensor.shape != shapes[name] and last != 'trained':
+        if last in ('num_batches_tracked', 'trained') or (expected is not None and not expected.is_floating_point()):
+            continue  # a counter, flags of the sub-nets, indices
+        if expected is not None and module not in adapted and tensor.shape != expected.shape:
             raise InputError(
-                f'{name} of {source} must have shape {tuple(shapes[name])} as in the model, got {tuple(tensor.shape)}')
-        if last in ('num_batches_tracked', 'trained'):  # a counter, and flags of the sub-nets
-            continue
+                f'{name} of {source} must have shape {tuple(expected.shape)} as in the model, '
+                f'got {tuple(tensor.shape)}'
+            )
         if tensor.dtype not in FLOATS:
             raise InputError(f'{name} of {source} must be of type {", ".join(map(str, FLOATS))}, got {tensor.dtype}')
         if not torch.isfinite(tensor).all():
@@ -98,12 +148,3 @@ def _example(names: list[str]) -> str:
 
 def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        with safe_open(path, framework='pt') as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
-    except SafetensorError as e:
-        raise OSError(f'{path} is damaged: {e}') from e

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     from timm_ddnn.data.datasets import quiet_datasets
     from timm_ddnn.deploy.export import export_model
 
-    from ..tables import create_table, print_table, show_status
+    from ..tables import create_table, print_files, print_table, show_status
 
     quiet_datasets()
     with show_status('exporting and comparing'):
@@ -54,11 +54,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not args.json:
         table = create_table(
             ('file', 'MB', 'batch', 'difference', 'allowed', 'top-1 (%)'), fold=('file',),
-            caption=f'in {args.output}\n{rows[0]["images"]} images; difference of logits, top-1 that agree')
+            caption=f'{rows[0]["images"]} images; difference of logits, top-1 that agree')
         for row in rows:
             table.add_row(
                 Path(row['file']).name, f'{row["bytes"] / 1e6:.2f}', ', '.join(map(str, row['batch_sizes'])),
                 f'{row["max_difference"]:.1e}', f'{row["allowed"]:.1e}', f'{row["top1_agreement"]:.1f}',
             )
         print_table(table)
+        print_files(args.output, (Path(row['file']).name for row in rows))
     return rows
