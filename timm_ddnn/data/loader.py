@@ -123,7 +123,7 @@ def _keep(batch: Any) -> Any:
 
 
 def _collate(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack images in the memory format channels_last, in which PIL gives them: three times as fast."""
+    """Stack images in the memory format channels_last, in which PIL gives them: they are copied as a whole."""
     images, target = default_collate([(image.permute(1, 2, 0), label) for image, label in batch])
     return images.permute(0, 3, 1, 2), target
 
