@@ -9,7 +9,8 @@ BIN := .venv/bin
 # There only while .venv is complete. Every path is relative, so the checkout may lie under a name with spaces.
 STAMP := .venv/.complete
 # Two workers share the cores: one torch thread each. A file stays with one of them, whose fixtures are made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+# Text that is read or written in the encoding of the locale is an error.
+PYTEST := OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all lint docs clean

@@ -60,7 +60,7 @@ def check_place(tag, run):
     """
     evaluation = RESULTS / 'weights' / tag / 'evaluation.json'
     if evaluation.exists():
-        names = json.loads(evaluation.read_text())['run'], run
+        names = json.loads(evaluation.read_text(encoding='utf-8'))['run'], run
         there, here = (split_name(name.rpartition('/')[2])[0] for name in names)
         if there != here:
             raise InputError(f'{tag} must be of {there}, as it is now, got {here}: remove {evaluation.parent} first')
@@ -83,7 +83,7 @@ def main():
             for parameter in model.parameters():
                 parameter.data = parameter.data.half() if parameter.ndim > 1 else parameter.data
         save_model(model, folder, data_config=data_config, class_names=names, rows=[])
-        result = evaluate_model(str(folder), str(data_folder(best.data, args.folder.resolve())), per_class=True)
+        result = evaluate_model(str(folder), str(data_folder(best.data, args.folder.resolve())))
         rows = [{key: row[key] for key in ROW} for row in result['depths']]
         save_model(model, folder, data_config=data_config, class_names=names, rows=rows)
     measured = RESULTS / 'weights' / tag

@@ -38,7 +38,8 @@ def split_name(stem):
 
 def load_runs(experiment):
     """Read the runs of an experiment: {'ekd-0': {...}, ...}."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / experiment).glob('*.json'))}
+    paths = sorted((RESULTS / experiment).glob('*.json'))
+    return {path.stem: json.loads(path.read_text(encoding='utf-8')) for path in paths}
 
 
 def load_experiments():

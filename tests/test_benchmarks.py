@@ -76,7 +76,7 @@ def test_sections_from_the_command_line(benchmark, monkeypatch, tmp_path):
     for sections in (['loss'], ['size', 'loss']):
         monkeypatch.setattr('sys.argv', ['benchmark.py', '--rounds', '3', '--only', *sections])
         benchmark.main()
-    readme = (tmp_path / 'README.md').read_text()
+    readme = (tmp_path / 'README.md').read_text(encoding='utf-8')
     assert readme.startswith('before\n<!-- cpu -->\nsize, loss: ') and readme.endswith('<!-- end of cpu -->\nafter\n')
     assert readme.count('| size of the saved model, against stock | ddnn_resnet50 | 1.00') == 1
     assert readme.count('| some figure | one | 0.750 |') == 1
@@ -95,9 +95,9 @@ def test_every_figure_is_measured(benchmark):
 
 def test_the_table_is_that_of_the_results(benchmark):
     """Catches a table that was edited by hand, or is of another run than the JSON beside it."""
-    readme = (ROOT / 'benchmarks' / 'README.md').read_text()
+    readme = (ROOT / 'benchmarks' / 'README.md').read_text(encoding='utf-8')
     results = sorted((ROOT / 'benchmarks' / 'results').glob('*.json'))
     assert results
     for path in results:
-        table = benchmark.table(json.loads(path.read_text()))
+        table = benchmark.table(json.loads(path.read_text(encoding='utf-8')))
         assert f'<!-- {path.stem} -->\n{table}<!-- end of {path.stem} -->' in readme

@@ -76,6 +76,16 @@ def test_calibrated_depth_is_added_and_no_other_changes(saved, digits, tmp_path,
     assert {row['depth']: row['top1'] for row in result['depths']} == {d: 100 * n / 40 for d, n in right.items()}
 
 
+@pytest.mark.parametrize(('top1', 'warned'), [({8: 50.0, 12: 50.0}, True), ({8: 50.0, 12: 50.1}, False)])
+def test_a_depth_that_is_not_worth_its_cost_is_named(top1, warned, saved, digits, tmp_path, monkeypatch, caplog):
+    """Catches a depth that costs more than one which is as accurate, and nobody says so."""
+    top1 = {20: 90.0, 14: 90.0} | top1
+    rows = [{'depth': depth, 'top1': top1[depth], 'top5': 100.0} for depth in (20, 14, 12, 8)]
+    monkeypatch.setattr(calibrate, 'depth_metrics', lambda predictions: rows)
+    calibrate_model(str(saved[1]), (1, 2, 2), str(digits), tmp_path / 'out', num_workers=0)
+    assert ('depth 12 is no more accurate than depths [8]' in caplog.text) is warned
+
+
 def test_calibration_of_few_images(saved, digits, tmp_path):
     """Catches a batch larger than the data that leaves no batch at all."""
     result = calibrate_model(str(saved[1]), (1, 2, 2), str(digits), tmp_path / 'out', batch_size=512, num_workers=0)

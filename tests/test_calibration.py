@@ -7,6 +7,7 @@ import torch
 from helpers.models import create, images, logits_by_depth
 
 from timm_ddnn import calibrate_bn
+from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.modules import find_norms
 
 
@@ -97,6 +98,18 @@ def test_bad_loader_leaves_everything_as_it_was(small, loader):
         calibrate_bn(small, loader, depth=14)
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
     assert all(m.training for m in small.modules())
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e38])
+def test_images_that_give_no_statistics_leave_everything_as_it_was(small, value):
+    """Catches statistics that one broken image makes NaN or infinite, for all images after it."""
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    data = batches()
+    data[1][0][3, 0, 5, 5] = value
+    with pytest.raises(InputError, match='loader must give images whose maps are finite'):
+        calibrate_bn(small, data, depth='all')
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+    assert small.trained_depths == ()
 
 
 @pytest.mark.parametrize('error', [OSError('disk gone'), KeyboardInterrupt()], ids=['error', 'interrupt'])

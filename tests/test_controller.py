@@ -2,8 +2,10 @@
 import math
 import os
 import random
+import re
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +15,11 @@ import pytest
 import torch
 from helpers.models import create
 
+import timm_ddnn
 from timm_ddnn.deploy.choose import percentile_90
 from timm_ddnn.deploy.controller import DepthController
 from timm_ddnn.utils.errors import InputError
+from timm_ddnn.utils.files import write_json
 
 COSTS = {50: 20.0, 26: 12.0, 14: 7.0}
 
@@ -194,6 +198,22 @@ def test_wrong_arguments_are_refused(kwargs, message):
     for latency, depth in ((math.nan, None), (-1, None), (1, 18)):
         with pytest.raises(InputError, match='must be'):
             controller.record(latency, depth)
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    """Catches an example in the docstring that is out of date."""
+    model = create('ddnn_resnet20', channels=(4, 8, 16))
+    setting = {'runtime': 'eager', 'batch_size': 1, 'threads': 1}
+    (tmp_path / 'output/profile').mkdir(parents=True)
+    write_json(tmp_path / 'output/profile/profile.json', {
+        'depths': [{'depth': depth, 'macs': depth} for depth in model.depths],
+        'measurements': [{'depth': d, **setting, 'median_ms': d, 'p90_ms': d} for d in model.depths],
+    })
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r'\n\n((?: {8}.*\n|\n)+)\n    The rolling', DepthController.__doc__)[1]
+    names = {'timm_ddnn': timm_ddnn, 'model': model, 'images': torch.randn(3, 1, 3, 32, 32)}
+    exec(textwrap.dedent(code), names)
+    assert names['controller'].depths == (20, 14, 8) and names['logits'].shape == (1, 10)
 
 
 def moves_under_real_load(model, images):

@@ -19,13 +19,17 @@ import timm_ddnn
 from timm_ddnn.utils.costs import count_costs
 from timm_ddnn_cli.commands import NAMES
 
-README = (ROOT / 'README.md').read_text()
-PAGES = ['README.md', 'MODEL_CARD.md', 'CONTRIBUTING.md', 'results/README.md', 'benchmarks/README.md',
-         *sorted(f'docs/{path.name}' for path in ROOT.glob('docs/*.md'))]
+PAGES = ['README.md', 'MODEL_CARD.md', 'CONTRIBUTING.md', 'results/README.md', 'results/PROTOCOL.md',
+         'benchmarks/README.md', *sorted(f'docs/{path.name}' for path in ROOT.glob('docs/*.md'))]
+TEXTS = {page: (ROOT / page).read_text(encoding='utf-8') for page in PAGES}
+README = TEXTS['README.md']
 # MACs in G of the model cards of timm on the Hub
 PUBLISHED = {
     'ddnn_resnet18': 1.8, 'ddnn_resnet34': 3.7, 'ddnn_resnet50': 4.1, 'ddnn_resnet101': 7.8, 'ddnn_resnet152': 11.6}
-WITH_HUB = [page for page in PAGES if re.search('^timm-ddnn push', (ROOT / page).read_text(), re.MULTILINE)]
+WITH_HUB = [page for page, text in TEXTS.items() if re.search('^timm-ddnn push', text, re.MULTILINE)]
+TRAINING = [
+    page for page, text in TEXTS.items()
+    if re.search('^(timm-ddnn (train|export|profile)|accelerate launch train)', text, re.MULTILINE)]
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +57,7 @@ def run_in_child(hub, *arguments):  # noqa: F811
 @pytest.mark.parametrize('page', [page for page in PAGES if page not in WITH_HUB])
 def test_snippets(page, place):
     """Catches a snippet that does not run, an option that is not there, and a page whose snippets are not found."""
-    assert run_page(ROOT / page) == len(re.findall(r'^```(?:python|sh)$', (ROOT / page).read_text(), re.MULTILINE))
+    assert run_page(ROOT / page) == len(re.findall('^```(?:python|sh)$', TEXTS[page], re.MULTILINE))
 
 
 def test_snippets_with_the_hub(place, hub):  # noqa: F811
@@ -64,8 +68,7 @@ def test_snippets_with_the_hub(place, hub):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('page', [page for page in PAGES if re.search(
-    r'^(timm-ddnn (train|export)|.*--runtimes|accelerate)', (ROOT / page).read_text(), re.MULTILINE)])
+@pytest.mark.parametrize('page', TRAINING)
 def test_snippets_that_train_and_export(page, place, hub):  # noqa: F811
     """Catches options that parse and do not go together, and files that are named otherwise."""
     hub.publish('timm/resnet50.a1_in1k', {'model.safetensors': save(timm.create_model('resnet50').state_dict())})
@@ -80,14 +83,14 @@ def test_snippets_that_train_and_export(page, place, hub):  # noqa: F811
 ])
 def test_a_wrong_snippet_is_found(code, tmp_path, surroundings):
     """Catches a runner that lets anything pass."""
-    (tmp_path / 'page.md').write_text(f'text\n\n{code}\n')
+    (tmp_path / 'page.md').write_text(f'text\n\n{code}\n', encoding='utf-8')
     with pytest.raises((Exception, SystemExit)):
         run_page(tmp_path / 'page.md')
 
 
 def test_names_of_the_package_exist():
     """Catches a name that a page uses and the package does not have."""
-    used = {name for page in PAGES for name in re.findall(r'\btimm_ddnn\.(\w+)', (ROOT / page).read_text())}
+    used = {name for text in TEXTS.values() for name in re.findall(r'\btimm_ddnn\.(\w+)', text)}
     assert {'Cascade', 'EKDLoss'} <= used and not used - {*timm_ddnn.__all__, 'evaluation', 'models', 'utils'}
 
 
@@ -108,7 +111,7 @@ def test_tables_of_models(name):
         f'{parameters:.{1 if parameters > 10 else 2}f} M',
         ', '.join(f'{cost["macs"] / size:.{digits}f}' for cost in costs) + f' {unit}',
     ]
-    assert f'| {" | ".join(row)} |' in (ROOT / 'docs/models.md').read_text()
+    assert f'| {" | ".join(row)} |' in TEXTS['docs/models.md']
     assert f'| {" | ".join(row[:2] + row[3:])} |' in README
 
 
@@ -134,12 +137,12 @@ def test_site_fetches_nothing_when_it_is_viewed(tmp_path):
     command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', tmp_path / 'site']
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    pages = {path: path.read_text() for path in (tmp_path / 'site').rglob('*.html')}
+    pages = {path: path.read_text(encoding='utf-8') for path in (tmp_path / 'site').rglob('*.html')}
     assert len(pages) > 15
     for path, text in pages.items():
         loads = re.findall(r'<(?:script|img|iframe|source)[^>]*\ssrc="([^"]+)"', text)
         loads += re.findall(r'<link[^>]*\brel="(?:stylesheet|preconnect|icon)"[^>]*\bhref="([^"]+)"', text)
         loads += re.findall(r'<link[^>]*\bhref="([^"]+)"[^>]*\brel="(?:stylesheet|preconnect|icon)"', text)
         assert loads and not [url for url in loads if re.match(r'(https?:)?//', url)], path
-    commands = re.sub(r'<a.*?</a>', '', (tmp_path / 'site/commands.html').read_text())
+    commands = re.sub(r'<a.*?</a>', '', (tmp_path / 'site/commands.html').read_text(encoding='utf-8'))
     assert all(f'timm-ddnn {name}</h2>' in commands and f'usage: timm-ddnn {name}' in commands for name in NAMES)

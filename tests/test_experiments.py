@@ -22,6 +22,7 @@ from timm_ddnn.evaluation.predict import evaluate
 from timm_ddnn.hub import save
 from timm_ddnn.train.signals import EXIT_STOPPED
 from timm_ddnn.utils import costs
+from timm_ddnn.utils.errors import InputError
 
 
 def make_runs(matrix):
@@ -128,9 +129,8 @@ def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd
     kept.unlink()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     monkeypatch.setattr('sys.argv', [*command, 'some/kd-8-0'])
-    with pytest.raises(SystemExit, match='2'):
+    with pytest.raises(InputError, match=r'alone-14-0/model.safetensors must have the SHA-256 '):
         experiments.main()
-    assert 'alone-14-0/model.safetensors must have the SHA-256 ' in capfd.readouterr().err
     weights.write_bytes(content)
     kept.write_bytes(result)
 
@@ -140,18 +140,17 @@ def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd
     content = kept.read_bytes()
     kept.unlink()
     monkeypatch.setattr('sys.argv', [*command, 'some/kd-8-0'])
-    with pytest.raises(SystemExit, match='2'):
+    with pytest.raises(InputError, match=r"alone-14-0.json is of another run .* it must have {'--lr': '0.02'}"):
         experiments.main()
-    assert "alone-14-0.json is of another run of this name, it must have {'--lr': '0.02'}" in capfd.readouterr().err
     kept.write_bytes(content)
     del runs['some/alone-14-0'].options['--lr']
 
     runs['some/ekd-0'].options['--lr'] = '0.01'
     monkeypatch.setattr('sys.argv', [*command, 'some/*'])
     for kept in ('results/some/ekd-0.json', 'work/some/ekd-0/run.json'):
-        with pytest.raises(SystemExit, match='2'):
+        message = rf"{kept} is of another run of this name, it must have {{'--lr': '0.01'}}"
+        with pytest.raises(InputError, match=message):
             experiments.main()
-        assert f"{kept} is of another run of this name, it must have {{'--lr': '0.01'}}" in capfd.readouterr().err
         (tmp_path / kept).unlink()
 
 

@@ -31,7 +31,7 @@ def test_a_folder_goes_before_a_model_of_its_name(folder, caplog):
     folder.rename('ddnn_resnet20')
     assert load_model('ddnn_resnet20').conv1.out_channels == 4
     assert load_teacher('ddnn_resnet20').conv1.out_channels == 4
-    assert "the folder 'ddnn_resnet20' is taken, not the model of that name" in caplog.text
+    assert "'ddnn_resnet20' names a folder and a registered model: the folder is loaded" in caplog.text
     (folder.parent / 'ddnn_resnet56').mkdir()  # of something else
     assert resolve_name('ddnn_resnet56') == 'ddnn_resnet56'
     assert resolve_name('ddnn_resnet20.ekd_cifar10') == 'ddnn_resnet20.ekd_cifar10'

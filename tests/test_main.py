@@ -92,7 +92,8 @@ def test_what_the_arguments_alone_decide_costs_little(arguments, status):
 
 
 @pytest.mark.parametrize('arguments', [
-    ['lst'], ['list', '--nothing'], ['list', 'resnet50'], ['--nothing'], ['evaluate', 'm', '--data', 'd', '-j', '1000'],
+    ['lst'], ['list', '--nothing'], ['list', 'resnet50'], ['--nothing'], ['train', '-j', '1000'],
+    ['evaluate', 'm', '--data', 'd', '-j', '1000'],
 ])
 def test_wrong_arguments_are_one_line(arguments, capsys):
     """Catches usage texts and tracebacks, and more processes than a machine stands."""

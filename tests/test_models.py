@@ -7,9 +7,11 @@ import pytest
 import timm
 import torch
 from helpers.models import EXPECTED_DEPTHS, create, images, logits_by_depth, narrow, some_at_once
+from timm.layers import BlurPool2d, DropBlock2d, SelectiveKernel, SEModule
 from timm.models._manipulate import group_parameters
 
 from timm_ddnn import CifarResNet, calibrate_bn
+from timm_ddnn.models.load import create_ddnn
 from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.modules import find_norms
 
@@ -50,7 +52,7 @@ def test_every_depth_equals_the_extracted_plain_net(name):
             name_args = {k: v for k, v in plain._model_args.items() if k in ('layers', 'channels')}
             stock = timm.create_model(plain.pretrained_cfg['architecture'], **name_args).eval()
             assert type(stock) is type(plain)
-            stock.load_state_dict(plain.state_dict(), strict=True)
+            stock.load_state_dict(model.extract_state_dict(model.state_dict(), depth), strict=True)
             assert torch.equal(stock(x), logits)
         assert torch.equal(model(x), together[model.depths[0]].logits)
         distinct = {tuple(output.logits.flatten().tolist()) for output in together.values()}
@@ -320,6 +322,55 @@ def test_torchscript_and_fx(name):
             assert torch.equal(torch.jit.script(traced)(x), expected)
         graph = torch.fx.symbolic_trace(model, concrete_args={'depth': model.depths[1]})
         assert torch.equal(graph(x, model.depths[1]), model(x, depth=model.depths[1]))
+
+
+@pytest.mark.parametrize(('name', 'attention'), [
+    ('ddnn_resnet20', 'se'), ('ddnn_resnet20', 'sk'), ('ddnn_resnet18', 'sk'),
+])
+def test_blocks_are_built_as_timms(name, attention):
+    """Catches arguments of timm's ResNet that are refused or passed over, and norms in the lists of an attention."""
+    kwargs = dict(
+        drop_block_rate=0.3, aa_layer=BlurPool2d, block_args=dict(attn_layer=attention), num_classes=7, **narrow(name))
+    model = create(name, **kwargs)
+    assert [bool(count_modules(stage, DropBlock2d)) for stage in (model.layer1, model.layer2, model.layer3)] == [
+        False, False, True]
+    assert [count_modules(stage, BlurPool2d) for stage in (model.layer1, model.layer2)] == [0, 1]
+    kind = {'se': SEModule, 'sk': SelectiveKernel}[attention]
+    assert count_modules(model, kind) == sum(model.blocks(model.depths[0]))
+    x = images(model, batch=4)
+    expected = logits_by_depth(model, x)
+    for depth, logits in expected.items():
+        with torch.no_grad():
+            assert torch.equal(model.extract(depth)(x), logits)
+            assert torch.equal(torch.fx.symbolic_trace(create(name, depth=depth, **kwargs))(x), logits)
+    sum(output.logits.mean() for output in model.train()(x, depth='all').values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def count_modules(module, kind):
+    return sum(isinstance(m, kind) for m in module.modules())
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'message'), [
+    ('ddnn_resnet20', dict(channels=(0, 0, 0)), r'positive integers, got .* and \(0, 0, 0\)'),
+    ('ddnn_resnet20', dict(channels=(-4, 8, 8)), r'positive integers, got .* and \(-4, 8, 8\)'),
+    ('cifar_resnet20', dict(layers=(3, 0, 3)), r'positive integers, got \(3, 0, 3\) and'),
+    ('ddnn_resnet50', dict(channels=(8, 16, 32, 0)), 'channels must be at least 1 everywhere, got none in .layer4'),
+    ('ddnn_resnet20', dict(in_chans=0), 'at least 1 everywhere, got none in .conv1.weight'),
+    ('ddnn_resnet20', dict(global_pool=''), "global_pool must not be '' where there is a classifier"),
+    ('ddnn_resnet50', dict(global_pool=''), "global_pool must not be '' where there is a classifier"),
+    ('ddnn_resnet20', dict(avg_down=True), r"must be of .*, got \['avg_down'\]"),
+    ('ddnn_resnet20', dict(global_pool='most'), 'most'),
+    ('ddnn_resnet20', dict(aa_layer='none of these'), 'none of these'),
+    ('ddnn_resnet20', dict(block_args=dict(gamma=1)), 'gamma'),
+    ('ddnn_resnet20', dict(device='meta'), 'device is not an argument of a model here'),
+])
+def test_arguments_that_make_no_model_are_one_line(name, kwargs, message):
+    """Catches nets without channels, which train in silence, and errors without the name of the model."""
+    make = create_ddnn if name.startswith('ddnn') else timm.create_model
+    with pytest.raises(InputError, match=message) as error:
+        make(name, **kwargs)
+    assert len(str(error.value)) <= 1100
 
 
 def test_threads_at_different_depths(small):

@@ -14,7 +14,6 @@ import timm_ddnn
 from timm_ddnn.models.load import create_ddnn, saved_results
 from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.files import file_sha256
-from timm_ddnn.weights import config_checks
 from timm_ddnn.weights.download import read_config
 
 
@@ -116,10 +115,10 @@ def test_a_strangers_configuration_is_refused_before_anything_is_built(folder, m
     assert set(built) <= {'meta'}
 
 
-def test_a_configuration_without_weights_is_limited_too(folder, monkeypatch):
+def test_a_configuration_without_weights_is_limited_too(folder):
     """Catches a check that only weights set off."""
-    monkeypatch.setattr(config_checks, 'MAX_PARAMETERS', 1_000)
-    with pytest.raises(InputError, match='a model of at most 1000 values, got'):
+    change(folder, model_args__channels=[4, 8, 20_000])
+    with pytest.raises(InputError, match='a model of at most 200000000 values, got'):
         timm.create_model(f'local-dir:{folder}')
 
 
@@ -224,6 +223,24 @@ def test_a_classifier_that_is_left_out_is_checked_too(folder, change_tensors):
     rewrite(folder, change_tensors)
     with pytest.raises(InputError, match=r'fc\.'):
         timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=5)
+
+
+def test_weights_of_a_url_are_checked_too(folder, monkeypatch):
+    """Catches the one place of weights that timm alone reads."""
+    rewrite(folder, put('bn1.bias', math.nan))
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_url', lambda *args, **kwargs: load_file(
+        folder / 'model.safetensors'))
+    with pytest.raises(InputError, match=r'bn1\.bias of http://host/net\.pth must have finite values'):
+        timm.create_model('ddnn_resnet20', pretrained=True, channels=(4, 8, 16),
+                          pretrained_cfg_overlay=dict(url='http://host/net.pth', hf_hub_id=None))
+
+
+@pytest.mark.parametrize('asked', [{}, {'num_classes': 7}, {'num_classes': 10}, {'num_classes': 5}])
+def test_classes_that_contradict_the_weights_are_refused(folder, asked):
+    """Catches a classifier of random values in a model that counts as trained, because a file says other classes."""
+    change(folder, num_classes=7, label_names=None, pretrained_cfg__label_names=None)
+    with pytest.raises(InputError, match=r'num_classes of the configuration must be 10, as in fc\.weight of .*, got 7'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True, **asked)
 
 
 def test_weights_given_in_python_go_before_those_of_the_configuration(folder):

@@ -1,14 +1,17 @@
 """What is published: files, model card and refusals. How it travels to the Hub and back is in `test_hub.py`."""
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from helpers.hub_server import ROOT
 from helpers.small_models import make_model, save
 from PIL import Image
 
@@ -47,7 +50,7 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     assert str(target.relative_to(tmp_path)) in shown
     assert {path.name for path in target.iterdir()} == {'README.md', 'accuracy.png', 'config.json', 'model.safetensors'}
     for path in target.iterdir():
-        assert re.search(rf'{re.escape(path.name)} .* {path.stat().st_size:,} ', shown)
+        assert re.search(rf'{re.escape(path.name)} +{path.stat().st_size:,}\n', shown)
 
     _, metadata, card = (target / 'README.md').read_text(encoding='utf-8').split('---\n', 2)
     metadata = yaml.safe_load(metadata)
@@ -164,3 +167,20 @@ def test_depths_that_are_not_trained_are_not_published(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'depths \[.*\] are not trained'):
         timm_ddnn.push_to_hub(model, 'me/net', dry_run=True)
     assert timm_ddnn.push_to_hub(model, 'me/net', depth=8, dry_run=True).files.keys() >= {'model.safetensors'}
+
+
+@pytest.mark.slow
+def test_a_card_is_utf_8_whatever_the_locale(folder, tmp_path):
+    """Catches files that are written, or read, in the encoding of the machine."""
+    write_json(folder / 'summary.json', summary_of(arguments={'dataset': 'crème/кот'}))
+    config = json.loads((folder / 'config.json').read_bytes())
+    config['label_names'] = [f'crème {i}' for i in range(10)]
+    (folder / 'config.json').write_text(json.dumps(config, ensure_ascii=False), encoding='utf-8')
+    subprocess.run(
+        [sys.executable, '-c', f'import timm_ddnn; timm_ddnn.push_to_hub({str(folder)!r}, "me/net", dry_run=True)'],
+        cwd=tmp_path, check=True, timeout=200,
+        env={**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONPATH': str(ROOT)},
+    )
+    target = tmp_path / 'output/hub/me--net'
+    assert '- data: crème/кот, 5,000' in (target / 'README.md').read_text(encoding='utf-8')
+    assert json.loads((target / 'config.json').read_bytes())['label_names'] == config['label_names']

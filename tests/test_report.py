@@ -1,6 +1,8 @@
 """What a run writes: costs, the model in timm's format, descriptions and pictures."""
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,25 @@ def test_json_is_whole_or_absent(tmp_path):
         files.write_json(tmp_path / 'a.json', {'x': float('nan')})
     assert json.loads((tmp_path / 'a.json').read_text()) == {'x': 1}
     assert [p.name for p in tmp_path.iterdir()] == ['a.json']
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path):
+    """Catches names that come out in the encoding of the locale, or that it cannot hold."""
+    code = (
+        'import sys, types\n'
+        'package = sys.modules["u"] = types.ModuleType("u")\n'  # the module alone, without torch
+        f'package.__path__ = [{str(Path(files.__file__).parent)!r}]\n'
+        'from pathlib import Path\n'
+        'from u.files import write_section, write_text\n'
+        'from u.schema import items, read_json, text\n'
+        'write_text(Path("a.md"), "cr\\u00e8me\\n<!-- x -->\\n<!-- end of x -->")\n'
+        'write_section(Path("a.md"), "x", "\\u0416\\n")\n'
+        'Path("a.json").write_bytes("[\\"\\u0416\\"]".encode())\n'
+        'assert read_json("a.json", items(text())) == ["\\u0416"]\n')
+    environment = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    run = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / 'a.md').read_bytes() == 'crème\n<!-- x -->\nЖ\n<!-- end of x -->'.encode()
 
 
 def test_run_is_described():

@@ -16,7 +16,7 @@ def read_csv(path):
 @pytest.fixture
 def some_runs(modules, tmp_path):
     """Made-up runs of an experiment: {(name, seed): {depth: top-1}}."""
-    template = json.loads((ROOT / 'results/cifar10_resnet20/ekd-0.json').read_text())
+    template = json.loads((ROOT / 'results/cifar10_resnet20/ekd-0.json').read_text(encoding='utf-8'))
 
     def write(tops):
         folder = tmp_path / 'results/some'
@@ -72,7 +72,7 @@ def test_seeds_of_a_method_had_the_same_arguments():
     first, compared = {}, 0
     for path in sorted(ROOT.glob('results/*/*-*.json')):
         name, seed = path.stem.rpartition('-')[::2]
-        arguments = json.loads(path.read_text())['arguments']
+        arguments = json.loads(path.read_text(encoding='utf-8'))['arguments']
         assert str(arguments.pop('seed')) == seed
         expected = first.setdefault((path.parent.name, name), arguments)
         compared += expected is not arguments
@@ -88,12 +88,12 @@ def test_files_are_those_of_the_runs(modules, tmp_path, monkeypatch):
     rows = list(results.run_rows(results.load_experiments()))
     for name, made in ('runs.csv', rows), ('summary.csv', results.summary_rows(rows)):
         results.write_csv(tmp_path / name, made)
-        assert (tmp_path / name).read_text() == (ROOT / 'results' / name).read_text(), 'run benchmarks/results.py'
+        assert (tmp_path / name).read_bytes() == (ROOT / 'results' / name).read_bytes(), 'run benchmarks/results.py'
     for place in {'RESULTS': ROOT / 'results', 'ROOT': tmp_path, 'WEIGHTS': ROOT / 'timm_ddnn/models/tags'}.items():
         monkeypatch.setattr(model_card, *place)
     model_card.main()
-    card = (tmp_path / 'MODEL_CARD.md').read_text()
-    assert card == (ROOT / 'MODEL_CARD.md').read_text(), 'run benchmarks/model_card.py'
+    card = (tmp_path / 'MODEL_CARD.md').read_text(encoding='utf-8')
+    assert card == (ROOT / 'MODEL_CARD.md').read_text(encoding='utf-8'), 'run benchmarks/model_card.py'
 
 
 @pytest.mark.parametrize(('page', 'heading', 'experiments', 'count'), [
@@ -109,7 +109,8 @@ def test_numbers_in_tables_are_in_the_summary(page, heading, experiments, count)
         if row['experiment'] in experiments:
             for value, error in ('top1', 'standard_error'), ('gain', 'gain_standard_error'):
                 known.add(f'{row[value]} ± {row[error]}' if row[error] else row[value])
-    section = re.search(rf'^## {heading}.*?(?=^## )', (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)[0]
+    text = (ROOT / page).read_text(encoding='utf-8')
+    section = re.search(rf'^## {heading}.*?(?=^## )', text, re.DOTALL | re.MULTILINE)[0]
     cells = [cell.strip() for line in section.splitlines() if line.startswith('|') for cell in line.split('|')[1:-1]]
     numbers = [cell for cell in cells if re.fullmatch(r'[-+]?\d+\.\d\d( ± \d\.\d\d)?', cell)]
     assert len(numbers) >= count and not set(numbers) - known

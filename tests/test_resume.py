@@ -250,6 +250,11 @@ def test_resume_auto_begins_where_there_is_nothing():
     assert checkpoints('out') == ['step-00000004']
 
 
+def files_of(folder):
+    return {
+        path: path.read_bytes() for path in Path(folder).rglob('*') if path.is_file() and path.name != '.lock'}
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['--output', 'out'], 'out has checkpoints: resume by --resume auto, or choose another folder'),
     (['--resume', 'auto'], '--resume auto needs --output'),
@@ -265,12 +270,12 @@ def test_resume_auto_begins_where_there_is_nothing():
 def test_wrong_ways_to_resume(arguments, message, copy_of, capfd):
     """Catches a run that resumes with something else than it began with, and one that overwrites another."""
     copy_of(10)
-    before = {path: path.read_bytes() for path in Path('out').rglob('*') if path.is_file()}
+    before = files_of('out')
     with pytest.raises(SystemExit) as exit_info:
         run(*FULL, *arguments)
     assert exit_info.value.code == 2
     fail_on(capfd, message)
-    assert {path: path.read_bytes() for path in Path('out').rglob('*') if path.is_file()} == before
+    assert files_of('out') == before
 
 
 def test_what_is_the_users_stays(tmp_path):
@@ -278,11 +283,14 @@ def test_what_is_the_users_stays(tmp_path):
     options = [*PLAIN, '-b', 44, '--checkpoint-interval', 2, '--output', 'out']  # of 16 updates
     run(*options, '--checkpoint-hist', 9)
     folder = Path('out/checkpoints')
-    shutil.rmtree(folder / 'step-00000016')
+    for updates in (12, 14, 16):
+        shutil.rmtree(folder / f'step-{updates:08d}')
     shutil.copytree(folder / 'step-00000008', folder / 'step-00000008-good')
     shutil.copytree(folder / 'step-00000008', folder / 'step-saved')
     shutil.move(folder / 'step-00000010', tmp_path / 'moved')
     (folder / 'step-00000010').symlink_to(tmp_path / 'moved')
+    (folder / 'step-00000012').symlink_to(tmp_path / 'nowhere')
+    (folder / 'step-00000014').write_text('a file')
     run(*options, '--checkpoint-hist', 1, '--resume', 'auto')
     best = max(history('out'), key=lambda record: record['top1'])['updates']
     assert set(checkpoints('out')) == {f'step-{best:08d}', 'step-00000016', 'step-00000008-good', 'step-saved'}

@@ -12,6 +12,7 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from timm_ddnn import EKDLoss, EKDTask, SubNetOutput
+from timm_ddnn.utils.errors import InputError
 
 
 @pytest.fixture
@@ -249,6 +250,11 @@ def test_weights_for_what_is_no_sub_net_are_refused(model, weights):
 def test_options_out_of_range_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         make_task(model, **options)
+
+
+def test_a_model_without_a_classifier_is_refused():
+    with pytest.raises(InputError, match='needs a classifier, num_classes of at least 1, got 0'):
+        make_task(tiny(num_classes=0))
 
 
 def test_an_unknown_option_is_refused(model):

@@ -22,9 +22,11 @@ def x(model):
 
 def test_another_net_teaches_on_demand(model, x):
     """Catches a teacher that is trained, saved, put into another mode, or not let go again."""
-    task, teacher, images = make_task(model, **OPTIONS), tiny(seed=1).eval(), x
+    task, teacher, images = make_task(model, **OPTIONS), tiny(seed=1), x
     names, plain = list(task.state_dict()), task(images, TARGET)
     task.set_teacher(teacher)
+    assert not any(m.training for m in teacher.modules())
+    assert not task.teacher(images).logits.requires_grad
     result = task(images, TARGET)
     with torch.no_grad():
         expected = task.loss_fn(model(images, depth='all'), TARGET, teacher(images, depth='all')[12])

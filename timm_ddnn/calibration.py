@@ -32,7 +32,8 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int | str | Seq
         Number of images seen.
 
     Raises:
-        InputError: If the model has no such depth or the loader gives no image tensors.
+        InputError: If the model has no such depth or the loader does not give image tensors, or such that the
+            statistics are not finite.
     """
     depths, _ = model.resolve_depths(depth)
     paths = {d: {id(norm): norm for norm in model.path_norms(d)} for d in model.depths}
@@ -68,6 +69,8 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int | str | Seq
                 num_images += len(images)
         if not num_images:
             raise InputError('loader gave no images')
+        if not all(buffer.isfinite().all() for norm in norms for buffer in norm.buffers()):
+            raise InputError('loader must give images whose maps are finite, got statistics of NaN or inf')
     except BaseException:
         for norm, old in zip(norms, statistics, strict=True):
             for name, buffer in norm.named_buffers():

@@ -58,12 +58,14 @@ class EKDTask(ClassificationTask):
             **ekd_options: Arguments of `EKDLoss`.
 
         Raises:
-            InputError: If it is not a dynamic-depth model, stages or weights are for what the model has not, or an
-                option is out of its range.
+            InputError: If it is not a dynamic-depth model or has no classifier, stages or weights are for what the
+                model has not, or an option is out of its range.
         """
         ddnn = unwrap_model(model)
         if not isinstance(ddnn, DynamicDepthMixin):  # classes of timm have an attribute `depths`, too
             raise InputError(f'EKDTask trains dynamic-depth models (ddnn_*), got {type(ddnn).__name__}')
+        if not ddnn.num_classes:
+            raise InputError('EKDTask needs a classifier, num_classes of at least 1, got 0')
         super().__init__(
             model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.loss_fn = EKDLoss(criterion=self.criterion, **ekd_options)

@@ -36,8 +36,9 @@ SHORT = {
     'evaluate': ['-j', '0', '--speed-images', '4'],
     'list': ['ddnn_resnet20'],
     'predict': ['-j', '0'],
-    'profile': ['--rounds', '2'],
-    'train': ['--epochs', '1', '-b', '4', '-j', '0', '--warmup-epochs', '0', '--mixed-precision', 'no'],
+    'profile': ['--rounds', '2', '--depths', '14'],
+    'train': [
+        '--epochs', '1', '-b', '4', '-j', '0', '--warmup-epochs', '0', '--mixed-precision', 'no', '--img-size', '32'],
 }
 SLOW = {'train', 'export', 'profile', 'choose'}
 OTHER_HOSTS = {'--multi_gpu', '--config_file', '--main_process_ip'}
@@ -166,15 +167,14 @@ def make_place(folder):
     make_image(0, 48).save(folder / 'photo.jpg')
     net = timm.create_model('ddnn_resnet50', num_classes=2, channels=(8, 16, 32, 64))
     make_run(folder / 'RUN', net, ('cat', 'dog'), input_size=(3, 64, 64))
-    digits = timm.create_model('ddnn_resnet20', in_chans=1)
-    make_run(folder / 'output/ddnn_resnet20-digits', digits, list(map(str, range(10))), input_size=(1, 32, 32))
+    digits = timm.create_model('ddnn_resnet20')
+    make_run(folder / 'output/ddnn_resnet20-digits', digits, list(map(str, range(10))), input_size=(3, 32, 32))
 
 
 def make_run(folder, model, names, input_size):
     folder.mkdir(parents=True)
     model.mark_trained(model.depths)
-    gray = {'mean': (0.5,), 'std': (0.25,)} if input_size[0] == 1 else {}
-    config = resolve_data_config({'input_size': input_size, **gray}, model=model)
+    config = resolve_data_config({'input_size': input_size}, model=model)
     rows = [row | {'top1': 80.0 + row['depth'] / 10, 'top5': 99.0} for row in count_costs(model, input_size)]
     save_model(model, folder, data_config=config, class_names=names, rows=rows)
 

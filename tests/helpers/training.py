@@ -118,7 +118,7 @@ def top1(summary):
 
 
 def checkpoints(folder):
-    return sorted(path.name for path in Path(folder).glob('checkpoints/*'))
+    return sorted(path.name for path in Path(folder).glob('checkpoints/*') if path.name != '.lock')
 
 
 def assert_same_run(folder, expected):

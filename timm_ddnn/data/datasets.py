@@ -135,8 +135,11 @@ def fingerprint(data: ImageData) -> dict[str, Any]:
     if total <= MOST_HASHED_BYTES:
         for split in splits.values():
             for row in split.cast_column(data.input_key, datasets.Image(decode=False)).select_columns(data.input_key):
-                image = row[data.input_key]
-                digest.update(Path(image['path']).read_bytes() if image['bytes'] is None else image['bytes'])
+                image = row[data.input_key] or {}  # one that is missing is named when it is read
+                content = image.get('bytes')
+                if content is None and image.get('path'):
+                    content = Path(image['path']).read_bytes()
+                digest.update(content or b'')
     return {'sha256': digest.hexdigest(), **{name: len(split) for name, split in splits.items()}}
 
 
@@ -148,7 +151,9 @@ def _image_sizes(split: datasets.Dataset, data: ImageData) -> Iterator[tuple[str
         sizes = pc.binary_length(images.field('bytes')).to_pylist()
         paths, labels = images.field('path').to_pylist(), batch[data.target_key].to_pylist()
         for path, size, label in zip(paths, sizes, labels, strict=True):
-            yield path or '', os.path.getsize(path) if size is None else size, label
+            if size is None:
+                size = os.path.getsize(path) if path else 0
+            yield path or '', size, label
 
 
 def match_classes(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..utils.errors import InputError
 
@@ -122,6 +122,12 @@ def _keep(batch: Any) -> Any:
     return batch  # `MemoryImages` gives whole batches
 
 
+def _collate(batch: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack images in the memory format channels_last, in which PIL gives them: they are copied as a whole."""
+    images, target = default_collate([(image.permute(1, 2, 0), label) for image, label in batch])
+    return images.permute(0, 3, 1, 2), target
+
+
 def create_loader(
         images: Dataset,
         batch_size: int,
@@ -145,7 +151,7 @@ def create_loader(
         images,
         batch_size=batch_size,
         sampler=EpochSampler(len(images), shuffle=training, seed=images.seed or 0),
-        collate_fn=_keep if in_memory else None,
+        collate_fn=_keep if in_memory else _collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_ignore_stop_signals,

@@ -1,4 +1,5 @@
 """A further depth for a saved model, without training; the statistics are estimated in `timm_ddnn/calibration.py`."""
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ..utils.files import staged_folder
 __all__ = ['calibrate_model']
 
 
+_logger = logging.getLogger(__name__)
+
 def calibrate_model(
         name: str,
         blocks: Sequence[int],
@@ -33,6 +36,8 @@ def calibrate_model(
         seed: int = 0,
 ) -> dict[str, Any]:
     """Add a depth to a model, estimate its batch-norm statistics, measure all depths, and save the larger model.
+
+    A warning is logged if a cheaper depth is as accurate as the new one.
 
     The statistics are those of training images as they are prepared for inference, without augmentation, because it is
     such images that the depth is for. All other depths stay equal bit for bit.
@@ -76,6 +81,10 @@ def calibrate_model(
         ]
         names = model.pretrained_cfg.get('label_names') or image_data.class_names
         save_model(model, folder, data_config=data_config, class_names=list(names), rows=rows)
+    new = next(row for row in rows if row['depth'] == depth)
+    better = [row['depth'] for row in rows if row['macs'] < new['macs'] and row['top1'] >= new['top1']]
+    if better:
+        _logger.warning(f'the new depth {depth} is no more accurate than depths {better}, which take fewer MACs')
     return {
         'output': str(output),
         'depth': depth,

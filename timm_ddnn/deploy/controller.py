@@ -20,12 +20,14 @@ _POSITIVE, _COUNT = number(above=0), integer(1)
 class DepthController:
     """Moves the depth such that latency stays within a budget under a changing load.
 
+        from timm_ddnn.deploy.choose import profile_rows, read_profile
+
         profile = read_profile('output/profile/profile.json')
-        rows = profile_rows(profile, runtime='eager', batch_size=1, threads=2)
-        costs = {row['depth']: row['median_ms'] for row in rows}
-        controller = DepthController(costs, budget_ms=50)
-        with controller.measure() as depth:
-            logits = model(x, depth=depth)
+        rows = profile_rows(profile, runtime='eager', batch_size=1, threads=1)
+        controller = timm_ddnn.DepthController({row['depth']: row['median_ms'] for row in rows}, budget_ms=50)
+        for x in images:
+            with controller.measure() as depth:
+                logits = model(x, depth=depth)
 
     The rolling latency is the 90th percentile of the last `window` calls at the present depth; a move begins a new
     window, and nothing is decided until it is full.

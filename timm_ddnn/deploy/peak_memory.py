@@ -78,7 +78,8 @@ def measure_memory(
         run = subprocess.run(
             [sys.executable, '-P', '-m', 'timm_ddnn.deploy.peak_memory', task_text],
             capture_output=True,
-            text=True,
+            encoding='utf-8',
+            errors='replace',
             env={
                 **os.environ,
                 'PYTHONPATH': os.pathsep.join(filter(None, paths)),
@@ -170,8 +171,8 @@ def _peak_memory(reset: bool = False) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == 'darwin' else peak * 1024
     if reset:
-        Path('/proc/self/clear_refs').write_text('5')
-    line = next(line for line in status.read_text().splitlines() if line.startswith('VmHWM:'))
+        Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')
+    line = next(line for line in status.read_text(encoding='utf-8').splitlines() if line.startswith('VmHWM:'))
     return int(line.split()[1]) * 1024
 
 

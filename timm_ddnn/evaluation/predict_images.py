@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ..cascade import Cascade
 from ..data.folders import image_extensions, list_entries
-from ..data.images import convert_image, describe_error, image_mode
+from ..data.images import convert_image, describe_error, image_mode, open_image
 from ..data.loader import create_loader, normalize, worker_errors
 from ..models.load import class_names, load_model
 from ..utils.environment import find_device
@@ -185,10 +185,8 @@ def _classify(
 
 def _read(image: str | PIL.Image.Image, mode: str) -> PIL.Image.Image:
     """Read an image upright."""
-    if isinstance(image, PIL.Image.Image):
-        return convert_image(ImageOps.exif_transpose(image), mode)
-    with PIL.Image.open(image) as file:
-        return convert_image(ImageOps.exif_transpose(file), mode)
+    upright = ImageOps.exif_transpose(image) if isinstance(image, PIL.Image.Image) else open_image(image)
+    return convert_image(upright, mode)
 
 
 class _Files(Dataset):

@@ -1,5 +1,6 @@
 """ResNets for images of 32 px, plain nets in timm's dialect; the dynamic ones are in `ddnn_resnet.py`."""
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,9 +57,12 @@ class CifarResNet(ResNet):
             projection: bool = False,
             act_layer: Any = nn.ReLU,
             norm_layer: Any = nn.BatchNorm2d,
+            aa_layer: Any = None,
             drop_rate: float = 0.0,
             drop_path_rate: float = 0.0,
+            drop_block_rate: float = 0.0,
             zero_init_last: bool = False,
+            block_args: Mapping[str, Any] | None = None,
             device: Any = None,
             dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,22 +80,27 @@ class CifarResNet(ResNet):
                 `ResNet`. Else it is without parameters.
             act_layer: Activation layer.
             norm_layer: Normalization layer.
+            aa_layer: Anti-aliasing layer in blocks that reduce the resolution, none if None.
             drop_rate: Dropout probability before the classifier, [0, 1).
             drop_path_rate: Stochastic depth rate of the last block, [0, 1).
+            drop_block_rate: DropBlock rate of the third and fourth stage, [0, 1).
             zero_init_last: Whether the last norm of every block starts at zero; nets this narrow learn slower then.
+            block_args: Further arguments of the block class, such as `attn_layer`.
             device: Device of the parameters.
             dtype: Type of the parameters.
 
         Raises:
-            InputError: If `layers` and `channels` are not of three stages, or of four, or `output_stride` is not a
-                power of two to 32.
+            InputError: If `layers` and `channels` are not positive integers of three stages, or of four, or
+                `output_stride` is not a power of two to 32.
         """
         nn.Module.__init__(self)
-        if len(layers) not in (3, 4) or len(channels) != len(layers):
+        if not (len(layers) in (3, 4) and len(channels) == len(layers) and all(
+                type(n) is int and n > 0 for n in (*layers, *channels))):
             raise InputError(
-                f'layers and channels must be of three stages, or both of four, got {layers!r} and {channels!r}')
+                'layers and channels must be of three stages, or both of four, and positive integers, got '
+                f'{reprlib.repr(layers)} and {reprlib.repr(channels)}')
         if output_stride not in (1, 2, 4, 8, 16, 32):
-            raise InputError(f'output_stride must be 1, 2, 4, 8, 16 or 32, got {output_stride!r}')
+            raise InputError(f'output_stride must be 1, 2, 4, 8, 16 or 32, got {reprlib.repr(output_stride)}')
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -113,7 +122,10 @@ class CifarResNet(ResNet):
             output_stride=output_stride * 4,  # make_blocks counts from an ImageNet stem, which has stride 4
             act_layer=act_layer,
             norm_layer=norm_layer,
+            aa_layer=aa_layer,
             drop_path_rate=drop_path_rate,
+            drop_block_rate=drop_block_rate,
+            **(block_args or {}),
             **dd,
         )
         width = channels[0]

@@ -40,7 +40,7 @@ def resolve_name(name: str) -> str:
     registered = is_model(name.split('.')[0])
     if os.path.isfile(os.path.join(name, 'config.json')):
         if registered:
-            _logger.warning(f'the folder {name!r} is taken, not the model of that name')
+            _logger.warning(f'{name!r} names a folder and a registered model: the folder is loaded')
         return f'local-dir:{name}'
     return f'local-dir:{name}' if os.path.isdir(name) and not registered else name
 
@@ -111,10 +111,13 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
             raise InputError(f"model must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got {name!r}")
         raise wrong
     with _naming(name, checkpoint_path):
-        found, saved = _find(name, kwargs.get('pretrained', False), kwargs.get('cache_dir'))
+        needed = kwargs.get('pretrained', False) and 'pretrained_cfg_overlay' not in kwargs
+        found, saved = _find(name, needed, kwargs.get('cache_dir'))
     if found.split('.')[0] not in known:
         raise wrong
     with _naming(name, checkpoint_path):
+        if 'device' in kwargs:
+            raise InputError('device is not an argument of a model here: it is made on the CPU, and then moved')
         model = _create(found, saved, **kwargs)
         if checkpoint_path:
             tensors = read_checkpoint(checkpoint_path)

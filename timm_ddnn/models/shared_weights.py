@@ -89,11 +89,19 @@ class SubNetModule(nn.Module):
         state = vars(module)
         state.update(vars(original))
         state['training'] = self.training
-        for kind in ('_parameters', '_buffers', '_modules'):
-            if own := getattr(self, kind):
-                state[kind] = {**state[kind], **own}
-        if 'weight' in original._buffers:  # scale and shift were frozen
-            state['_parameters'] = {name: p.detach() for name, p in module._parameters.items() if p is not None}
+        parameters, buffers, modules = self._parameters, self._buffers, self._modules
+        if parameters and 'weight' in original._buffers:  # scale and shift were frozen
+            parameters, buffers = {}, buffers | {name: p.detach() for name, p in parameters.items()}
+        if parameters:
+            state['_parameters'] = original._parameters | parameters
+        if buffers:
+            state['_buffers'] = original._buffers | buffers
+        if modules:
+            state['_modules'] = original._modules | {
+                # a list of modules is not called but iterated over
+                name: child._assemble() if isinstance(child.original, (nn.ModuleList, nn.ModuleDict)) else child
+                for name, child in modules.items()
+            }
         return module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,12 +116,9 @@ class SubNetModule(nn.Module):
 
     def extract(self) -> nn.Module:
         """Copy the module with the statistics of this one."""
-        module = copy.deepcopy(self.original)
-        module.training = self.training
-        module._parameters.update(copy.deepcopy(self._parameters))
-        module._buffers.update(copy.deepcopy(self._buffers))
-        module._modules.update((name, child.extract()) for name, child in self.named_children())
-        return module
+        module = self._assemble()
+        vars(module)['_modules'] = module._modules | {name: child.extract() for name, child in self.named_children()}
+        return copy.deepcopy(module)
 
 
 class SubNets(nn.ModuleDict):
@@ -176,10 +181,15 @@ class SharedWeightsMixin:
             **kwargs: Arguments of the parent class.
 
         Raises:
-            InputError: If the blocks of a sub-net are not within the full-net's, if two nets have the same depth, or
-                if no net has the default depth asked for.
+            InputError: If a layer has no channels, a classifier no pooling before it, the blocks of a sub-net are not
+                within the full-net's, two nets have the same depth, or no net has the default depth asked for.
         """
         super().__init__(block, layers, **kwargs)
+        if self.num_classes and self.global_pool.is_identity():
+            raise InputError("global_pool must not be '' where there is a classifier, num_classes of at least 1")
+        empty = [name for name, p in self.named_parameters() if not p.numel()]
+        if empty:
+            raise InputError(f'channels must be at least 1 everywhere, got none in {empty[0]!r}')
         self._plain_args = {k: v for k, v in kwargs.items() if k not in ('device', 'dtype')} | {'block': block}
         self._layers_per_block = 3 if issubclass(block, Bottleneck) else 2
         self._blocks: dict[int, Blocks] = {self._depth_of(layers): tuple(layers)}

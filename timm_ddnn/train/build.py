@@ -52,8 +52,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
             # Processes wait while one of them downloads and converts a large data set for the first time
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
         )
-    except (ValueError, ImportError) as e:  # by which accelerate judges its environment
-        raise InputError(f'settings of accelerate are wrong: {e}') from e
+    except (ValueError, ImportError, RuntimeError) as e:  # by which accelerate and torch judge their surroundings
+        raise InputError(f'accelerate cannot be set up: {e}') from e
     args.grad_accum_steps = accelerator.gradient_accumulation_steps
     if args.grad_accum_steps < 1:
         raise InputError(f'gradient_accumulation_steps of accelerate must be at least 1, got {args.grad_accum_steps}')

@@ -65,7 +65,8 @@ class Checkpoints:
 
         What has a name of another form, such as a copy `step-00000020-good`, belongs to the user.
         """
-        return sorted((path for path in self.folder.glob('step-*') if NAME.fullmatch(path.name)), reverse=True)
+        found = (path for path in self.folder.glob('step-*') if NAME.fullmatch(path.name) and path.is_dir())
+        return sorted(found, reverse=True)
 
     def save(self, state: TrainState) -> None:
         """Save a checkpoint, to be called by all processes, and remove those that are not to be kept.
@@ -103,7 +104,7 @@ class Checkpoints:
                 (temporary / 'checksums.json').write_text(json.dumps(checksums, indent=2) + '\n', encoding='utf-8')
                 for path in (*temporary.iterdir(), temporary):
                     _flush(path)
-                if target.exists():  # of a run that resumed from an earlier one
+                if os.path.lexists(target):  # of a run that resumed from an earlier one
                     self._remove(target)
                 os.replace(temporary, target)
                 _flush(self.folder)
@@ -220,8 +221,8 @@ def _checksum(path: Path) -> dict[str, Any]:
 
 
 def _remove_tree(path: Path) -> None:
-    """Remove a folder, or the link to one."""
-    if path.is_symlink():
+    """Remove a folder, or a file or link that has its name."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
         shutil.rmtree(path)

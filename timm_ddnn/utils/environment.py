@@ -1,4 +1,6 @@
 """The machine that a number was measured on, and its devices."""
+import copy
+import functools
 import os
 import platform
 import subprocess
@@ -46,6 +48,11 @@ def describe_machine() -> dict[str, Any]:
         cpu_cores, memory_gib, gpus), git (commit of the checkout that holds this library, and whether it is dirty; None
         outside of a checkout).
     """
+    return copy.deepcopy(_describe_once())
+
+
+@functools.cache
+def _describe_once() -> dict[str, Any]:
     cpu = platform.processor()
     if os.path.exists('/proc/cpuinfo'):
         lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
@@ -78,8 +85,9 @@ def _installed_version(package: str) -> str | None:
 def _git_state(file: Path) -> dict[str, Any] | None:
     """Commit of the checkout that tracks a file, and whether a tracked file differs from it; None if none does."""
     def git(*args: str) -> str:
-        return subprocess.run(
-            ('git', '-C', str(file.parent), *args), capture_output=True, text=True, check=True).stdout.strip()
+        command = ('git', '-C', str(file.parent), *args)
+        run = subprocess.run(command, capture_output=True, encoding='utf-8', errors='replace', check=True)
+        return run.stdout.strip()
     try:
         git('ls-files', '--error-unmatch', file.name)
         return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain', '--untracked-files=no'))}

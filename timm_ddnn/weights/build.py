@@ -12,7 +12,7 @@ from torch import nn
 from ..utils.errors import InputError
 from .config_checks import check_names, check_size
 from .download import SavedConfig, find_weights, read_config
-from .weight_checks import check_weights
+from .weight_checks import check_tensors, check_weights
 
 __all__ = ['build_model', 'judge_arguments', 'verify_configs']
 
@@ -98,6 +98,8 @@ def build_model(
                 model.pretrained_cfg[key] = cfg[key]
         if weights.saved and getattr(model, 'num_classes', None) == cfg['num_classes']:
             model.saved_results = weights.saved.depths
+    elif pretrained:  # from a URL
+        check_tensors(model.state_dict(), model, cfg.get('url') or 'the weights', whole=False)
     if not (pretrained or from_config):
         model.pretrained_cfg.pop('label_names', None)  # of the classes that the default weights know, not this model
     return model

@@ -143,7 +143,12 @@ def check_names(cls: type[nn.Module], model_args: Mapping[str, Any], *, saved: b
     Raises:
         InputError: If one is not an argument of the class.
     """
-    known = {name for parent in cls.__mro__ for name in signature(parent.__init__).parameters}
+    known = set()
+    for parent in cls.__mro__:
+        parameters = signature(parent.__init__).parameters
+        known |= parameters.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break  # this one passes nothing on to its parents
     known -= {'self', 'args', 'kwargs'} | ({'block', 'device', 'dtype'} if saved else set())
     unknown = sorted(set(model_args) - known)
     if unknown:

@@ -41,12 +41,14 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
     Raises:
         InputError: If it holds something else.
-        FileNotFoundError: If it does not exist.
+        OSError: If it does not exist or cannot be read.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path} does not exist')
     try:
         tensors = load_state_dict(str(path))
+    except OSError:
+        raise
     except Exception as e:  # of timm, safetensors, torch and pickle, which name many types
         raise InputError(f'{path} is not a file of weights: {type(e).__name__}') from e
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):

@@ -19,9 +19,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Save the depth, and print how to load it."""
     from timm_ddnn.deploy.extract import extract_model
 
-    from ..tables import print_files, print_line
+    from ..tables import print_files, print_line, show_status
 
-    result = extract_model(args.model, args.depth, args.output)
+    with show_status('extracting'):
+        result = extract_model(args.model, args.depth, args.output)
     if not args.json:
         print_files(result['output'], ('config.json', 'model.safetensors'))
         print_line(f'architecture {result["architecture"]}, blocks {"-".join(map(str, result["blocks"]))}')

@@ -22,9 +22,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from timm_ddnn.models.load import list_models
 
-    from ..tables import cost_cells, create_table, print_table
+    from ..tables import cost_cells, create_table, print_table, show_status
 
-    models = list_models(args.pattern)
+    with show_status('counting'):
+        models = list_models(args.pattern)
     if not models:
         fail(f'PATTERN must match some of {", ".join(timm.list_models("ddnn_*"))}, got {args.pattern!r}')
     if not args.json:

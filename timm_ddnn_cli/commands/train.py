@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..arguments import fail, number, parse_blocks, parse_option
+from ..arguments import fail, number, parse_blocks, parse_option, parse_workers
 from ..ekd_options import add_ekd_options, ekd_options
 
 HELP = 'Train all depths of a dynamic-depth model at once by embedded knowledge distillation.'
@@ -42,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--val-split', help="the first of 'validation', 'val', 'valid' and 'test' if not given")
     arg('-b', '--batch-size', type=count, default=64, help='images per process and step')
     arg('-vb', '--validation-batch-size', type=count, help='the batch size if not given')
-    most = max(32, 4 * (os.cpu_count() or 1))
-    arg('-j', '--workers', type=number(int, 0, most), default=2, help='processes that load data, per process')
+    arg('-j', '--workers', type=parse_workers, default=2, help='processes that load data, per process')
     arg('--in-memory', action='store_true', help='decode once, augment by batches: small images, crop pad, flips')
 
     arg = parser.add_argument_group('augmentation').add_argument
