@@ -9,11 +9,13 @@ import sys
 for name in ('accelerate', 'datasets', 'matplotlib', 'sklearn', 'pandas', 'rich', 'onnx', 'onnxruntime'):
     sys.modules[name] = None
 import timm, torch, timm_ddnn
+from PIL import Image
 model = timm.create_model('ddnn_resnet20', pretrained=True)
 task = timm_ddnn.EKDTask(model, verbose=False)
 task.train()(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))['loss'].backward()
 timm_ddnn.calibrate_bn(model, [torch.zeros(2, 3, 32, 32)], 8)
 timm_ddnn.Cascade(model.eval(), (8, 20), 0.5)(torch.zeros(1, 3, 32, 32))
+timm_ddnn.predict(model, [Image.new('RGB', (40, 30))], cascade=(8, 20), threshold=0.5)
 print(sorted(timm_ddnn.push_to_hub(model, 'owner/name', dry_run=True).files))
 """
 

@@ -3,6 +3,7 @@ from .calibration import calibrate_bn
 from .cascade import Cascade
 from .deploy.choose import select_depth
 from .deploy.controller import DepthController
+from .evaluation.predict_images import predict
 from .hub.publish import push_to_hub
 from .loss import EKDLoss, attention_map, attention_transfer, kl_divergence
 from .models.cifar_resnet import CifarResNet
@@ -27,6 +28,7 @@ __all__ = [
     'attention_transfer',
     'calibrate_bn',
     'kl_divergence',
+    'predict',
     'push_to_hub',
     'select_depth',
 ]

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 __all__ = [
-    'ArgumentParser', 'fail', 'number', 'parse_blocks', 'parse_option', 'parse_weight', 'parse_workers', 'run',
-    'run_script',
+    'ArgumentParser', 'fail', 'number', 'parse_blocks', 'parse_depth', 'parse_option', 'parse_weight', 'parse_workers',
+    'run', 'run_script',
 ]
 
 
@@ -110,6 +110,17 @@ def parse_blocks(text: str) -> tuple[int, ...]:
         return tuple(int(n) for n in text.split(','))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be blocks per stage such as '2,2,2,2', got {text!r}") from None
+
+
+def parse_depth(text: str) -> int | str:
+    """Parse 'all' or one depth.
+
+    Raises:
+        ArgumentTypeError: If the text is neither.
+    """
+    if text == 'all' or text.isdecimal():
+        return text if text == 'all' else int(text)
+    raise argparse.ArgumentTypeError(f"must be a depth such as 26, or 'all', got {text!r}")
 
 
 def parse_weight(text: str) -> tuple[int, float]:

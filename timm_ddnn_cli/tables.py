@@ -6,12 +6,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 __all__ = [
     'cost_cells', 'create_table', 'format_count', 'print_files', 'print_line', 'print_table', 'result_table',
-    'show_status',
+    'show_progress', 'show_status',
 ]
 
 
@@ -90,6 +91,12 @@ def print_line(text: str) -> None:
 def print_files(folder: str | os.PathLike, names: Iterable[str]) -> None:
     """Print which files were written to a folder."""
     print_line(f'{os.fspath(folder)}: {" ".join(names)}')
+
+
+def show_progress(batches: Iterable[Any]) -> Iterable[Any]:
+    """Show on stderr, if it is a terminal, how many of some batches were taken."""
+    console = Console(stderr=True)
+    return track(batches, '', console=console, transient=True, disable=not console.is_terminal)
 
 
 def show_status(text: str) -> AbstractContextManager:

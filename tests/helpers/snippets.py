@@ -35,6 +35,7 @@ SHORT = {
     'calibrate': ['-j', '0'],
     'evaluate': ['-j', '0', '--speed-images', '4'],
     'list': ['ddnn_resnet20'],
+    'predict': ['-j', '0'],
     'profile': ['--rounds', '2', '--depths', '14'],
     'train': [
         '--epochs', '1', '-b', '4', '-j', '0', '--warmup-epochs', '0', '--mixed-precision', 'no', '--img-size', '32'],

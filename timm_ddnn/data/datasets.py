@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import nn
 
+from ..models.load import class_names
 from ..utils.errors import InputError
 from .folders import find_splits, read_folders
 
-__all__ = ['ImageData', 'class_names', 'fingerprint', 'load_image_data', 'match_classes', 'quiet_datasets']
+__all__ = ['ImageData', 'fingerprint', 'load_image_data', 'match_classes', 'quiet_datasets']
 
 
 _logger = logging.getLogger(__name__)
@@ -153,16 +154,6 @@ def _image_sizes(split: datasets.Dataset, data: ImageData) -> Iterator[tuple[str
             if size is None:
                 size = os.path.getsize(path) if path else 0
             yield path or '', size, label
-
-
-def class_names(model: nn.Module) -> list[str] | None:
-    """Names of the classes of a model that were saved with its weights, None if none were.
-
-    Args:
-        model: timm model.
-    """
-    names = model.pretrained_cfg.get('label_names')
-    return list(names) if names and len(names) == model.num_classes else None
 
 
 def match_classes(

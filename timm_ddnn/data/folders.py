@@ -2,14 +2,17 @@
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import PIL.Image
 from timm.utils import natural_key
 
 from ..utils.errors import InputError
 
-__all__ = ['find_splits', 'read_folders']
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ['find_splits', 'image_extensions', 'list_entries', 'read_folders']
 
 
 # What systems and programs leave in folders of images
@@ -23,12 +26,12 @@ CLUTTER_PREFIXES = '._', '.nfs'  # macOS, network file systems
 def find_splits(folder: Path) -> dict[str, Path]:
     """Find the folders in a folder that hold something, by name."""
     return {
-        entry.name: Path(entry.path) for entry in _entries(folder)
-        if entry.is_dir() and next(_entries(Path(entry.path)), None)
+        entry.name: Path(entry.path) for entry in list_entries(folder)
+        if entry.is_dir() and next(list_entries(Path(entry.path)), None)
     }
 
 
-def read_folders(splits: Mapping[str, Path]) -> dict[str, datasets.Dataset]:
+def read_folders(splits: Mapping[str, Path]) -> dict[str, 'datasets.Dataset']:
     """List the images of splits; their classes are the names of the folders, sorted naturally as timm does.
 
     Links are followed, to files and folders. Nothing is left out in silence.
@@ -42,6 +45,8 @@ def read_folders(splits: Mapping[str, Path]) -> dict[str, datasets.Dataset]:
     Raises:
         InputError: If something in the folders is neither an image in the folder of a class nor clutter.
     """
+    import datasets
+
     files = {split: {name: list(_images(path)) for name, path in _classes(folder)} for split, folder in splits.items()}
     names = {name for classes in files.values() for name, images in classes.items() if images}
     empty = sorted({name for classes in files.values() for name in classes} - names)
@@ -62,7 +67,7 @@ def read_folders(splits: Mapping[str, Path]) -> dict[str, datasets.Dataset]:
     }
 
 
-def _entries(folder: Path) -> Iterator[os.DirEntry]:
+def list_entries(folder: Path) -> Iterator[os.DirEntry]:
     """Entries of a folder that are not clutter, sorted."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -75,9 +80,14 @@ def _entries(folder: Path) -> Iterator[os.DirEntry]:
             yield entry
 
 
+def image_extensions() -> set[str]:
+    """Find the suffixes, in lower case, of files that PIL can read as images."""
+    return {extension for extension, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
+
+
 def _classes(split: Path) -> Iterator[tuple[str, Path]]:
     """Name and folder of every class of a split."""
-    for entry in _entries(split):
+    for entry in list_entries(split):
         if not entry.is_dir():
             raise InputError(f'images must lie in SPLIT/CLASS/, got {entry.path}')
         yield entry.name, Path(entry.path)
@@ -85,11 +95,10 @@ def _classes(split: Path) -> Iterator[tuple[str, Path]]:
 
 def _images(folder: Path) -> Iterator[str]:
     """Paths of the images in the folder of a class."""
-    known = {extension for extension, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
-    wrong = []
-    for entry in _entries(folder):
+    known, wrong = image_extensions(), []
+    for entry in list_entries(folder):
         if entry.is_dir():
-            inside = next(_entries(Path(entry.path)), None)
+            inside = next(list_entries(Path(entry.path)), None)
             raise InputError(f'images must lie in SPLIT/CLASS/, got {inside.path if inside else entry.path}')
         extension = os.path.splitext(entry.name)[1].lower()
         if entry.is_file() and (extension in known or _is_image(entry.path)):

@@ -7,9 +7,8 @@ import io
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
@@ -22,9 +21,14 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision import transforms
 
 from ..utils.errors import InputError
-from .datasets import ImageData
 
-__all__ = ['ImageReadError', 'Images', 'convert_image', 'create_train_transform', 'seeded']
+if TYPE_CHECKING:
+    from .datasets import ImageData
+
+__all__ = [
+    'ImageReadError', 'Images', 'convert_image', 'create_train_transform', 'describe_error', 'image_mode', 'open_image',
+    'seeded',
+]
 
 
 class ImageReadError(InputError):
@@ -93,12 +97,33 @@ def convert_image(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
     return image.convert(mode)
 
 
+def image_mode(in_chans: int) -> str:
+    """Choose the mode of PIL that images are converted to for a model.
+
+    Args:
+        in_chans: Channels of its input, 1 (grey) or 3 (RGB).
+
+    Raises:
+        InputError: If `in_chans` is neither 1 nor 3.
+    """
+    if in_chans not in (1, 3):
+        raise InputError(f'in_chans must be 1 or 3, got {in_chans!r}')
+    return 'L' if in_chans == 1 else 'RGB'
+
+
+def describe_error(error: Exception) -> str:
+    """Say in one line why an image cannot be read."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return 'unknown format'
+    return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
 class Images(Dataset):
     """Transformed images of a split. An item is a function of (seed, epoch, index) and of nothing else."""
 
     def __init__(
             self,
-            data: ImageData,
+            data: 'ImageData',
             split: str,
             transform: Callable[[Any], torch.Tensor],
             *,
@@ -118,13 +143,13 @@ class Images(Dataset):
         Raises:
             InputError: If `in_chans` is neither 1 nor 3.
         """
-        if in_chans not in (1, 3):
-            raise InputError(f'in_chans must be 1 or 3, got {in_chans!r}')
+        import datasets
+
         self.data = getattr(data, split).cast_column(data.input_key, datasets.Image(decode=False))
         self.input_key = data.input_key
         self.target_key = data.target_key
         self.transform = transform
-        self.mode = 'L' if in_chans == 1 else 'RGB'
+        self.mode = image_mode(in_chans)
         self.seed = seed
 
     def __len__(self) -> int:
@@ -142,9 +167,7 @@ class Images(Dataset):
             row = self.data[index]
             image = convert_image(open_image(**row[self.input_key]), self.mode)
         except Exception as e:  # PIL's decoders raise many types, and none that they share
-            known = not isinstance(e, PIL.UnidentifiedImageError)
-            reason = f'{type(e).__name__}: {" ".join(str(e).split())}' if known else 'unknown format'
-            raise ImageReadError(f'image {self._describe(index)} cannot be read: {reason}') from e
+            raise ImageReadError(f'image {self._describe(index)} cannot be read: {describe_error(e)}') from e
         with nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
             return self.transform(image), row[self.target_key]
 

@@ -22,7 +22,8 @@ from ..weights.timm_runs import read_timm_run
 from ..weights.weight_checks import check_tensors, read_checkpoint
 
 __all__ = [
-    'create_ddnn', 'list_models', 'load_model', 'load_teacher', 'resolve_name', 'saved_results', 'warn_of_untrained',
+    'class_names', 'create_ddnn', 'list_models', 'load_model', 'load_teacher', 'resolve_name', 'saved_results',
+    'warn_of_untrained',
 ]
 
 
@@ -157,6 +158,16 @@ def load_teacher(name: str) -> nn.Module:
             raise InputError(str(e) or type(e).__name__) from e
         check_tensors(dict(net.named_parameters()), net, name, whole=False)
     return net
+
+
+def class_names(model: nn.Module) -> list[str] | None:
+    """Names of the classes of a model that were saved with its weights, None if none were.
+
+    Args:
+        model: timm model.
+    """
+    names = model.pretrained_cfg.get('label_names')
+    return list(names) if names and len(names) == model.num_classes else None
 
 
 def saved_results(model: nn.Module) -> list[dict[str, Any]]:

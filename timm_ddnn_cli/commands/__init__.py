@@ -11,4 +11,4 @@ and imports the standard library alone, what it needs besides inside `run`.
 """
 
 # In the order of the work
-NAMES = ('list', 'train', 'evaluate', 'profile', 'choose', 'calibrate', 'extract', 'export', 'push')
+NAMES = ('list', 'train', 'evaluate', 'predict', 'profile', 'choose', 'calibrate', 'extract', 'export', 'push')

@@ -3,23 +3,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import number
+from ..arguments import number, parse_depth
 
 HELP = 'Write one depth, or every depth, as ONNX, torch.export or TorchScript, compared with the model on real images.'
 EXAMPLES = """  timm-ddnn export output/ddnn_resnet50-food --depth 26 --format onnx --data FOLDER
   timm-ddnn export output/ddnn_resnet50-food --depth all --format torch-export --dynamic-batch --output files"""
 FORMATS = ('onnx', 'torch-export', 'torchscript')
-
-
-def parse_depth(text: str) -> int | str:
-    """Parse 'all' or one depth.
-
-    Raises:
-        ArgumentTypeError: If the text is neither.
-    """
-    if text == 'all' or text.isdecimal():
-        return text if text == 'all' else int(text)
-    raise argparse.ArgumentTypeError(f"must be a depth such as 26, or 'all', got {text!r}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
