@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # What makes a command short, appended: of an option that is given twice the last counts
 SHORT = {
     'calibrate': ['-j', '0'],
-    'evaluate': ['-j', '0', '--speed-images', '4'],
+    'evaluate': ['-j', '0'],
     'list': ['ddnn_resnet20'],
     'predict': ['-j', '0'],
     'profile': ['--rounds', '2', '--depths', '14'],
@@ -106,9 +106,7 @@ def run_command(arguments, slow):
     if not slow and name in SLOW:
         with mock.patch.object(argparse.ArgumentParser, 'parse_args', parse_and_stop):
             return expect(Parsed, main, arguments)
-    arguments = [*arguments, *SHORT.get(name, ())]
-    if '--evaluate' in arguments:
-        arguments = [word for word in arguments if word != '--epochs']
+    arguments = [*arguments, *SHORT.get('evaluate' if '--evaluate' in arguments else name, ())]
     try:
         main(arguments)
     except SystemExit as stop:
