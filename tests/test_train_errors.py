@@ -69,8 +69,8 @@ WRONG = [
     ('--teacher ddnn_resnet20.ekd_cifar10',
      "--teacher .*: 10 classes are called otherwise in the data than in the model, the first '0' and 'airplane'"),
     ('--dataset nowhere', "no data set 'nowhere': not 'digits', not a folder here"),
-    ('--dataset empty', "'empty' has neither SPLIT"),
-    ('--dataset text', "1 files in text/train/a are not images that can be read here, the first is 'a.txt'"),
+    ('--dataset empty', "folder '.*empty' has neither SPLIT"),
+    ('--dataset text', "1 files in .*text/train/a are not images that can be read here, the first is 'a.txt'"),
     ('--dataset noparquet', "data set 'noparquet' cannot be read: Parquet file size"),
     ('--dataset labels', r"0\.\.9 for 10 classes, got 11 in row 1 of split 'train'"),
     ('--dataset labels --target-key foo', r"--target-key must be one of the columns .*, got 'foo'"),
@@ -162,6 +162,7 @@ def accelerate_setting(monkeypatch):
     ('DYNAMO_BACKEND', 'EAGER', 'dynamo_backend of accelerate must be NO, because --torchcompile compiles, got EAGER'),
     ('MIXED_PRECISION', 'int8', 'mixed_precision of accelerate must be no, bf16 or fp16, got int8'),
     ('TORCH_DEVICE', 'foo', 'accelerate cannot be set up: .*foo'),
+    ('TORCH_DEVICE', 'meta', "device must be cpu.* on this machine, got 'meta'"),
     ('GRADIENT_ACCUMULATION_STEPS', '0', 'gradient_accumulation_steps of accelerate must be at least 1, got 0'),
     ('GRADIENT_ACCUMULATION_STEPS', 'two', 'accelerate cannot be set up: .*two'),
 ])
