@@ -23,7 +23,7 @@ from timm.utils import distribute_bn, get_outdir
 from torch import nn
 
 from ..data.datasets import ImageData, quiet_datasets
-from ..data.loader import normalize, worker_errors
+from ..data.loader import loading, normalize
 from ..evaluation.metrics import add_accuracies
 from ..evaluation.plots import plot_accuracy, plot_curves
 from ..evaluation.predict import evaluate
@@ -43,7 +43,7 @@ from .state import TrainState, fixed_arguments
 __all__ = ['describe_run', 'evaluate_only', 'train']
 
 
-@worker_errors()
+@loading()
 def train(
         args: argparse.Namespace,
         ekd_options: Mapping[str, Any],
@@ -153,7 +153,7 @@ def train(
         return summary
 
 
-@worker_errors()
+@loading()
 def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Evaluate saved weights, and write evaluation.json if there is a folder for it.
 
