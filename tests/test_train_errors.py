@@ -93,6 +93,7 @@ WRONG = [
     ('--weights 20=1', r'sub-nets of \(14, 8\), got \[20\]'),
     ('--weights 8=-1', r'weight of depth 8 must be a number from 0 .*, got -1'),
     ('--full-net-updates 22', '--full-net-updates must be less than the 22 updates of the run, got 22'),
+    ('--best-by 26', r'--best-by must be one of the depths \(20, 14, 8\), got 26'),
     ('--temperature 0', 'temperature must be a number from 0.01 .*, got 0'),
     ('--alpha nan', 'alpha must be a number from 0 .*, got nan'),
     ('--stages 3', r'stages must be from -3 to 2, got \[3\]'),

@@ -40,9 +40,11 @@ def test_every_depth_learns(trained):
 def test_what_a_run_writes(trained):
     """Catches a file, a metric or an epoch that is missing, and a summary of another epoch than the saved one."""
     assert {p.name for p in trained.iterdir()} == {
-        'accuracy.png', 'checkpoints', 'config.json', 'curves.png', 'metrics.jsonl', 'model.safetensors',
+        'accuracy.png', 'best', 'checkpoints', 'config.json', 'curves.png', 'metrics.jsonl', 'model.safetensors',
         'summary.json',
     }
+    assert {p.name for p in (trained / 'best').iterdir()} == {
+        'accuracy.png', 'config.json', 'model.safetensors', 'summary.json'}
     records, summary = history(trained), read(trained)
     assert [record['epoch'] for record in records] == [0, 1, 2, 3, 4]
     terms = ['loss', 'ce_14', 'ce_8', 'kl_8', 'attention_8']
@@ -53,7 +55,8 @@ def test_what_a_run_writes(trained):
     assert records[-1]['lr'] == pytest.approx(0, abs=1e-9)
     assert top1(summary) == {14: records[-1]['top1_14'], 8: records[-1]['top1_8']}
     assert summary['depths'] == read(trained, 'config.json')['depths']
-    assert (summary['training_images'], summary['validation_images'], summary['weights']) == (1437, 360, 'last')
+    assert (summary['training_images'], summary['validation_images'], summary['weights']) == (
+        1437, 360, 'of epoch 5 of 5')
     assert (summary['arguments']['epochs'], summary['arguments']['seed'], summary['processes']) == (5, 0, 1)
     assert not {'command', 'json', 'run'} & summary['arguments'].keys()
 
@@ -181,7 +184,7 @@ def test_averaged_weights_and_other_options(capsys):
         '--sched', 'constant', '--log-interval', 10, '--output', 'out',
     )
     record, summary = history('out')[-1], read('out')
-    assert summary['weights'] == 'averaged'
+    assert summary['weights'] == 'of epoch 2 of 2, averaged'
     assert top1(summary) == {14: record['ema_top1_14'], 8: record['ema_top1_8']}
     assert record['lr'] == 0.02
     assert 'batch 10/22: loss' in capsys.readouterr().out

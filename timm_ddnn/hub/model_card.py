@@ -48,6 +48,7 @@ with torch.inference_mode():
 ## Training
 
 - data: $data, $training_images images to train
+- weights: $weights
 - accuracy: on $validation_images images, split $split
 - recipe: $recipe
 - seed: $seed
@@ -83,6 +84,7 @@ SUMMARY = record({}, {
     'training_images': integer(0),
     'validation_images': integer(0),
     'validation_split': text(1_000),
+    'weights': text(1_000),
     'data_on_hub': flag,
     'device': text(100),
     'processes': integer(1),
@@ -151,6 +153,7 @@ def create_model_card(
         training_images=_format(summary.get('training_images')),
         validation_images=_format(summary.get('validation_images')),
         split=split,
+        weights=summary.get('weights', UNKNOWN),
         recipe=', '.join(f'{key.replace("_", " ")} {arguments[key]}' for key in RECIPE if key in arguments) or UNKNOWN,
         seed=arguments.get('seed', UNKNOWN),
         precision=summary.get('mixed_precision', UNKNOWN),

@@ -26,6 +26,7 @@ def save_model(
         data_config: Mapping[str, Any],
         class_names: Sequence[str],
         rows: Sequence[Mapping[str, Any]],
+    epoch: int | None = None,
 ) -> None:
     """Save weights and configuration such that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads them.
 
@@ -38,6 +39,7 @@ def save_model(
         data_config: Preprocessing of the images, as `timm.data.resolve_data_config` gives it.
         class_names: Name of every class. They are left out if the model has other classes besides.
         rows: Rows of results. They become the key 'depths' of the configuration, which timm passes over.
+        epoch: Epochs that the weights were trained for, if that is known: the key 'epoch'.
     """
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # safetensors takes no other format
     label_names = list(class_names) if len(class_names) == model.num_classes else None
@@ -49,7 +51,8 @@ def save_model(
             model,
             new,
             safe_serialization=True,
-            model_config={'label_names': label_names, 'depths': list(rows)},
+            model_config={
+                'label_names': label_names, 'depths': list(rows), **({} if epoch is None else {'epoch': epoch})},
             data_config=dict(data_config),
         )
         config = json.loads((new / 'config.json').read_bytes())

@@ -368,6 +368,8 @@ def check_sizes(
     if not batches:
         most = len(data.train) // accelerator.num_processes
         raise InputError(f'--batch-size must be at most {most} for {len(data.train)} images, got {args.batch_size}')
+    if args.best_by not in (None, *model.depths):
+        raise InputError(f'--best-by must be one of the depths {model.depths}, got {args.best_by}')
     updates = args.epochs * math.ceil(batches / args.grad_accum_steps)
     if args.full_net_updates >= updates:
         raise InputError(

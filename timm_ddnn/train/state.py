@@ -49,11 +49,6 @@ class TrainState:
     sums: dict[str, list[float]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def best_updates(self) -> int | None:
-        """Updates at the end of the epoch with the best top-1, mean over depths; None before the first."""
-        return max(self.history, key=lambda record: record['top1'], default={}).get('updates')
-
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Begin the next epoch.
 

@@ -51,6 +51,7 @@ ROW = record({'depth': integer(1, 1_000_000)}, {
 SAVED = record({}, {
     'weights_sha256': text(pattern='[0-9a-fA-F]{64}'),
     'depths': items(ROW),
+    'epoch': integer(0),
 })
 MODEL_ARGS = all_of(
     record({}, {

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--subnets', nargs='*', type=parse_blocks, metavar='BLOCKS',
         help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'; of none: the full-net alone")
     arg('--pretrained', action='store_true', help='start from published or saved weights')
-    arg('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in a file, of as many classes')
+    arg('--initial-checkpoint', default='', metavar='PATH',
+        help='start from the weights in a file or the folder of a model, of as many classes')
     arg('--num-classes', type=number(int, 1, 10 ** 6), help='classes of the model, those of the data set if not given')
     arg('--img-size', type=number(int, 1, 8192), help="side of the images in pixels, the model's if not given")
     arg('--drop', type=fraction, default=0.0, help='dropout rate before the classifier')
@@ -83,9 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument_group('run').add_argument
     arg('--evaluate', action='store_true', help='report the accuracy of every depth, without training')
     arg('--output', type=Path, help='folder to write to, a new one in output/ if not given')
+    arg('--best-by', type=count, metavar='DEPTH',
+        help='depth whose top-1 chooses the weights in best/, the mean over depths if not given')
     arg('--resume', metavar='auto|PATH', help='resume from the newest checkpoint in --output, if any, or from that one')
     arg('--checkpoint-interval', type=counter, default=0, help='updates between checkpoints within an epoch')
-    arg('--checkpoint-hist', type=count, default=2, help='newest checkpoints to keep, besides the best')
+    arg('--checkpoint-hist', type=count, default=2, help='newest checkpoints to keep')
     arg('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='seed of everything random')
     arg('--mixed-precision', choices=('no', 'bf16', 'fp16'), help="accelerate launch's if not given")
     arg('--channels-last', action=argparse.BooleanOptionalAction, default=True, help='memory format')
@@ -128,6 +131,8 @@ def _check(args: argparse.Namespace) -> None:
     """End the program if options do not go together."""
     if args.evaluate and not (args.pretrained or args.initial_checkpoint):
         fail('--evaluate needs weights: --pretrained or --initial-checkpoint')
+    if os.path.isdir(args.initial_checkpoint):
+        args.initial_checkpoint = os.path.join(args.initial_checkpoint, 'model.safetensors')
     if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
         fail(f'--initial-checkpoint must be a file, got {args.initial_checkpoint!r}')
     for name in ('scale', 'ratio'):
