@@ -12,6 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -350,6 +351,18 @@ def test_random_states_that_do_not_load_are_an_error(copy_of, capfd):
         run(*FULL, '--output', 'out', '--resume', 'auto')
     assert exit_info.value.code == 2
     fail_on(capfd, 'checkpoint out/checkpoints/step-00000005 does not fit this run: ')
+
+
+def test_random_states_are_those_of_the_checkpoint(tmp_path):
+    """Catches a task or an augmentation of the user's that draws other numbers after a resume."""
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path)
+    checkpoints.save(TrainState({}, updates=3))
+    expected = draw()
+    checkpoints.load(tmp_path / 'step-00000003')
+    assert draw() == expected
 
 
 def test_a_folder_is_for_one_run_at_a_time(copy_of, uninterrupted, capfd):
