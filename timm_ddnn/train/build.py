@@ -1,7 +1,6 @@
 """The parts of a training run, each built from the options of `timm-ddnn train`."""
 import argparse
 import math
-import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -14,7 +13,7 @@ from timm.data import Mixup, create_transform
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, unwrap_model
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,7 +24,6 @@ from ..data.loader import create_loader
 from ..models.load import create_ddnn, load_teacher, resolve_name
 from ..task import EKDTask
 from ..utils.errors import InputError
-from ..weights.download import read_config
 from .progress import print_line
 
 __all__ = [
@@ -124,10 +122,6 @@ def create_model(
         raise InputError(f'--num-classes must be at least {len(data.class_names)} for this data set, got {num_classes}')
     given = {name: value for name, value in options.items() if value is not None}
     model = create_ddnn(args.model, **given, **dict(args.model_kwargs))
-    if args.initial_checkpoint:
-        folder, name = os.path.split(args.initial_checkpoint)
-        if name == 'model.safetensors' and os.path.isfile(os.path.join(folder, 'config.json')):  # of a run
-            model.pretrained_cfg['label_names'] = read_config(f'local-dir:{folder or "."}').get('label_names')
     if args.pretrained or args.initial_checkpoint:
         data = match_classes(data, model, more=bool(args.num_classes))
     elif ':' in resolve_name(args.model):
@@ -258,7 +252,7 @@ def set_teacher(
         data: ImageData,
         data_config: Mapping[str, Any],
 ) -> None:
-    """Let the net of --teacher teach, if there is one.
+    """Let the net of --teacher teach, if there is one; its weights are then base models of the student's, too.
 
     Args:
         args: Options of the run.
@@ -279,6 +273,8 @@ def set_teacher(
         task.teacher(torch.zeros(1, *data_config['input_size'], device=next(teacher.parameters()).device))
     except InputError as e:
         raise InputError(f'--teacher {args.teacher}: {e}') from e
+    student = unwrap_model(task.trainable_module)
+    student.base_models = list(dict.fromkeys([*student.base_models, *teacher.base_models]))
 
 
 def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
