@@ -51,7 +51,7 @@ def test_digits_are_split_without_overlap():
 @pytest.mark.parametrize('files', [
     ('train.parquet', 'validation.parquet'),
     ('train-00000-of-00002.parquet', 'train-00001-of-00002.parquet', 'test-00000-of-00001.parquet'),
-    ('data/train-00000-of-00001.parquet', 'data/valid-00000-of-00001-0123abcd.parquet', 'data/extra.parquet'),
+    ('data/train-00000-of-00001.parquet', 'data/valid-00000-of-00001-0123abcd.PARQUET', 'data/extra.parquet'),
 ])
 def test_parquet_files(tmp_path, files):
     """Catches shards left out or out of order, and splits or columns named as on the Hub that are not found."""
@@ -91,7 +91,7 @@ def test_splits_whose_names_begin_alike(tmp_path):
     assert (pairs(data, 'train'), pairs(data)) == (expected(range(20)), expected(range(40, 60)))
     for file in ('test-00000-of-00002', 'test_mini-00000-of-00002'):
         write_parquet(tmp_path / f'half/{file}.parquet', range(20))
-    with pytest.raises(FileNotFoundError, match=r"'test' in .* lacks some of its 2"):
+    with pytest.raises(ValueError, match=r"'test' in .* must have the 2 files .* got 1"):
         load_image_data(str(tmp_path / 'half'), training=False)
 
 
@@ -182,7 +182,8 @@ def test_wrong_data_is_named(tmp_path, write, options, message):
 @pytest.mark.parametrize('files, error, message', [
     ([], FileNotFoundError, 'neither SPLIT.*parquet nor SPLIT/CLASS/IMAGE'),
     (['train.parquet'], ValueError, r"--val-split must name one of the splits \['train'\]"),
-    (['train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'], FileNotFoundError, 'of its 3'),
+    (['train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'], ValueError, 'the 3 .* got 2'),
+    (['train-00000-of-00001.parquet', 'train.parquet', 'test.parquet'], ValueError, 'the 1 .* got 2'),
 ])
 def test_incomplete_folders_are_named(tmp_path, files, error, message):
     """Catches a training on part of a data set of which a shard was not copied."""
@@ -191,6 +192,14 @@ def test_incomplete_folders_are_named(tmp_path, files, error, message):
         write_parquet(tmp_path / 'set' / file, range(10))
     with pytest.raises(error, match=message):
         load_image_data(str(tmp_path / 'set'))
+
+
+def test_files_that_name_classes_otherwise_are_refused(tmp_path):
+    """Catches labels of one file that are read by the names of another."""
+    write_parquet(tmp_path / 'train.parquet', range(20))
+    write_parquet(tmp_path / 'test.parquet', range(20), target=datasets.ClassLabel(names=CLASS_NAMES[::-1]))
+    with pytest.raises(ValueError, match=r'same names of classes .* got others in .*test\.parquet than in .*train'):
+        load_image_data(str(tmp_path))
 
 
 def test_two_label_columns_are_not_guessed_between(tmp_path):

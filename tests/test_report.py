@@ -177,8 +177,8 @@ BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 
 
 def test_accuracy_picture(tmp_path):
-    """Catches an empty picture, and one depth alone as an error."""
-    plots.plot_accuracy(tmp_path / 'a.png', ROWS, 'title')
+    """Catches an empty picture, and one depth alone, or a title with dollar signs, as an error."""
+    plots.plot_accuracy(tmp_path / 'a.png', ROWS, 'a $x^{ $ b')
     plots.plot_accuracy(tmp_path / 'b.png', ROWS[:1], 'title')
     assert BLUE in colours(tmp_path / 'a.png')
     assert BLUE in colours(tmp_path / 'b.png')
@@ -187,9 +187,9 @@ def test_accuracy_picture(tmp_path):
 
 @pytest.mark.parametrize(('ema', 'epochs'), [(False, 1), (True, 3)])
 def test_curves_picture(tmp_path, ema, epochs):
-    """Catches a depth that is not drawn, and terms that are absent (alpha or beta of 0) as an error."""
+    """Catches a depth that is not drawn, and terms that are absent (alpha or beta of 0) or dollar signs as an error."""
     record = {'train_ce_20': 0.5, 'train_ce_8': 0.7, 'train_kl_8': 0.1, 'top1_20': 90.0, 'top1_8': 80.0}
     if ema:
         record |= {'ema_top1_20': 91.0, 'ema_top1_8': 82.0}
-    plots.plot_curves(tmp_path / 'a.png', [{'epoch': e, **record} for e in range(epochs)], (20, 8), 'title')
+    plots.plot_curves(tmp_path / 'a.png', [{'epoch': e, **record} for e in range(epochs)], (20, 8), 'a $x^{ $ b')
     assert {BLUE, ORANGE} <= colours(tmp_path / 'a.png')

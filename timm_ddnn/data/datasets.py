@@ -2,14 +2,14 @@
 
 Reading and augmenting the images is in `images.py`. Models and losses need neither, nor the `datasets` library.
 """
+import glob
 import hashlib
 import json
 import logging
 import os
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from torch import nn
 
 from ..models.load import class_names
 from ..utils.errors import InputError
-from .folders import find_splits, read_folders
+from .folders import check_encoding, find_splits, list_entries, read_folders
 
 __all__ = ['ImageData', 'fingerprint', 'load_image_data', 'match_classes', 'quiet_datasets']
 
@@ -86,19 +87,23 @@ def load_image_data(
     if name == 'digits':
         available = _load_digits()
     elif os.path.isdir(name):
-        available = _find_files(Path(name))
+        folder = os.path.abspath(name)
+        check_encoding(folder)
+        available = _find_files(Path(folder))
     else:
         available = _load_from_hub(name)
     roles = {'train': _pick_split(available, train_split, TRAIN_SPLITS, '--train-split')} if training else {}
     roles['validation'] = _pick_split(available, val_split, VAL_SPLITS, '--val-split')
 
+    files = {}
     if os.path.isdir(name) and name != 'digits':
         files = {split: available[split] for split in roles.values()}
         if isinstance(next(iter(files.values())), Path):
-            available = read_folders(files)
+            available, files = read_folders(files), {}
         else:
             try:
-                available = datasets.load_dataset('parquet', data_files=files)
+                patterns = {split: [glob.escape(path) for path in paths] for split, paths in files.items()}
+                available = datasets.load_dataset('parquet', _state_of(files), data_files=patterns)
             except Exception as e:  # datasets and pyarrow raise many types, and none that they share
                 raise InputError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
     splits = {role: available[split] for role, split in roles.items()}
@@ -111,6 +116,7 @@ def load_image_data(
             splits = {role: split.cast_column(input_key, datasets.Image()) for role, split in splits.items()}
         except (pa.ArrowException, TypeError, ValueError) as e:
             raise InputError(f'column {input_key!r} holds no images but {features[input_key]}') from e
+    _check_names(files, target_key)
     class_names = _check_labels({roles[role]: split for role, split in splits.items()}, target_key, training)
     return ImageData(splits.get('train'), splits['validation'], input_key, target_key, class_names)
 
@@ -233,23 +239,37 @@ def _load_digits() -> datasets.DatasetDict:
 
 def _find_files(folder: Path) -> dict[str, list[str]] | dict[str, Path]:
     """Map the splits in a folder to their parquet files, or to their folders of images."""
+    folders = find_splits(folder)
     for place in (folder, folder / 'data'):
         splits: dict[str, list[str]] = {}
-        shards: Counter[tuple[str, str]] = Counter()
-        for file in sorted(place.glob('*.parquet')):
-            shard = re.fullmatch(r'(.+?)[-_.]?(\d+)?(?:-of-(\d+)(?:-\w+)?)?', file.stem)
-            splits.setdefault(shard[1], []).append(str(file))
+        counts: dict[str, int] = {}
+        for entry in list_entries(place) if place.is_dir() else ():
+            stem, extension = os.path.splitext(entry.name)
+            if extension.lower() != '.parquet':
+                continue
+            shard = re.fullmatch(r'(.+?)[-_.]?(\d+)?(?:-of-(\d+)(?:-\w+)?)?', stem)
+            splits.setdefault(shard[1], []).append(entry.path)
             if shard[3]:
-                shards[shard[1], shard[3]] += 1
-        for (split, count), found in shards.items():
-            if found != int(count):
-                raise FileNotFoundError(f'split {split!r} in {str(place)!r} lacks some of its {int(count)} files')
+                counts[shard[1]] = int(shard[3])
+        for split, count in counts.items():
+            if len(splits[split]) != count:
+                raise InputError(
+                    f'split {split!r} in {str(place)!r} must have the {count} files that their names say, got '
+                    f'{len(splits[split])}')
+        twice = sorted(splits.keys() & folders.keys())
+        if twice:
+            raise InputError(f'split {twice[0]!r} in {str(folder)!r} must be parquet files or a folder, got both')
         if splits:
             return splits
-    folders = find_splits(folder)
     if not folders:
         raise FileNotFoundError(f'folder {str(folder)!r} has neither SPLIT*.parquet nor SPLIT/CLASS/IMAGE files')
     return folders
+
+
+def _state_of(files: Mapping[str, list[str]]) -> str:
+    """Name the state of files, by which `datasets` caches what it converts; it looks at their times of change alone."""
+    states = [(file.stat().st_size, file.stat().st_ctime_ns) for paths in files.values() for file in map(Path, paths)]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
 def _load_from_hub(name: str) -> datasets.DatasetDict:
@@ -287,6 +307,19 @@ def _pick_column(
     if len(found) != 1:
         raise InputError(f'{flag} must name one of the columns {list(features)}: which of them it is cannot be told')
     return found[0]
+
+
+def _check_names(files: Mapping[str, list[str]], key: str) -> None:
+    """Check that parquet files that name their classes name them alike; `datasets` takes the names of the first."""
+    first = None
+    for file in (file for paths in files.values() for file in paths):
+        feature = datasets.Features.from_arrow_schema(pq.read_schema(file))[key]
+        if isinstance(feature, datasets.ClassLabel):
+            first = first or (file, feature.names)
+            if feature.names != first[1]:
+                raise InputError(
+                    f'all files must have the same names of classes in the same order, got others in {file} than in '
+                    f'{first[0]}')
 
 
 def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool) -> list[str]:

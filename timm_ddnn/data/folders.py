@@ -12,15 +12,17 @@ from ..utils.errors import InputError
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ['find_splits', 'image_extensions', 'list_entries', 'read_folders']
+__all__ = ['check_encoding', 'find_splits', 'image_extensions', 'list_entries', 'read_folders']
 
 
-# What systems and programs leave in folders of images
+# What systems and programs leave in folders of images, in lower case
 CLUTTER = {
-    '.DS_Store', 'Thumbs.db', 'desktop.ini', '.directory', '.ipynb_checkpoints', '@eaDir', '__MACOSX', '.git',
-    '.gitkeep', '.gitignore',
+    '.appledouble', '.directory', '.ds_store', '.fseventsd', '.git', '.gitattributes', '.gitignore', '.gitkeep',
+    '.hidden', '.ipynb_checkpoints', '.localized', '.nomedia', '.picasa.ini', '.spotlight-v100', '.svn',
+    '.temporaryitems', '.thumbnails', '.trashes', '#recycle', '$recycle.bin', '@eadir', '__macosx', 'desktop.ini',
+    'ehthumbs.db', 'icon\r', 'lost+found', 'picasa.ini', 'system volume information', 'thumbs.db',
 }
-CLUTTER_PREFIXES = '._', '.nfs'  # macOS, network file systems
+CLUTTER_PREFIXES = '._', '.nfs', '.fuse_hidden', '.trash-'  # macOS, network file systems, removed files
 
 
 def find_splits(folder: Path) -> dict[str, Path]:
@@ -37,7 +39,7 @@ def read_folders(splits: Mapping[str, Path]) -> dict[str, 'datasets.Dataset']:
     Links are followed, to files and folders. Nothing is left out in silence.
 
     Args:
-        splits: Folder of each split, with a folder per class.
+        splits: Folder of each split, as an absolute path, with a folder per class.
 
     Returns:
         For each split the columns image and label.
@@ -71,13 +73,22 @@ def list_entries(folder: Path) -> Iterator[os.DirEntry]:
     """Entries of a folder that are not clutter, sorted."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name in CLUTTER or entry.name.startswith(CLUTTER_PREFIXES):
+            if entry.name.lower() in CLUTTER or entry.name.lower().startswith(CLUTTER_PREFIXES):
                 continue
-            try:
-                entry.name.encode()
-            except UnicodeEncodeError:
-                raise InputError(f'file names must be UTF-8, got {os.fsencode(entry.path)!r}') from None
+            check_encoding(entry.path)
             yield entry
+
+
+def check_encoding(path: str) -> None:
+    """Check that a path can be written to tables and files.
+
+    Raises:
+        InputError: If it is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InputError(f'file names must be UTF-8, got {os.fsencode(path)!r}') from None
 
 
 def image_extensions() -> set[str]:
@@ -102,7 +113,7 @@ def _images(folder: Path) -> Iterator[str]:
             raise InputError(f'images must lie in SPLIT/CLASS/, got {inside.path if inside else entry.path}')
         extension = os.path.splitext(entry.name)[1].lower()
         if entry.is_file() and (extension in known or _is_image(entry.path)):
-            yield os.path.abspath(entry.path)
+            yield entry.path
         else:
             wrong.append(entry.name)
     if wrong:

@@ -29,7 +29,8 @@ def plot_accuracy(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> 
         axes.plot(row['macs'], row['top1'], 'o', color=f'C{i}', label=f'depth {row["depth"]}: {row["top1"]:.2f} %')
     figure.legend(loc='outside lower center', ncols=min(len(rows), 3))
     axes.margins(x=0.1, y=0.1)
-    axes.set(title=title, xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
+    axes.set_title(title, parse_math=False)  # the name of a data set may have dollar signs
+    axes.set(xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
     show_macs(axes, max(macs))
     axes.grid(alpha=0.3)
     save_figure(figure, path)
@@ -46,7 +47,7 @@ def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequen
         title: Title.
     """
     figure = Figure(figsize=(11, 4.5), layout='constrained')
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     losses, accuracies = figure.subplots(1, 2)
     epochs = [record['epoch'] + 1 for record in history]
     curves = [
@@ -96,7 +97,7 @@ def plot_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
         title: Title.
     """
     figure = Figure(figsize=(11, 5.2), layout='constrained')
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     left, right = figure.subplots(1, 2)
     colors = {row['depth']: f'C{i}' for i, row in enumerate(result['depths'])}
     _draw_accuracy(left, result, colors)
