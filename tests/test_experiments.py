@@ -39,6 +39,7 @@ def make_runs(matrix):
     )}
 
 
+@pytest.mark.slow
 def test_runs_are_done_once_and_make_a_tag(modules, monkeypatch, tmp_path, capfd):
     """Catches a run that is repeated or lost, a teacher that does not teach, a tag without its accuracy."""
     experiments = modules.experiments

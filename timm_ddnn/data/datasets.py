@@ -336,26 +336,26 @@ def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool)
 
     feature = next(iter(splits.values())).features[key]
     if isinstance(feature, datasets.ClassLabel):
-        class_names = list(feature.names)
+        names = list(feature.names)
     else:
         present = np.unique(np.concatenate(list(labels.values())))
         # Where it is trained on, every label is there, else the numbers do not begin at 0 or have holes
-        class_names = [str(i) for i in range(len(present) if training else int(present[-1]) + 1)]
-    if training and len(class_names) < 2:
-        raise InputError(f'column {key!r} must name at least 2 classes, got {class_names}')
+        names = [str(i) for i in range(len(present) if training else int(present[-1]) + 1)]
+    if training and len(names) < 2:
+        raise InputError(f'column {key!r} must name at least 2 classes, got {names}')
     for split, values in labels.items():
-        wrong = np.flatnonzero((values < 0) | (values >= len(class_names)))
+        wrong = np.flatnonzero((values < 0) | (values >= len(names)))
         if len(wrong):
             raise InputError(
-                f'labels must be 0..{len(class_names) - 1} for {len(class_names)} classes, '
+                f'labels must be 0..{len(names) - 1} for {len(names)} classes, '
                 f'got {values[wrong[0]]} in row {wrong[0]} of split {split!r}'
             )
     if training:
         split, values = next(iter(labels.items()))
-        missing = np.setdiff1d(np.arange(len(class_names)), values)
+        missing = np.setdiff1d(np.arange(len(names)), values)
         if len(missing):
             _logger.warning(
-                f'{len(missing)} of {len(class_names)} classes have no image in split {split!r}, the first is '
-                f'{class_names[missing[0]]!r}'
+                f'{len(missing)} of {len(names)} classes have no image in split {split!r}, the first is '
+                f'{names[missing[0]]!r}'
             )
-    return class_names
+    return names

@@ -138,4 +138,5 @@ def verify_configs() -> None:
         read_config(f'hf-hub:{model_id}', cache_dir))
     _factory.load_model_config_from_path = lambda model_path: parse(read_config(f'local-dir:{model_path}'))
 
+
 verify_configs()
