@@ -169,6 +169,7 @@ def accelerate_setting(monkeypatch):
     ('DYNAMO_BACKEND', 'EAGER', 'dynamo_backend of accelerate must be NO, because --torchcompile compiles, got EAGER'),
     ('MIXED_PRECISION', 'int8', 'mixed_precision of accelerate must be no, bf16 or fp16, got int8'),
     ('TORCH_DEVICE', 'foo', 'accelerate cannot be set up: .*foo'),
+    ('TORCH_DEVICE', 'meta', "device must be cpu.* on this machine, got 'meta'"),
     ('GRADIENT_ACCUMULATION_STEPS', '0', 'gradient_accumulation_steps of accelerate must be at least 1, got 0'),
     ('GRADIENT_ACCUMULATION_STEPS', 'two', 'accelerate cannot be set up: .*two'),
 ])

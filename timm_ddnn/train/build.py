@@ -24,6 +24,7 @@ from ..data.images import Images, create_train_transform
 from ..data.loader import create_loader
 from ..models.load import create_ddnn, load_teacher, resolve_name
 from ..task import EKDTask
+from ..utils.environment import find_device
 from ..utils.errors import InputError
 from ..weights.download import read_config
 from .progress import print_line
@@ -54,6 +55,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except (ValueError, ImportError, RuntimeError) as e:  # by which accelerate and torch judge their surroundings
         raise InputError(f'accelerate cannot be set up: {e}') from e
+    find_device(str(accelerator.device))  # which the environment may have named
     args.grad_accum_steps = accelerator.gradient_accumulation_steps
     if args.grad_accum_steps < 1:
         raise InputError(f'gradient_accumulation_steps of accelerate must be at least 1, got {args.grad_accum_steps}')
