@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.image_files import CLASS_NAMES, DAMAGED, DIGITS, digit, png, write_images, write_parquet
+from helpers.training import kill_workers
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import to_tensor
@@ -321,6 +322,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
                            num_workers=workers)
     with pytest.raises(ImageReadError, match=r"row \d+ of split 'train' \(.*/train/3/3.png\) cannot be read"):
         list(loader)
+    kill_workers()
 
 
 @pytest.mark.parametrize('mode', ['I;16', 'I', 'F'])

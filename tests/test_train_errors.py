@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from helpers.image_files import DAMAGED, png, write_images, write_parquet
-from helpers.training import FAST, error_lines, few_digits, fork, history, join, read, run
+from helpers.training import FAST, error_lines, few_digits, fork, history, join, kill_workers, read, run
 from timm.models import save_for_hf
 
 from timm_ddnn import EKDLoss
@@ -262,6 +262,7 @@ def test_a_small_shared_memory_is_named():
         with pytest.raises(error, match=message.partition('<')[0]) as error_info, worker_errors():
             list(loader)
         assert type(error_info.value) is error
+        kill_workers()
 
 
 def test_one_process_of_a_machine_speaks(monkeypatch, capfd):
