@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.image_files import CLASS_NAMES, DAMAGED, DIGITS, digit, png, write_images, write_parquet
+from helpers.training import kill_workers
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import to_tensor
@@ -141,7 +142,7 @@ def test_columns_without_types_are_found_by_name(tmp_path):
     assert pairs(load_image_data(str(tmp_path / 'plain'))) == expected(range(30))
 
 
-def test_folders_are_classes(tmp_path, caplog):
+def test_folders_are_classes(tmp_path):
     """Catches a message about columns where there is one class or a folder too many, and a class nobody trains."""
     write_images(tmp_path / 'train', [0, 10])  # twice a zero
     write_images(tmp_path / 'val', [0, 10, 20])
@@ -149,12 +150,14 @@ def test_folders_are_classes(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"must name at least 2 classes, got \['0'\]"):
         load_image_data(str(tmp_path))
     write_images(tmp_path / 'val', [1])
-    assert load_image_data(str(tmp_path)).class_names == ['0', '1']
-    assert "1 of 2 classes have no image in split 'train', the first is '1'" in caplog.text
+    assert load_image_data(str(tmp_path), training=False).class_names == ['0', '1']
+    with pytest.raises(InputError, match=r"images to train on: 1 of 2 classes have no image in split 'train', .* '1'"):
+        load_image_data(str(tmp_path))
+    write_images(tmp_path / 'train', [1])
     write_images(tmp_path / 'other' / '0', [1])  # a folder beside the splits is nobody's business
     assert load_image_data(str(tmp_path)).class_names == ['0', '1']
     write_images(tmp_path / 'train' / '0', [1])
-    with pytest.raises(ValueError, match=r'must lie in SPLIT/CLASS/, got .*train/0/1/1\.png'):
+    with pytest.raises(ValueError, match=r'must lie in SPLIT/CLASS/ or CLASS/, got .*train/0/1/1\.png'):
         load_image_data(str(tmp_path))
 
 
@@ -180,7 +183,7 @@ def test_wrong_data_is_named(tmp_path, write, options, message):
 
 
 @pytest.mark.parametrize('files, error, message', [
-    ([], FileNotFoundError, 'neither SPLIT.*parquet nor SPLIT/CLASS/IMAGE'),
+    ([], FileNotFoundError, 'a folder must hold SPLIT/CLASS/IMAGE or .*, or CLASS/IMAGE with --val-fraction'),
     (['train.parquet'], ValueError, r"--val-split must name one of the splits \['train'\]"),
     (['train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'], ValueError, 'the 3 .* got 2'),
     (['train-00000-of-00001.parquet', 'train.parquet', 'test.parquet'], ValueError, 'the 1 .* got 2'),
@@ -319,6 +322,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
                            num_workers=workers)
     with pytest.raises(ImageReadError, match=r"row \d+ of split 'train' \(.*/train/3/3.png\) cannot be read"):
         list(loader)
+    kill_workers()
 
 
 @pytest.mark.parametrize('mode', ['I;16', 'I', 'F'])

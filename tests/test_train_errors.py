@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from helpers.image_files import DAMAGED, png, write_images, write_parquet
-from helpers.training import FAST, error_lines, few_digits, fork, history, join, read, run
+from helpers.training import FAST, error_lines, few_digits, fork, history, join, kill_workers, read, run
 from timm.models import save_for_hf
 
 from timm_ddnn import EKDLoss
@@ -68,9 +68,15 @@ WRONG = [
     ('--teacher vit --beta 0', '--teacher vit: teacher does not take images of .3, 32, 32.: Input height'),
     ('--teacher ddnn_resnet20.ekd_cifar10',
      "--teacher .*: 10 classes are called otherwise in the data than in the model, the first '0' and 'airplane'"),
-    ('--dataset nowhere', "no data set 'nowhere': not 'digits', not a folder here"),
-    ('--dataset empty', "'empty' has neither SPLIT"),
-    ('--dataset text', "1 files in text/train/a are not images that can be read here, the first is 'a.txt'"),
+    ('--dataset nowhere', "no data set 'nowhere': not a folder here, not 'digits', and not an id OWNER/NAME of"),
+    ('--dataset labels/nowhere', "no data set 'labels/nowhere': not a folder here, "),
+    ('--dataset ../nowhere', "no data set '../nowhere': not a folder here, "),
+    ('--dataset file', "no data set 'file': a file, "),
+    ('--dataset some/data', "no data set 'some/data': not a folder here, and not read from the Hub"),
+    ('--dataset empty', "empty' holds no data set: a folder must hold SPLIT/CLASS/IMAGE or"),
+    ('--dataset labels --val-split test --val-fraction 0.1', '--val-split and --val-fraction must not be given both'),
+    ('--class-weights --bce-loss', '--class-weights are of cross-entropy, got --bce-loss'),
+    ('--dataset text', "1 files in .*text/train/a are not images that can be read here, the first is 'a.txt'"),
     ('--dataset noparquet', "data set 'noparquet' cannot be read: Parquet file size"),
     ('--dataset labels', r"0\.\.9 for 10 classes, got 11 in row 1 of split 'train'"),
     ('--dataset labels --target-key foo', r"--target-key must be one of the columns .*, got 'foo'"),
@@ -163,6 +169,7 @@ def accelerate_setting(monkeypatch):
     ('DYNAMO_BACKEND', 'EAGER', 'dynamo_backend of accelerate must be NO, because --torchcompile compiles, got EAGER'),
     ('MIXED_PRECISION', 'int8', 'mixed_precision of accelerate must be no, bf16 or fp16, got int8'),
     ('TORCH_DEVICE', 'foo', 'accelerate cannot be set up: .*foo'),
+    ('TORCH_DEVICE', 'meta', "device must be cpu.* on this machine, got 'meta'"),
     ('GRADIENT_ACCUMULATION_STEPS', '0', 'gradient_accumulation_steps of accelerate must be at least 1, got 0'),
     ('GRADIENT_ACCUMULATION_STEPS', 'two', 'accelerate cannot be set up: .*two'),
 ])
@@ -255,6 +262,7 @@ def test_a_small_shared_memory_is_named():
         with pytest.raises(error, match=message.partition('<')[0]) as error_info, worker_errors():
             list(loader)
         assert type(error_info.value) is error
+        kill_workers()
 
 
 def test_one_process_of_a_machine_speaks(monkeypatch, capfd):

@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
-from timm_ddnn.data.loader import _kill_workers
+from timm_ddnn.data.loader import _kill_workers as kill_workers
 from timm_ddnn_cli.main import main
 
 from .image_files import write_parquet
@@ -50,8 +50,7 @@ def run(*args, on_gpu=False):
         with mock.patch.dict(os.environ, {} if on_gpu else {'ACCELERATE_USE_CPU': '1'}):
             main(['train', *map(str, args)])
     finally:
-        for worker in multiprocessing.active_children():
-            worker.terminate()  # else the garbage collector waits five seconds for each, in any later test
+        kill_workers()  # else the garbage collector waits five seconds for each, in any later test
 
 
 def fork(*args, processes=1, before=None, log='log', program=run):
@@ -87,7 +86,7 @@ def fork(*args, processes=1, before=None, log='log', program=run):
         try:
             program(*args)
         finally:
-            _kill_workers()  # forks do not come to the end of the program, where it is called
+            kill_workers()  # forks do not come to the end of the program, where it is called
 
     forks = [multiprocessing.get_context('fork').Process(target=work, args=(rank,)) for rank in range(processes)]
     for process in forks:

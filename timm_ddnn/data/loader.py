@@ -111,6 +111,7 @@ def _worker_context() -> BaseContext:
 
     def create(*args: Any, process: type = context.Process, **kwargs: Any) -> BaseProcess:
         worker = process(*args, **kwargs)
+        worker.terminate = worker.kill  # torch ends by SIGTERM, which it ignores, one that still waits after an error
         _workers.add(worker)
         return worker
 

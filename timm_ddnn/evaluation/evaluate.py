@@ -71,7 +71,7 @@ def evaluate_model(
         precision: 'no' or 'bf16'.
         cascade: Cascade to evaluate besides.
         output: Folder to write evaluation.json and evaluation.png to.
-        **data_options: input_key, target_key and val_split of `load_image_data`.
+        **data_options: input_key, target_key, val_split and val_fraction of `load_image_data`.
 
     Returns:
         What `evaluation.json` holds: model, architecture, parameters (of all depths together), data, split, images,
@@ -106,7 +106,7 @@ def evaluate_model(
             'architecture': model.pretrained_cfg['architecture'],
             'parameters': sum(p.numel() for p in model.parameters()),
             'data': data,
-            'split': str(image_data.validation.split),
+            'split': image_data.val_split,
             'images': count,
             'classes': len(image_data.class_names),
             'input_size': list(input_size),

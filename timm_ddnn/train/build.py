@@ -18,11 +18,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.cached import MemoryImages
-from ..data.datasets import ImageData, load_image_data, match_classes
+from ..data.datasets import ImageData, count_classes, load_image_data, match_classes
 from ..data.images import Images, create_train_transform
 from ..data.loader import create_loader
 from ..models.load import create_ddnn, load_teacher, resolve_name
 from ..task import EKDTask
+from ..utils.environment import find_device
 from ..utils.errors import InputError
 from .progress import print_line
 
@@ -52,6 +53,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except (ValueError, ImportError, RuntimeError) as e:  # by which accelerate and torch judge their surroundings
         raise InputError(f'accelerate cannot be set up: {e}') from e
+    find_device(str(accelerator.device))  # which the environment may have named
     args.grad_accum_steps = accelerator.gradient_accumulation_steps
     if args.grad_accum_steps < 1:
         raise InputError(f'gradient_accumulation_steps of accelerate must be at least 1, got {args.grad_accum_steps}')
@@ -79,6 +81,7 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> ImageData:
             target_key=args.target_key,
             train_split=args.train_split,
             val_split=args.val_split,
+            val_fraction=args.val_fraction,
             training=not args.evaluate,
         )
 
@@ -210,6 +213,7 @@ def create_train_loader(
 def create_task(
         args: argparse.Namespace,
         model: nn.Module,
+        data: ImageData,
         device: torch.device,
         ekd_options: Mapping[str, Any],
         task_type: Callable[..., EKDTask] = EKDTask,
@@ -219,24 +223,23 @@ def create_task(
     Args:
         args: Options of the run.
         model: The model.
-        device: Its device.
+        data: The data set with the labels of the model, for --class-weights.
+        device: Device of the model.
         ekd_options: Arguments of `EKDLoss`.
         task_type: `EKDTask`, or what takes its place.
 
     Raises:
         InputError: If an option has no such value.
     """
-    task = task_type(
-        model,
-        criterion_kwargs=dict(
-            loss_type='bce' if args.bce_loss else 'ce',
-            smoothing=args.smoothing,
-            soft_targets=args.mixup > 0 or args.cutmix > 0,
-        ),
-        device=device,
-        verbose=False,
-        **ekd_options,
-    )
+    soft_targets = args.mixup > 0 or args.cutmix > 0
+    if args.class_weights:
+        counts = torch.from_numpy(count_classes(data, model.num_classes)).float()
+        weight = torch.where(counts > 0, counts.sum() / (counts.count_nonzero() * counts), 0.0)
+        criterion = {'criterion': nn.CrossEntropyLoss(weight, label_smoothing=0.0 if soft_targets else args.smoothing)}
+    else:
+        criterion = {'criterion_kwargs': dict(
+            loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=soft_targets)}
+    task = task_type(model, device=device, verbose=False, **criterion, **ekd_options)
     if args.torchcompile:
         if args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
             known = ', '.join(torch.compiler.list_backends())

@@ -167,7 +167,7 @@ def describe_results(args: argparse.Namespace, model: nn.Module, data: ImageData
         'base_model': model.base_models,
         'parameters': sum(p.numel() for p in model.parameters()),
         'validation_images': len(data.validation),
-        'validation_split': str(data.validation.split),
+        'validation_split': data.val_split,
         'data_on_hub': args.dataset != 'digits' and not os.path.isdir(args.dataset),
     }
 

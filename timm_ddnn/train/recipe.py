@@ -17,6 +17,7 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..data.content import count_duplicates
 from ..data.datasets import quiet_datasets
 from ..data.loader import normalize, worker_errors
 from ..evaluation.metrics import add_accuracies
@@ -70,7 +71,7 @@ def train(
     set_seed(args.seed)
     model, data = build.create_model(args, data, device, console)
     data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
-    task = build.create_task(args, model, device, ekd_options, task_type)
+    task = build.create_task(args, model, data, device, ekd_options, task_type)
     build.set_teacher(args, task, teacher, data, data_config)
     optimizer = build.create_optimizer(args, model)
     train_loader = build.create_train_loader(args, data, data_config, device)
@@ -129,6 +130,7 @@ def train(
             **describe_run(accelerator, vars(args)),
             **describe_results(args, model, data),
             'training_images': len(data.train),
+            'duplicates': count_duplicates(data),
             'teacher_sha256': arguments['teacher_sha256'],
             'seconds_per_epoch': _mean(state.history, 'seconds'),
             'images_per_second': _mean(state.history, 'images_per_second'),

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from ..data.datasets import ImageData, fingerprint
+from ..data.content import fingerprint
+from ..data.datasets import ImageData
 from ..utils.errors import InputError
 from ..utils.modules import state_dict_sha256
 

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--target-key', help='label column, found if not given')
     arg('--train-split', help="'train' if not given")
     arg('--val-split', help="the first of 'validation', 'val', 'valid' and 'test' if not given")
+    arg('--val-fraction', type=number(float, 0, 1), metavar='SHARE',
+        help='share of the training images of every class to validate on, where there is no split for that; the same '
+             'images whatever --seed is')
     arg('-b', '--batch-size', type=count, default=64, help='images per process and step')
     arg('-vb', '--validation-batch-size', type=count, help='the batch size if not given')
     arg('-j', '--workers', type=parse_workers, default=2, help='processes that load data, per process')
@@ -63,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--full-net-updates', type=counter, default=0, metavar='N',
         help='train the full-net alone in the first N updates, and all depths in the others')
     arg('--smoothing', type=fraction, default=0.0, help='label smoothing')
+    arg('--class-weights', action='store_true',
+        help='weight the cross-entropy of a class inversely to its number of images')
     arg('--bce-loss', action='store_true', help='binary cross-entropy in the place of cross-entropy')
 
     arg = parser.add_argument_group('optimization').add_argument
@@ -145,6 +150,8 @@ def _check(args: argparse.Namespace) -> None:
         for name in filter(other.get, other):
             flag = '--' + name.replace('_', '-')
             fail(f'--in-memory goes with --train-crop-mode pad and --hflip alone, got {flag} {other[name]}')
+    if args.class_weights and args.bce_loss:
+        fail('--class-weights are of cross-entropy, got --bce-loss')
     if args.ema_teacher and not args.model_ema:
         fail('--ema-teacher needs the average: --model-ema')
     if args.evaluate and args.resume:
