@@ -31,7 +31,7 @@ from helpers.training import (
     read,
     run,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from timm_ddnn import EKDLoss
 from timm_ddnn.train.checkpoint import CheckpointError, Checkpoints
@@ -48,6 +48,14 @@ FULL = [  # of 44 updates
     *PLAIN, '--mixup', 0.2, '--cutmix', 1, '--drop', 0.1, '--drop-path', 0.1, '--reprob', 0.2, '--grad-accum-steps', 2,
     '--model-ema', '--model-ema-decay', 0.9,
 ]
+
+
+def checkpoints_in(folder):
+    """Checkpoints of a run that has nothing but a small model."""
+    model = torch.nn.Linear(2, 2)
+    return Checkpoints(
+        Accelerator(cpu=True), folder, model,
+        lambda folder, state: save_file(model.state_dict(), folder / 'model.safetensors'))
 
 
 @pytest.fixture(autouse=True)
@@ -255,11 +263,11 @@ def test_damage_is_found(damage, copy_of):
     newest, intact = (Path('out/checkpoints') / name for name in ('step-00000010', 'step-00000005'))
     apply, reason = DAMAGES[damage]
     apply(newest)
-    found = Checkpoints(Accelerator(cpu=True), Path('out/checkpoints'), None, None).newest()
+    found = checkpoints_in(Path('out/checkpoints')).newest()
     assert found[0] == intact and found[1].keys() == {newest} and reason in found[1][newest]
     apply(intact)
     with pytest.raises(CheckpointError, match=f'no checkpoint in out/checkpoints is intact: .*{reason}'):
-        Checkpoints(Accelerator(cpu=True), Path('out/checkpoints'), None, None).newest()
+        checkpoints_in(Path('out/checkpoints')).newest()
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(copy_of, uninterrupted, capsys):
@@ -359,7 +367,7 @@ def test_random_states_are_those_of_the_checkpoint(tmp_path):
     def draw():
         return random.random(), np.random.rand(), torch.rand(()).item()
 
-    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path)
+    checkpoints = checkpoints_in(tmp_path)
     checkpoints.save(TrainState({}, updates=3))
     expected = draw()
     checkpoints.load(tmp_path / 'step-00000003')
@@ -391,7 +399,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_pat
 
     monkeypatch.setattr(os, 'fsync', fsync)
     monkeypatch.setattr(os, 'replace', replace)
-    Checkpoints(Accelerator(cpu=True), tmp_path).save(TrainState({}, updates=3))
+    checkpoints_in(tmp_path).save(TrainState({}, updates=3))
     folder = tmp_path / 'step-00000003'
     named = events.index(folder)
     assert set(events[:named]) == {path.stat().st_ino for path in (folder, *folder.iterdir())}
@@ -407,7 +415,7 @@ def test_file_systems_that_cannot_flush_a_folder(number, monkeypatch, tmp_path):
         original(descriptor)
 
     monkeypatch.setattr(os, 'fsync', fsync)
-    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, None, lambda folder, state: None)
+    checkpoints = checkpoints_in(tmp_path)
     state = TrainState({}, updates=3)
     if number == errno.EIO:
         with pytest.raises(CheckpointError, match='cannot be written'):
