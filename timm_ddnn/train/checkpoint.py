@@ -58,7 +58,6 @@ class Checkpoints:
         self.folder = folder
         self.ema = ema
         self.keep = keep
-        self.current: str | None = None
 
     def paths(self) -> list[Path]:
         """List the checkpoints, the newest first. They need not be intact.
@@ -78,8 +77,6 @@ class Checkpoints:
             CheckpointError: If it cannot be written. Those before it are left as they are.
         """
         target = self.folder / f'step-{state.updates:08d}'
-        if self.current == target.name:
-            return
         temporary = self.folder / f'.{target.name}.tmp'
         main_process = self.accelerator.is_main_process
         try:
@@ -117,7 +114,6 @@ class Checkpoints:
             intact = ', '.join(path.name for path in self.paths()) or 'none'
             raise CheckpointError(f'checkpoint {target} cannot be written: {e}. Left as they were: {intact}') from e
         self.accelerator.wait_for_everyone()
-        self.current = target.name
 
     def find(self, resume: str | None) -> tuple[Path | None, list[str]]:
         """Find the checkpoint to resume from; damaged ones that are newer are renamed to damaged-*.
@@ -207,7 +203,6 @@ class Checkpoints:
                 self.ema.load_state_dict(tensors)
         except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, UnpicklingError) as e:
             raise CheckpointError(f'checkpoint {path} does not fit this run: {type(e).__name__}: {e}') from e
-        self.current = path.name
 
     def _remove(self, path: Path) -> None:
         # Renamed first: what is cut short must not look like a checkpoint
