@@ -406,6 +406,22 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_pat
     assert events[named + 1:] == [tmp_path.stat().st_ino]
 
 
+def test_a_kill_while_a_checkpoint_is_removed(monkeypatch, tmp_path):
+    """Catches half a checkpoint under the name of a whole one, and remains that pile up."""
+    def rmtree(path, **_):
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, keep=1)
+    checkpoints.save(TrainState({}, updates=3))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, 'rmtree', rmtree)
+        checkpoints.save(TrainState({}, updates=4))
+    assert checkpoints.paths() == [tmp_path / 'step-00000004']
+    checkpoints.save(TrainState({}, updates=5))
+    assert os.listdir(tmp_path) == ['step-00000005']
+
+
 @pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])
 def test_file_systems_that_cannot_flush_a_folder(number, monkeypatch, tmp_path):
     """Catches a run without checkpoints on such a system, and a disk that fails and is not reported."""
@@ -465,11 +481,12 @@ def test_a_full_disk(last, message, written, copy_of, uninterrupted, fill_disk, 
 
 
 def test_a_full_disk_after_the_last_epoch(copy_of, uninterrupted, monkeypatch, capfd):
-    """Catches a traceback for a plot that cannot be written, and a run that then cannot be completed."""
+    """Catches a traceback for a plot that cannot be written, and a run that cannot be completed or looks complete."""
     def plot(*_):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     copy_of(40)
+    Path('out/summary.json').touch()  # of an earlier run
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
         patch.setattr('timm_ddnn.train.output.plot_curves', plot)
         run(*FULL, '--resume', 'auto', '--output', 'out')
