@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.image_files import CLASS_NAMES, DAMAGED, DIGITS, digit, png, write_images, write_parquet
-from helpers.training import kill_workers
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms.functional import to_tensor
 
 from timm_ddnn.data.datasets import load_image_data, match_classes
 from timm_ddnn.data.images import ImageReadError, Images, convert_image, create_train_transform, seeded
-from timm_ddnn.data.loader import EpochSampler, create_loader, normalize
+from timm_ddnn.data.loader import EpochSampler, create_loader, loading, normalize
 from timm_ddnn.train.build import choose_augmentation
 from timm_ddnn.utils.errors import InputError
 
@@ -322,9 +321,9 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
     (tmp_path / 'set' / 'train' / '3' / '3.png').write_bytes(DAMAGED)
     loader = create_loader(Images(load_image_data(str(tmp_path / 'set')), 'train', to_tensor), 4, training=True,
                            num_workers=workers)
-    with pytest.raises(ImageReadError, match=r"row \d+ of split 'train' \(.*/train/3/3.png\) cannot be read"):
+    message = r"row \d+ of split 'train' \(.*/train/3/3.png\) cannot be read"
+    with pytest.raises(ImageReadError, match=message), loading():
         list(loader)
-    kill_workers()
 
 
 @pytest.mark.parametrize('mode', ['I;16', 'I', 'F'])

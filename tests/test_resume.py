@@ -271,6 +271,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(copy_of
     printed = capsys.readouterr().out
     assert 'step-00000040 is damaged, left aside as damaged-step-00000040: model.safetensors has the SHA-256' in printed
     assert 'resuming from out/checkpoints/step-00000035' in printed
+    assert Path('out/checkpoints/damaged-step-00000040/state.json').exists()
     assert_same_run('out', uninterrupted)
 
 
@@ -374,6 +375,27 @@ def test_a_folder_is_for_one_run_at_a_time(copy_of, uninterrupted, capfd):
     fail_on(capfd, '--output out must not be that of another run, which is writing to it')
     run(*FULL, '--output', 'out', '--resume', 'auto')
     assert_same_run('out', uninterrupted)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
+    """Catches a power cut that leaves empty files under the final name of a checkpoint, or an older one alone."""
+    events = []
+
+    def fsync(descriptor, original=os.fsync):
+        events.append(os.fstat(descriptor).st_ino)
+        original(descriptor)
+
+    def replace(source, target, original=os.replace):
+        events.append(Path(target))
+        original(source, target)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(os, 'replace', replace)
+    Checkpoints(Accelerator(cpu=True), tmp_path).save(TrainState({}, updates=3))
+    folder = tmp_path / 'step-00000003'
+    named = events.index(folder)
+    assert set(events[:named]) == {path.stat().st_ino for path in (folder, *folder.iterdir())}
+    assert events[named + 1:] == [tmp_path.stat().st_ino]
 
 
 @pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])

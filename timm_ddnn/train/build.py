@@ -53,7 +53,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except (ValueError, ImportError, RuntimeError) as e:  # by which accelerate and torch judge their surroundings
         raise InputError(f'accelerate cannot be set up: {e}') from e
-    find_device(str(accelerator.device))  # which the environment may have named
+    find_device(accelerator.device.type)  # which the environment may have named
     args.grad_accum_steps = accelerator.gradient_accumulation_steps
     if args.grad_accum_steps < 1:
         raise InputError(f'gradient_accumulation_steps of accelerate must be at least 1, got {args.grad_accum_steps}')

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..data.content import count_duplicates
 from ..data.datasets import quiet_datasets
-from ..data.loader import normalize, worker_errors
+from ..data.loader import loading, normalize
 from ..evaluation.metrics import add_accuracies
 from ..evaluation.predict import evaluate
 from ..task import EKDTask
@@ -37,7 +37,7 @@ from .state import TrainState, fixed_arguments
 __all__ = ['evaluate_only', 'train']
 
 
-@worker_errors()
+@loading()
 def train(
         args: argparse.Namespace,
         ekd_options: Mapping[str, Any],
@@ -139,7 +139,7 @@ def train(
         }, name)
 
 
-@worker_errors()
+@loading()
 def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Evaluate saved weights, and write evaluation.json if there is a folder for it.
 
