@@ -28,9 +28,9 @@ from ..utils.errors import InputError
 from .progress import print_line
 
 __all__ = [
-    'check_sizes', 'create_accelerator', 'create_ema', 'create_mixup', 'create_model', 'create_optimizer',
-    'create_scheduler', 'create_task', 'create_teacher', 'create_train_loader', 'create_val_loader', 'load_data',
-    'memory_format', 'set_teacher',
+    'check_sizes', 'choose_augmentation', 'create_accelerator', 'create_ema', 'create_mixup', 'create_model',
+    'create_optimizer', 'create_scheduler', 'create_task', 'create_teacher', 'create_train_loader', 'create_val_loader',
+    'load_data', 'memory_format', 'set_teacher',
 ]
 
 
@@ -191,23 +191,28 @@ def create_train_loader(
     Raises:
         InputError: If an option of the augmentation has no such value.
     """
-    hflip = args.hflip if args.hflip is not None else 0.0 if args.dataset == 'digits' else 0.5
+    augmentation = choose_augmentation(args, data_config)
     if args.in_memory:
         images = MemoryImages(
-            data, 'train', data_config, hflip=hflip, seed=args.seed, num_workers=args.workers, device=device)
+            data, 'train', data_config, hflip=augmentation['hflip'], seed=args.seed, num_workers=args.workers,
+            device=device)
     else:
-        transform = create_train_transform(
-            data_config,
-            crop_mode=args.train_crop_mode,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=hflip,
-            color_jitter=args.color_jitter or None,
-            auto_augment=args.aa,
-            re_prob=args.reprob,
-        )
+        transform = create_train_transform(data_config, **augmentation)
         images = Images(data, 'train', transform, in_chans=data_config['input_size'][0], seed=args.seed)
     return create_loader(images, args.batch_size, training=True, num_workers=args.workers)
+
+
+def choose_augmentation(args: argparse.Namespace, data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose the arguments of `create_train_transform`: those of the command line, and defaults for the others."""
+    return {
+        'crop_mode': args.train_crop_mode or ('pad' if max(data_config['input_size'][-2:]) <= 64 else 'rrc'),
+        'scale': args.scale,
+        'ratio': args.ratio,
+        'hflip': args.hflip if args.hflip is not None else 0.0 if args.dataset == 'digits' else 0.5,
+        'color_jitter': args.color_jitter or None,
+        'auto_augment': args.aa,
+        're_prob': args.reprob,
+    }
 
 
 def create_task(

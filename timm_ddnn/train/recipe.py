@@ -126,10 +126,12 @@ def train(
 
         if not main_process:
             return None
+        augmentation = {**build.choose_augmentation(args, data_config), 'mixup': args.mixup, 'cutmix': args.cutmix}
         return folder.write_summary(state, {
             **describe_run(accelerator, vars(args)),
             **describe_results(args, model, data),
             'training_images': len(data.train),
+            'augmentation': {name: value for name, value in augmentation.items() if value},
             'duplicates': count_duplicates(data),
             'teacher_sha256': arguments['teacher_sha256'],
             'seconds_per_epoch': _mean(state.history, 'seconds'),
