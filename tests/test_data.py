@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -16,7 +17,8 @@ from torchvision.transforms.functional import to_tensor
 
 from timm_ddnn.data.datasets import load_image_data, match_classes
 from timm_ddnn.data.images import ImageReadError, Images, convert_image, create_train_transform, seeded
-from timm_ddnn.data.loader import EpochSampler, create_loader, normalize
+from timm_ddnn.data.loader import EpochSampler, create_loader, loading, normalize
+from timm_ddnn.train.build import choose_augmentation
 from timm_ddnn.utils.errors import InputError
 
 CONFIG = dict(input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), crop_pct=1.0)
@@ -219,7 +221,7 @@ def test_two_label_columns_are_not_guessed_between(tmp_path):
 def augmented():
     """Digits with augmentation that draws from the generators of Python, NumPy and PyTorch."""
     transform = create_train_transform(
-        CONFIG, hflip=0.5, color_jitter=0.3, auto_augment='rand-m9-mstd0.5', re_prob=0.5)
+        CONFIG, crop_mode='pad', hflip=0.5, color_jitter=0.3, auto_augment='rand-m9-mstd0.5', re_prob=0.5)
     return Images(load_image_data('digits'), 'train', transform, seed=3)
 
 
@@ -319,7 +321,8 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
     (tmp_path / 'set' / 'train' / '3' / '3.png').write_bytes(DAMAGED)
     loader = create_loader(Images(load_image_data(str(tmp_path / 'set')), 'train', to_tensor), 4, training=True,
                            num_workers=workers)
-    with pytest.raises(ImageReadError, match=r"row \d+ of split 'train' \(.*/train/3/3.png\) cannot be read"):
+    message = r"row \d+ of split 'train' \(.*/train/3/3.png\) cannot be read"
+    with pytest.raises(ImageReadError, match=message), loading():
         list(loader)
 
 
@@ -333,7 +336,7 @@ def test_pixels_of_more_than_8_bits_are_refused(mode):
 
 def test_pad_crop_shifts_by_at_most_an_eighth():
     """Catches a crop that scales the image, never moves it, or moves it further than its padding."""
-    transform = create_train_transform(CONFIG, hflip=0.0, color_jitter=None)
+    transform = create_train_transform(CONFIG, crop_mode='pad', hflip=0.0, color_jitter=None)
     white = Image.new('RGB', (32, 32), 'white')
     shifts = set()
     for i in range(300):
@@ -348,11 +351,15 @@ def test_pad_crop_shifts_by_at_most_an_eighth():
 
 def test_train_transform_is_timms_above_64_px():
     """Catches the small-image crop on photographs."""
+    options = dict.fromkeys(('train_crop_mode', 'scale', 'ratio', 'hflip', 'color_jitter', 'aa'))
+    args = SimpleNamespace(**options, reprob=0.0, dataset='digits')
+    assert choose_augmentation(args, CONFIG)['crop_mode'] == 'pad'
     config = dict(CONFIG, input_size=(3, 96, 96))
+    chosen = choose_augmentation(args, config)
     image = Image.effect_noise((120, 100), 60).convert('RGB')
     ours, timms = (
         make(config) for make in (
-            lambda c: create_train_transform(c, color_jitter=None),
+            lambda c: create_train_transform(c, **dict(chosen, hflip=0.5)),
             lambda c: create_transform(
                 c['input_size'], is_training=True, color_jitter=None, interpolation=c['interpolation'],
                 normalize=False),
@@ -373,7 +380,8 @@ def test_images_that_were_normalized_by_the_device_are_timms(in_chans):
     augmentation = dict(hflip=0.5, re_prob=0.7, color_jitter=None)
     for split, options in ('train', augmentation), ('validation', {}):
         if options:
-            make, timms = create_train_transform, create_transform(**config, is_training=True, **options)
+            make = partial(create_train_transform, crop_mode='pad')
+            timms = create_transform(**config, is_training=True, **options)
             timms.transforms[0] = make(config, **options).transforms[0]
         else:
             make, timms = (lambda c: create_transform(**c, normalize=False)), create_transform(**config)

@@ -19,7 +19,7 @@ from timm_ddnn.cascade import Cascade
 from timm_ddnn.data.datasets import load_image_data
 from timm_ddnn.evaluation.batches import load_batches
 from timm_ddnn.evaluation.evaluate import CascadeOptions, evaluate_model
-from timm_ddnn.evaluation.metrics import calibration_bins, class_rows, depth_metrics, split_images
+from timm_ddnn.evaluation.metrics import calibration_bins, class_rows, depth_metrics, split_images, wilson_interval
 from timm_ddnn.evaluation.predict import evaluate, predict
 from timm_ddnn.utils.errors import InputError
 from timm_ddnn_cli.main import main
@@ -124,6 +124,18 @@ def test_confidences_on_edges_fall_into_the_bin_below():
     assert bins['confidence'][14] == pytest.approx(2.95 / 3)
     assert bins['accuracy'][14] == pytest.approx(2 / 3)
     assert bins['accuracy'][0] is None
+
+
+@pytest.mark.parametrize(('correct', 'total'), [(0, 10), (7, 10), (10, 10), (1, 1), (9_512, 10_000)])
+def test_ends_of_an_interval_are_the_accuracies_that_are_just_possible(correct, total):
+    """Catches another rule, and another confidence: the ends p solve |x / n - p| = z sqrt(p (1 - p) / n)."""
+    for confidence, z in ((0.95, 1.959964), (0.99, 2.575829)):
+        low, high = wilson_interval(correct, total, confidence)
+        assert 0 <= low <= 100 * correct / total <= high <= 100 and low < high
+        for p in (low / 100, high / 100):
+            if 0 < p < 1:
+                assert abs(correct / total - p) == pytest.approx(z * math.sqrt(p * (1 - p) / total), abs=1e-5)
+    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == 100
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])

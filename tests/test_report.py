@@ -107,6 +107,9 @@ def test_json_is_whole_or_absent(tmp_path):
         files.write_json(tmp_path / 'a.json', {'x': float('nan')})
     assert json.loads((tmp_path / 'a.json').read_text()) == {'x': 1}
     assert [p.name for p in tmp_path.iterdir()] == ['a.json']
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(tmp_path / 'a.json', '\ud800')
+    assert json.loads((tmp_path / 'a.json').read_text()) == {'x': 1}
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path):

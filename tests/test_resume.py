@@ -12,6 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -30,7 +31,7 @@ from helpers.training import (
     read,
     run,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from timm_ddnn import EKDLoss
 from timm_ddnn.train.checkpoint import CheckpointError, Checkpoints
@@ -47,6 +48,14 @@ FULL = [  # of 44 updates
     *PLAIN, '--mixup', 0.2, '--cutmix', 1, '--drop', 0.1, '--drop-path', 0.1, '--reprob', 0.2, '--grad-accum-steps', 2,
     '--model-ema', '--model-ema-decay', 0.9,
 ]
+
+
+def checkpoints_in(folder):
+    """Checkpoints of a run that has nothing but a small model."""
+    model = torch.nn.Linear(2, 2)
+    return Checkpoints(
+        Accelerator(cpu=True), folder, model,
+        lambda folder, state: save_file(model.state_dict(), folder / 'model.safetensors'))
 
 
 @pytest.fixture(autouse=True)
@@ -254,11 +263,11 @@ def test_damage_is_found(damage, copy_of):
     newest, intact = (Path('out/checkpoints') / name for name in ('step-00000010', 'step-00000005'))
     apply, reason = DAMAGES[damage]
     apply(newest)
-    found = Checkpoints(Accelerator(cpu=True), Path('out/checkpoints'), None, None).newest()
+    found = checkpoints_in(Path('out/checkpoints')).newest()
     assert found[0] == intact and found[1].keys() == {newest} and reason in found[1][newest]
     apply(intact)
     with pytest.raises(CheckpointError, match=f'no checkpoint in out/checkpoints is intact: .*{reason}'):
-        Checkpoints(Accelerator(cpu=True), Path('out/checkpoints'), None, None).newest()
+        checkpoints_in(Path('out/checkpoints')).newest()
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(copy_of, uninterrupted, capsys):
@@ -270,6 +279,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(copy_of
     printed = capsys.readouterr().out
     assert 'step-00000040 is damaged, left aside as damaged-step-00000040: model.safetensors has the SHA-256' in printed
     assert 'resuming from out/checkpoints/step-00000035' in printed
+    assert Path('out/checkpoints/damaged-step-00000040/state.json').exists()
     assert_same_run('out', uninterrupted)
 
 
@@ -352,6 +362,18 @@ def test_random_states_that_do_not_load_are_an_error(copy_of, capfd):
     fail_on(capfd, 'checkpoint out/checkpoints/step-00000005 does not fit this run: ')
 
 
+def test_random_states_are_those_of_the_checkpoint(tmp_path):
+    """Catches a task or an augmentation of the user's that draws other numbers after a resume."""
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    checkpoints = checkpoints_in(tmp_path)
+    checkpoints.save(TrainState({}, updates=3))
+    expected = draw()
+    checkpoints.load(tmp_path / 'step-00000003')
+    assert draw() == expected
+
+
 def test_a_folder_is_for_one_run_at_a_time(copy_of, uninterrupted, capfd):
     """Catches two runs that overwrite each other, and a folder that a killed run leaves locked."""
     copy_of(40)
@@ -363,6 +385,43 @@ def test_a_folder_is_for_one_run_at_a_time(copy_of, uninterrupted, capfd):
     assert_same_run('out', uninterrupted)
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
+    """Catches a power cut that leaves empty files under the final name of a checkpoint, or an older one alone."""
+    events = []
+
+    def fsync(descriptor, original=os.fsync):
+        events.append(os.fstat(descriptor).st_ino)
+        original(descriptor)
+
+    def replace(source, target, original=os.replace):
+        events.append(Path(target))
+        original(source, target)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(os, 'replace', replace)
+    checkpoints_in(tmp_path).save(TrainState({}, updates=3))
+    folder = tmp_path / 'step-00000003'
+    named = events.index(folder)
+    assert set(events[:named]) == {path.stat().st_ino for path in (folder, *folder.iterdir())}
+    assert events[named + 1:] == [tmp_path.stat().st_ino]
+
+
+def test_a_kill_while_a_checkpoint_is_removed(monkeypatch, tmp_path):
+    """Catches half a checkpoint under the name of a whole one, and remains that pile up."""
+    def rmtree(path, **_):
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, keep=1)
+    checkpoints.save(TrainState({}, updates=3))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, 'rmtree', rmtree)
+        checkpoints.save(TrainState({}, updates=4))
+    assert checkpoints.paths() == [tmp_path / 'step-00000004']
+    checkpoints.save(TrainState({}, updates=5))
+    assert os.listdir(tmp_path) == ['step-00000005']
+
+
 @pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])
 def test_file_systems_that_cannot_flush_a_folder(number, monkeypatch, tmp_path):
     """Catches a run without checkpoints on such a system, and a disk that fails and is not reported."""
@@ -372,7 +431,7 @@ def test_file_systems_that_cannot_flush_a_folder(number, monkeypatch, tmp_path):
         original(descriptor)
 
     monkeypatch.setattr(os, 'fsync', fsync)
-    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, None, lambda folder, state: None)
+    checkpoints = checkpoints_in(tmp_path)
     state = TrainState({}, updates=3)
     if number == errno.EIO:
         with pytest.raises(CheckpointError, match='cannot be written'):
@@ -422,11 +481,12 @@ def test_a_full_disk(last, message, written, copy_of, uninterrupted, fill_disk, 
 
 
 def test_a_full_disk_after_the_last_epoch(copy_of, uninterrupted, monkeypatch, capfd):
-    """Catches a traceback for a plot that cannot be written, and a run that then cannot be completed."""
+    """Catches a traceback for a plot that cannot be written, and a run that cannot be completed or looks complete."""
     def plot(*_):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     copy_of(40)
+    Path('out/summary.json').touch()  # of an earlier run
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
         patch.setattr('timm_ddnn.train.output.plot_curves', plot)
         run(*FULL, '--resume', 'auto', '--output', 'out')

@@ -14,7 +14,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
-from timm_ddnn.data.loader import _kill_workers
 from timm_ddnn_cli.main import main
 
 from .image_files import write_parquet
@@ -46,12 +45,8 @@ def run(*args, on_gpu=False):
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    try:
-        with mock.patch.dict(os.environ, {} if on_gpu else {'ACCELERATE_USE_CPU': '1'}):
-            main(['train', *map(str, args)])
-    finally:
-        for worker in multiprocessing.active_children():
-            worker.terminate()  # else the garbage collector waits five seconds for each, in any later test
+    with mock.patch.dict(os.environ, {} if on_gpu else {'ACCELERATE_USE_CPU': '1'}):
+        main(['train', *map(str, args)])
 
 
 def fork(*args, processes=1, before=None, log='log', program=run):
@@ -84,10 +79,7 @@ def fork(*args, processes=1, before=None, log='log', program=run):
         torch.set_num_threads(1)
         if before:
             before()
-        try:
-            program(*args)
-        finally:
-            _kill_workers()  # forks do not come to the end of the program, where it is called
+        program(*args)
 
     forks = [multiprocessing.get_context('fork').Process(target=work, args=(rank,)) for rank in range(processes)]
     for process in forks:

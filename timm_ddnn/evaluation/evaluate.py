@@ -14,6 +14,7 @@ from torch import nn
 
 from ..cascade import Cascade
 from ..data.datasets import ImageData, load_image_data, match_classes
+from ..data.loader import loading
 from ..models.load import load_model
 from ..utils.costs import count_costs
 from ..utils.environment import describe_machine, find_device
@@ -48,6 +49,7 @@ class CascadeOptions:
     speed_images: int = 256
 
 
+@loading()
 def evaluate_model(
         name: str,
         data: str,
@@ -80,7 +82,7 @@ def evaluate_model(
         or None, or None; and the machine, as `describe_machine`.
 
     Raises:
-        InputError: If the model, data, device or cascade is not what it must be.
+        InputError: If the model, data, device or cascade is not what it must be, or a worker process ends.
         OSError: If a file cannot be read or written.
         UnreachableError: If no threshold fulfils what is asked for.
     """

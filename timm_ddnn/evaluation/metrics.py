@@ -1,4 +1,6 @@
 """Metrics of every depth and of cascades, from the predictions of one pass over images."""
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,11 +11,36 @@ from ..utils.errors import InputError
 from .predict import Predictions, percent
 from .thresholds import Tradeoff, choose_threshold, exit_steps, trace_thresholds
 
-__all__ = ['add_accuracies', 'calibration_bins', 'class_rows', 'depth_metrics', 'evaluate_cascade', 'split_images']
+__all__ = [
+    'add_accuracies', 'calibration_bins', 'class_rows', 'depth_metrics', 'evaluate_cascade', 'split_images',
+    'wilson_interval',
+]
 
 
 BINS = 15
 CURVE_POINTS = 200  # of a curve in a file; the choice of a threshold is from all
+
+
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Compute the confidence interval of an accuracy: how far it would differ on other images of the same kind.
+
+    It is Wilson's score interval ('Probable inference, the law of succession, and statistical inference', Journal of
+    the American Statistical Association 22, 1927), which stays within [0, 100] and holds for few images and for an
+    accuracy of 0 or 100 % too.
+
+    Args:
+        correct: Images that are right, from 0 to `total`.
+        total: Images, >= 1.
+        confidence: Share of such intervals that hold the true accuracy, (0, 1).
+
+    Returns:
+        Its ends in percent, the lower first.
+    """
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    p, shrink = correct / total, 1 + z * z / total
+    middle = (p + z * z / (2 * total)) / shrink
+    margin = z / shrink * math.sqrt(p * (1 - p) / total + (z / (2 * total)) ** 2)
+    return tuple(round(100 * min(max(end, 0.0), 1.0), 4) for end in (middle - margin, middle + margin))
 
 
 def calibration_bins(confidences: torch.Tensor, correct: torch.Tensor) -> dict[str, list]:

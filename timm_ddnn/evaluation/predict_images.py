@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from ..cascade import Cascade
 from ..data.folders import check_encoding, image_extensions, list_entries
 from ..data.images import convert_image, describe_error, image_mode, open_image
-from ..data.loader import create_loader, normalize, worker_errors
+from ..data.loader import create_loader, loading, normalize
 from ..models.load import class_names, load_model
 from ..utils.environment import find_device
 from ..utils.errors import InputError
@@ -145,7 +145,7 @@ def predict(
 
     rows: list[Prediction] = []
     rest = iter(enumerate(items))
-    with staged_folder(save, new=True) if save else nullcontext() as folder, eval_mode(model), worker_errors():
+    with staged_folder(save, new=True) if save else nullcontext() as folder, eval_mode(model), loading():
         for pixels, errors in progress(loader):
             readable = [i for i, error in enumerate(errors) if not error]
             [(x, _)] = normalize([(pixels[readable], torch.tensor(readable))], data_config, place)

@@ -74,7 +74,6 @@ class Checkpoints:
         self.save_net = save_net
         self.ema = ema
         self.keep = keep
-        self.current: str | None = None
         # accelerate would save the task, whose names of weights no model has
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
@@ -97,8 +96,6 @@ class Checkpoints:
             CheckpointError: If it cannot be written. Those before it are left as they are.
         """
         target = self.folder / f'step-{state.updates:08d}'
-        if self.current == target.name:
-            return
         temporary = self.folder / f'.{target.name}.tmp'
         main_process = self.accelerator.is_main_process
         try:
@@ -136,7 +133,6 @@ class Checkpoints:
             intact = ', '.join(path.name for path in self.paths()) or 'none'
             raise CheckpointError(f'checkpoint {target} cannot be written: {e}. Left as they were: {intact}') from e
         self.accelerator.wait_for_everyone()
-        self.current = target.name
 
     def find(self, resume: str | None) -> tuple[Path | None, list[str]]:
         """Find the checkpoint to resume from; damaged ones that are newer are renamed to damaged-*.
@@ -226,7 +222,6 @@ class Checkpoints:
                 self.ema.load_state_dict(net | load_file(path / self._averaged))
         except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, UnpicklingError) as e:
             raise CheckpointError(f'checkpoint {path} does not fit this run: {type(e).__name__}: {e}') from e
-        self.current = path.name
 
     @property
     def _averaged(self) -> str:

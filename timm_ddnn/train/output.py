@@ -171,6 +171,7 @@ def describe_results(args: argparse.Namespace, model: nn.Module, data: ImageData
     """Describe what was evaluated."""
     return {
         'architecture': model.pretrained_cfg['architecture'],
+        'base_model': model.base_models,
         'parameters': sum(p.numel() for p in model.parameters()),
         'validation_images': len(data.validation),
         'validation_split': data.val_split,

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..data.content import count_duplicates
 from ..data.datasets import quiet_datasets
-from ..data.loader import normalize, worker_errors
+from ..data.loader import loading, normalize
 from ..evaluation.metrics import add_accuracies
 from ..evaluation.predict import evaluate
 from ..task import EKDTask
@@ -38,7 +38,7 @@ from .state import TrainState, fixed_arguments
 __all__ = ['evaluate_only', 'train']
 
 
-@worker_errors()
+@loading()
 def train(
         args: argparse.Namespace,
         ekd_options: Mapping[str, Any],
@@ -130,16 +130,18 @@ def train(
 
         if not main_process:
             return None
+        augmentation = {**build.choose_augmentation(args, data_config), 'mixup': args.mixup, 'cutmix': args.cutmix}
         return folder.write_summary(state, {
             **describe_run(accelerator, vars(args)),
             **describe_results(args, model, data),
             'training_images': len(data.train),
+            'augmentation': {name: value for name, value in augmentation.items() if value},
             'duplicates': duplicates,
             'teacher_sha256': arguments['teacher_sha256'],
         }, name)
 
 
-@worker_errors()
+@loading()
 def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Evaluate saved weights, and write evaluation.json if there is a folder for it.
 
