@@ -198,7 +198,7 @@ def train_one_epoch(
             meter.check(state.epoch)
         if log:
             means = meter.means()  # waits for the device
-            progress.show(state.step, means)
+            progress.show(means)
             if not last:
                 accelerator.log(loss_record(state, optimizer, means), step=state.updates)
         if save:

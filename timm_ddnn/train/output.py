@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from accelerate import Accelerator, PartialState
@@ -35,11 +36,11 @@ __all__ = ['RunFolder', 'copy_best', 'describe_results', 'describe_run', 'open_o
 
 
 @contextmanager
-def open_output(folder: Path | None, name: str) -> Iterator[Path]:
+def open_output(args: argparse.Namespace, name: str) -> Iterator[Path]:
     """Make the folder of a run and keep it from other runs, to be called by all processes.
 
     Args:
-        folder: The folder; a new one in output/ if None.
+        args: Options of the run. If `output` is None it becomes a new folder in output/.
         name: Name of the new one.
 
     Yields:
@@ -51,13 +52,14 @@ def open_output(folder: Path | None, name: str) -> Iterator[Path]:
     """
     with ExitStack() as stack:
         if PartialState().is_main_process:
-            folder = folder or Path(get_outdir('output', name, inc=True))
+            folder = args.output or Path(get_outdir('output', name, inc=True))
             (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(FileLock(folder / 'checkpoints' / '.lock', timeout=0))
             except Timeout:
                 raise InputError(f'--output {folder} must not be that of another run, which is writing to it') from None
-        yield Path(broadcast_object_list([str(folder)])[0])
+        args.output = broadcast_object_list([folder if PartialState().is_main_process else None])[0]
+        yield args.output
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class RunFolder:
 
         Args:
             state: Its end.
-            described: What the summaries hold besides results.
+            described: What the summaries hold besides.
             name: Title of the plots.
 
         Returns:
@@ -131,18 +133,23 @@ class RunFolder:
             (self.path / 'best', best['epoch'], best['depths'], f', the best top-1 {by}'),
             (self.path, state.epoch, self.rows(state.history[-1]), ''),
         )
+        speed = {
+            'seconds_per_epoch': mean(record['seconds'] for record in state.history),
+            'images_per_second': mean(record['images_per_second'] for record in state.history),
+        }
         plot_curves(self.path / 'curves.png', state.history, [row['depth'] for row in self.costs], name)
         for folder, epoch, rows, why in results:
             averaged = ', averaged' if self.prefix else ''
             weights = f'of epoch {epoch} of {state.epoch}{why}{averaged}'
             plot_accuracy(folder / 'accuracy.png', rows, name)
-            summary = {**described, 'weights': weights, 'epoch': epoch, 'best_epoch': best['epoch'], 'depths': rows}
+            summary = {
+                **described, **speed, 'weights': weights, 'epoch': epoch, 'best_epoch': best['epoch'], 'depths': rows}
             write_json(folder / 'summary.json', summary)  # last: it means that all is there
         return summary
 
     def _score(self, rows: Sequence[Mapping[str, Any]]) -> float:
         tops = [row['top1'] for row in rows if self.best_by in (None, row['depth'])]
-        return sum(tops) / len(tops) if tops else float('-inf')
+        return mean(tops) if tops else float('-inf')
 
 
 def read_results(folder: Path) -> dict[str, Any]:

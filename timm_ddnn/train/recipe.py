@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from accelerate import Accelerator, PartialState
@@ -30,7 +31,7 @@ from . import build
 from .checkpoint import Checkpoints
 from .loop import check_weights, loss_record, train_one_epoch
 from .output import RunFolder, copy_best, describe_results, describe_run, open_output
-from .progress import TrainProgress, print_line, start_tracker
+from .progress import TrainProgress, print_banner, print_line, start_tracker
 from .signals import EXIT_STOPPED, stop_signals
 from .state import TrainState, fixed_arguments
 
@@ -88,11 +89,13 @@ def train(
     prefix, net = list(nets.items())[-1]  # what is reported and saved
     costs = count_costs(model, data_config['input_size'])
     progress = TrainProgress(console, args.epochs, len(train_loader))
-    with open_output(args.output, name) as output, stop_signals() as request, progress:
+    with open_output(args, name) as output, stop_signals() as request, progress:
         folder = RunFolder(output, net, prefix, costs, data_config, data.class_names, args.best_by)
         checkpoints = Checkpoints(
             accelerator, output / 'checkpoints', model, folder.save_net, ema=ema.module if ema else None,
             keep=args.checkpoint_hist)
+        duplicates = count_duplicates(data) if main_process else None
+        print_banner(console, args, accelerator, model, data, data_config, duplicates)
         state = resume(args, checkpoints, arguments, len(train_loader), console) or TrainState(arguments)
         start_tracker(accelerator, args, output, f'{output.name}-{state.run}')
         scheduler.step_update(state.updates)
@@ -105,10 +108,11 @@ def train(
             if state.step < len(train_loader):  # stopped
                 break
             check_weights(model, state.updates)
-            record = loss_record(state, optimizer, means) | evaluate_nets(accelerator, nets, val_loader, data_config)
+            record = loss_record(state, optimizer, means) | evaluate_nets(
+                accelerator, nets, val_loader, data_config, progress)
             rows = folder.rows(record)
             record |= {
-                'top1': _mean(rows, 'top1'),
+                'top1': mean(row['top1'] for row in rows),
                 'seconds': state.seconds,
                 'images_per_second': len(train_loader) * train_loader.total_batch_size / state.seconds,
             }
@@ -132,10 +136,8 @@ def train(
             **describe_results(args, model, data),
             'training_images': len(data.train),
             'augmentation': {name: value for name, value in augmentation.items() if value},
-            'duplicates': count_duplicates(data),
+            'duplicates': duplicates,
             'teacher_sha256': arguments['teacher_sha256'],
-            'seconds_per_epoch': _mean(state.history, 'seconds'),
-            'images_per_second': _mean(state.history, 'images_per_second'),
         }, name)
 
 
@@ -206,7 +208,8 @@ def resume(
     if state.epoch == args.epochs and not (output / 'model.safetensors').exists():
         raise InputError(f'--resume {path} is the end of a run, whose model is not in --output {output}')
     checkpoints.load(path)
-    print_line(console, f'resuming from {path}')
+    place = f'batch {state.step}/{batches} of epoch {state.epoch + 1}' if state.epoch < args.epochs else 'its end'
+    print_line(console, f'resuming from {path}: {place}')
     return state
 
 
@@ -215,6 +218,7 @@ def evaluate_nets(
         nets: Mapping[str, nn.Module],
         loader: DataLoader,
         data_config: Mapping[str, Any],
+        progress: TrainProgress,
 ) -> dict[str, float]:
     """Measure the accuracy of every depth of some nets, to be called by all processes.
 
@@ -223,12 +227,13 @@ def evaluate_nets(
         nets: The nets, by what the names of their metrics begin with. Their statistics become those of all processes.
         loader: Loader of the validation images.
         data_config: Preprocessing of the images.
+        progress: Shows how far it is.
     """
     metrics = {}
     for prefix, net in nets.items():
         if accelerator.num_processes > 1:
             distribute_bn(net, accelerator.num_processes, reduce=True)
-        found = evaluate(accelerator, net, normalize(loader, data_config, accelerator.device))
+        found = evaluate(accelerator, net, normalize(progress.validate(loader), data_config, accelerator.device))
         metrics |= {prefix + metric: value for metric, value in found.items()}
     return metrics
 
@@ -236,13 +241,9 @@ def evaluate_nets(
 def describe_epoch(args: argparse.Namespace, state: TrainState, rows: list[dict[str, Any]]) -> str:
     """Describe what an epoch gave, in a line."""
     record = state.history[-1]
-    tops = ', '.join(f'{row["top1"]:.2f} (depth {row["depth"]})' for row in rows)
+    tops = ' '.join(f'{row["top1"]:.2f} ({row["depth"]})' for row in rows)
     averaged = ' of averaged weights' if args.model_ema else ''
     return (
         f'epoch {state.epoch}/{args.epochs}: loss {record["train_loss"]:.3f}, top-1 {tops}{averaged}, '
         f'{record["images_per_second"]:.0f} images/s'
     )
-
-
-def _mean(records: list[dict[str, Any]], metric: str) -> float:
-    return sum(record[metric] for record in records) / len(records)

@@ -1,6 +1,7 @@
 """`timm-ddnn train`: all depths at once by embedded knowledge distillation; `train_ekd.py` is the same."""
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ EXAMPLES = """  timm-ddnn train                                                 
   timm-ddnn train --output FOLDER --resume auto --checkpoint-interval 500    # begins, or resumes
   timm-ddnn train --evaluate --pretrained --model FOLDER --dataset FOLDER
 
-several processes: accelerate launch --multi_gpu --num_processes 4 train_scripts/train_ekd.py, with the same options"""
+several processes, with the same options:
+  accelerate launch --config_file train_scripts/configs/gpus.yaml --num_processes 4 train_scripts/train_ekd.py"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +131,23 @@ def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | Non
     if result and not args.json:
         title = f'{result["architecture"]}-{Path(args.dataset).resolve().name}'
         console.print(result_table(result['depths'], title, result['parameters']))
+        if not args.evaluate:
+            _print_end(options.output, result, args)
     return result
+
+
+def _print_end(folder: Path, result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print what a run wrote, and how to go on."""
+    from ..tables import print_files, print_line
+
+    model = 'config.json', 'model.safetensors', 'summary.json', 'accuracy.png'
+    print_files(folder, (*model, 'metrics.jsonl', 'curves.png', 'checkpoints/'))
+    print_files(folder / 'best', (*model, f'(the best epoch, {result["best_epoch"]} of {args.epochs})'))
+    words = ['timm-ddnn', 'evaluate', str(folder), '--data', args.dataset]
+    for name in ('input_key', 'target_key', 'val_split', 'val_fraction'):
+        value = getattr(args, name)
+        words += [] if value is None else ['--' + name.replace('_', '-'), str(value)]
+    print_line(f'next: {shlex.join(words)}')
 
 
 def _check(args: argparse.Namespace) -> None:
