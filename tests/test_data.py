@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -17,6 +18,7 @@ from torchvision.transforms.functional import to_tensor
 from timm_ddnn.data.datasets import load_image_data, match_classes
 from timm_ddnn.data.images import ImageReadError, Images, convert_image, create_train_transform, seeded
 from timm_ddnn.data.loader import EpochSampler, create_loader, loading, normalize
+from timm_ddnn.train.build import choose_augmentation
 from timm_ddnn.utils.errors import InputError
 
 CONFIG = dict(input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), crop_pct=1.0)
@@ -143,7 +145,7 @@ def test_columns_without_types_are_found_by_name(tmp_path):
     assert pairs(load_image_data(str(tmp_path / 'plain'))) == expected(range(30))
 
 
-def test_folders_are_classes(tmp_path, caplog):
+def test_folders_are_classes(tmp_path):
     """Catches a message about columns where there is one class or a folder too many, and a class nobody trains."""
     write_images(tmp_path / 'train', [0, 10])  # twice a zero
     write_images(tmp_path / 'val', [0, 10, 20])
@@ -151,12 +153,14 @@ def test_folders_are_classes(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"must name at least 2 classes, got \['0'\]"):
         load_image_data(str(tmp_path))
     write_images(tmp_path / 'val', [1])
-    assert load_image_data(str(tmp_path)).class_names == ['0', '1']
-    assert "1 of 2 classes have no image in split 'train', the first is '1'" in caplog.text
+    assert load_image_data(str(tmp_path), training=False).class_names == ['0', '1']
+    with pytest.raises(InputError, match=r"images to train on: 1 of 2 classes have no image in split 'train', .* '1'"):
+        load_image_data(str(tmp_path))
+    write_images(tmp_path / 'train', [1])
     write_images(tmp_path / 'other' / '0', [1])  # a folder beside the splits is nobody's business
     assert load_image_data(str(tmp_path)).class_names == ['0', '1']
     write_images(tmp_path / 'train' / '0', [1])
-    with pytest.raises(ValueError, match=r'must lie in SPLIT/CLASS/, got .*train/0/1/1\.png'):
+    with pytest.raises(ValueError, match=r'must lie in SPLIT/CLASS/ or CLASS/, got .*train/0/1/1\.png'):
         load_image_data(str(tmp_path))
 
 
@@ -182,7 +186,7 @@ def test_wrong_data_is_named(tmp_path, write, options, message):
 
 
 @pytest.mark.parametrize('files, error, message', [
-    ([], FileNotFoundError, 'neither SPLIT.*parquet nor SPLIT/CLASS/IMAGE'),
+    ([], FileNotFoundError, 'a folder must hold SPLIT/CLASS/IMAGE or .*, or CLASS/IMAGE with --val-fraction'),
     (['train.parquet'], ValueError, r"--val-split must name one of the splits \['train'\]"),
     (['train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'], ValueError, 'the 3 .* got 2'),
     (['train-00000-of-00001.parquet', 'train.parquet', 'test.parquet'], ValueError, 'the 1 .* got 2'),
@@ -219,7 +223,7 @@ def test_two_label_columns_are_not_guessed_between(tmp_path):
 def augmented():
     """Digits with augmentation that draws from the generators of Python, NumPy and PyTorch."""
     transform = create_train_transform(
-        CONFIG, hflip=0.5, color_jitter=0.3, auto_augment='rand-m9-mstd0.5', re_prob=0.5)
+        CONFIG, crop_mode='pad', hflip=0.5, color_jitter=0.3, auto_augment='rand-m9-mstd0.5', re_prob=0.5)
     return Images(load_image_data('digits'), 'train', transform, seed=3)
 
 
@@ -334,7 +338,7 @@ def test_pixels_of_more_than_8_bits_are_refused(mode):
 
 def test_pad_crop_shifts_by_at_most_an_eighth():
     """Catches a crop that scales the image, never moves it, or moves it further than its padding."""
-    transform = create_train_transform(CONFIG, hflip=0.0, color_jitter=None)
+    transform = create_train_transform(CONFIG, crop_mode='pad', hflip=0.0, color_jitter=None)
     white = Image.new('RGB', (32, 32), 'white')
     shifts = set()
     for i in range(300):
@@ -349,11 +353,15 @@ def test_pad_crop_shifts_by_at_most_an_eighth():
 
 def test_train_transform_is_timms_above_64_px():
     """Catches the small-image crop on photographs."""
+    options = dict.fromkeys(('train_crop_mode', 'scale', 'ratio', 'hflip', 'color_jitter', 'aa'))
+    args = SimpleNamespace(**options, reprob=0.0, dataset='digits')
+    assert choose_augmentation(args, CONFIG)['crop_mode'] == 'pad'
     config = dict(CONFIG, input_size=(3, 96, 96))
+    chosen = choose_augmentation(args, config)
     image = Image.effect_noise((120, 100), 60).convert('RGB')
     ours, timms = (
         make(config) for make in (
-            lambda c: create_train_transform(c, color_jitter=None),
+            lambda c: create_train_transform(c, **dict(chosen, hflip=0.5)),
             lambda c: create_transform(
                 c['input_size'], is_training=True, color_jitter=None, interpolation=c['interpolation'],
                 normalize=False),
@@ -374,7 +382,8 @@ def test_images_that_were_normalized_by_the_device_are_timms(in_chans):
     augmentation = dict(hflip=0.5, re_prob=0.7, color_jitter=None)
     for split, options in ('train', augmentation), ('validation', {}):
         if options:
-            make, timms = create_train_transform, create_transform(**config, is_training=True, **options)
+            make = partial(create_train_transform, crop_mode='pad')
+            timms = create_transform(**config, is_training=True, **options)
             timms.transforms[0] = make(config, **options).transforms[0]
         else:
             make, timms = (lambda c: create_transform(**c, normalize=False)), create_transform(**config)

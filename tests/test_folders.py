@@ -11,7 +11,8 @@ from helpers.image_files import CLASS_NAMES, DIGITS, digit, png, write_images, w
 from helpers.training import FAST, MODEL, error_lines, read, run
 from timm.data import create_dataset
 
-from timm_ddnn.data.datasets import fingerprint, load_image_data, match_classes
+from timm_ddnn.data.content import fingerprint
+from timm_ddnn.data.datasets import load_image_data, match_classes
 from timm_ddnn.utils.errors import InputError
 
 pytestmark = pytest.mark.usefixtures('surroundings')
@@ -143,13 +144,13 @@ def spoil(folder, case):
 
 
 @pytest.mark.parametrize('case, message', [
-    ('image in the split', r'images must lie in SPLIT/CLASS/, got .*train/x\.png'),
+    ('image in the split', r'images must lie in SPLIT/CLASS/ or CLASS/, got .*train/x\.png'),
     ('zip', r"1 files in .*train/3 are not images that can be read here, the first is 'more\.zip'"),
-    ('folder in a class', r'images must lie in SPLIT/CLASS/, got .*train/3/sub/x\.png'),
+    ('folder in a class', r'images must lie in SPLIT/CLASS/ or CLASS/, got .*train/3/sub/x\.png'),
     ('link to nothing', r"1 files in .*train/3 are not images .*, the first is 'x\.png'"),
     ('links to nothing', r"2 files in .*train/3 are not images .*, the first is 'a\.heic'"),
     ('class without images', "1 folders of classes have no image in any split, the first is 'empty'"),
-    ('link of a class to nothing', 'images must lie in SPLIT/CLASS/, got .*train/gone'),
+    ('link of a class to nothing', 'images must lie in SPLIT/CLASS/ or CLASS/, got .*train/gone'),
     ('not UTF-8', r"file names must be UTF-8, got b'.*train/3/caf\\xe9\.png'"),
     ('data set not UTF-8', r"file names must be UTF-8, got b'.*/caf\\xe9'"),
     ('folder and file', "split 'train' in .* must be parquet files or a folder, got both"),
@@ -178,7 +179,7 @@ CHANGES = {
     'changed': lambda train: (train / '3' / '3.png').write_bytes(png(13)),
     'moved': lambda train: move(train / '3' / '3.png', train / '4' / '3.png'),
     'renamed': lambda train: move(train / '3' / '3.png', train / '3' / 'other.png'),
-    'class renamed': lambda train: (train / '3').rename(train / 'three'),
+    'class renamed': lambda train: [(split / '3').rename(split / 'three') for split in train.parent.iterdir()],
     'validation': lambda train: (train.parent / 'val' / '3' / 'new.png').write_bytes(png(3)),
 }
 
@@ -218,11 +219,9 @@ def test_a_position_beyond_the_data(saved, capfd):
     """Catches a run that resumes in an epoch that is over."""
     place, options = saved
     shutil.copytree(place / 'set', 'few')
-    for file in sorted(Path('few/train').rglob('*.png'))[:24]:
-        file.unlink()
     for folder in Path('few/train').iterdir():
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        for file in sorted(folder.iterdir())[2:]:
+            file.unlink()
     shutil.copytree(place / 'run', 'run')
     with pytest.raises(SystemExit) as exit_info:
         run(*options, '--dataset', 'few', '--output', 'run', '--resume', 'auto')

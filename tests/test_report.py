@@ -17,7 +17,7 @@ from torch import nn
 
 from timm_ddnn.evaluation import plots
 from timm_ddnn.hub import save
-from timm_ddnn.train import recipe
+from timm_ddnn.train import output
 from timm_ddnn.utils import costs, environment, files
 from timm_ddnn_cli import tables
 
@@ -107,6 +107,9 @@ def test_json_is_whole_or_absent(tmp_path):
         files.write_json(tmp_path / 'a.json', {'x': float('nan')})
     assert json.loads((tmp_path / 'a.json').read_text()) == {'x': 1}
     assert [p.name for p in tmp_path.iterdir()] == ['a.json']
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(tmp_path / 'a.json', '\ud800')
+    assert json.loads((tmp_path / 'a.json').read_text()) == {'x': 1}
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path):
@@ -130,7 +133,7 @@ def test_text_is_utf8_whatever_the_locale(tmp_path):
 
 def test_run_is_described():
     """Catches a summary that cannot be written, or that lacks what a number in a table must carry."""
-    run = json.loads(json.dumps(recipe.describe_run(Accelerator(cpu=True), {'output': Path('x'), 'seed': 3})))
+    run = json.loads(json.dumps(output.describe_run(Accelerator(cpu=True), {'output': Path('x'), 'seed': 3})))
     assert run['arguments'] == {'output': 'x', 'seed': 3}
     assert run['versions'].keys() >= {'timm_ddnn', 'python', 'torch', 'timm', 'accelerate', 'datasets'}
     assert (run['versions']['torch'], run['versions']['timm']) == (torch.__version__, timm.__version__)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures('surroundings')
 def no_plots(monkeypatch):
     """Plots take longer than most of these runs; other tests look at them."""
     for name in ('plot_accuracy', 'plot_curves'):
-        monkeypatch.setattr(f'timm_ddnn.train.recipe.{name}', lambda *args: None)
+        monkeypatch.setattr(f'timm_ddnn.train.output.{name}', lambda *args: None)
 
 
 SHORT = [*FAST, *few_digits(), '-b', 32, '--epochs', 2]  # of 22 updates
@@ -130,7 +130,7 @@ def test_averaged_weights_of_every_depth(monkeypatch):
     run(*SHORT, '--model-ema', '--model-ema-decay', 0.5, '--output', 'out')
     record = history('out')[-1]
     model = timm.create_model('local-dir:out', pretrained=True)
-    state = load_file('out/checkpoints/step-00000022/ema_0.safetensors')
+    state = load_file('out/checkpoints/step-00000022/model.safetensors')
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(record[f'ema_top1_{depth}'] != record[f'top1_{depth}'] for depth in (14, 8))
     run('--evaluate', '--pretrained', '--model', 'local-dir:out', '--output', 'out', '-j', 0, *few_digits())

@@ -114,10 +114,12 @@ def checkpoints(folder):
 
 
 def assert_same_run(folder, expected):
-    """Weights of the model are equal bit by bit, and so are the metrics of every epoch."""
-    mine, other = (load_file(Path(f) / 'model.safetensors') for f in (folder, expected))
-    assert mine.keys() == other.keys()
-    assert not [name for name in mine if not torch.equal(mine[name], other[name])]
+    """Weights of the last and the best epoch are equal bit by bit, and so are the metrics of every epoch."""
+    for place in ('.', 'best'):
+        mine, other = (load_file(Path(f) / place / 'model.safetensors') for f in (folder, expected))
+        assert mine.keys() == other.keys()
+        assert not [name for name in mine if not torch.equal(mine[name], other[name])]
+        assert read(Path(folder) / place, 'config.json') == read(Path(expected) / place, 'config.json')
     mine, other = ([{k: v for k, v in r.items() if 'second' not in k} for r in history(f)] for f in (folder, expected))
     assert mine == other
 

@@ -1,6 +1,9 @@
-"""Folders SPLIT/CLASS/IMAGE: every file of a class is an image of the data set, passed over by its name, or refused."""
+"""Folders SPLIT/CLASS/IMAGE and CLASS/IMAGE.
+
+Every file of a class is an image of the data set, passed over by its name, or refused.
+"""
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +15,7 @@ from ..utils.errors import InputError
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ['check_encoding', 'find_splits', 'image_extensions', 'list_entries', 'read_folders']
+__all__ = ['are_classes', 'check_encoding', 'find_splits', 'image_extensions', 'list_entries', 'read_folders']
 
 
 # What systems and programs leave in folders of images, in lower case
@@ -31,6 +34,11 @@ def find_splits(folder: Path) -> dict[str, Path]:
         entry.name: Path(entry.path) for entry in list_entries(folder)
         if entry.is_dir() and next(list_entries(Path(entry.path)), None)
     }
+
+
+def are_classes(folders: Iterable[Path]) -> bool:
+    """Whether none of some folders holds a folder: then they are not splits but classes."""
+    return not any(entry.is_dir() for folder in folders for entry in list_entries(folder))
 
 
 def read_folders(splits: Mapping[str, Path]) -> dict[str, 'datasets.Dataset']:
@@ -100,7 +108,7 @@ def _classes(split: Path) -> Iterator[tuple[str, Path]]:
     """Name and folder of every class of a split."""
     for entry in list_entries(split):
         if not entry.is_dir():
-            raise InputError(f'images must lie in SPLIT/CLASS/, got {entry.path}')
+            raise InputError(f'images must lie in SPLIT/CLASS/ or CLASS/, got {entry.path}')
         yield entry.name, Path(entry.path)
 
 
@@ -110,7 +118,7 @@ def _images(folder: Path) -> Iterator[str]:
     for entry in list_entries(folder):
         if entry.is_dir():
             inside = next(list_entries(Path(entry.path)), None)
-            raise InputError(f'images must lie in SPLIT/CLASS/, got {inside.path if inside else entry.path}')
+            raise InputError(f'images must lie in SPLIT/CLASS/ or CLASS/, got {inside.path if inside else entry.path}')
         extension = os.path.splitext(entry.name)[1].lower()
         if entry.is_file() and (extension in known or _is_image(entry.path)):
             yield entry.path

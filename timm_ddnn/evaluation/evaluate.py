@@ -21,7 +21,7 @@ from ..utils.environment import describe_machine, find_device
 from ..utils.files import staged_folder, write_json
 from .batches import load_batches
 from .metrics import class_rows, depth_metrics, evaluate_cascade, split_images
-from .plots import plot_evaluation
+from .plots import plot_calibration, plot_evaluation
 from .predict import Predictions, autocast, predict
 from .speed import measure_speed
 
@@ -73,7 +73,7 @@ def evaluate_model(
         precision: 'no' or 'bf16'.
         cascade: Cascade to evaluate besides.
         output: Folder to write evaluation.json and evaluation.png to.
-        **data_options: input_key, target_key and val_split of `load_image_data`.
+        **data_options: input_key, target_key, val_split and val_fraction of `load_image_data`.
 
     Returns:
         What `evaluation.json` holds: model, architecture, parameters (of all depths together), data, split, images,
@@ -108,7 +108,7 @@ def evaluate_model(
             'architecture': model.pretrained_cfg['architecture'],
             'parameters': sum(p.numel() for p in model.parameters()),
             'data': data,
-            'split': str(image_data.validation.split),
+            'split': image_data.val_split,
             'images': count,
             'classes': len(image_data.class_names),
             'input_size': list(input_size),
@@ -125,6 +125,7 @@ def evaluate_model(
             write_json(folder / 'evaluation.json', result)
             title = f'{result["architecture"]}, {count:,} images of {Path(data).resolve().name}'
             plot_evaluation(folder / 'evaluation.png', result, title)
+            plot_calibration(folder / 'calibration.png', result['depths'], title)
     return result
 
 

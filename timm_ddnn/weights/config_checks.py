@@ -23,7 +23,7 @@ from ..utils.schema import (
     text,
 )
 
-__all__ = ['CONFIG', 'ROW', 'SAVED', 'check_names', 'check_size']
+__all__ = ['BASE_MODEL', 'CONFIG', 'ROW', 'SAVED', 'check_names', 'check_size']
 
 
 MAX_BLOCKS = 1_000  # of all nets of a model together
@@ -49,10 +49,13 @@ ROW = record({'depth': integer(1, 1_000_000)}, {
     'top1': number(0, 100),
     'top5': number(0, 100),
 })
+BASE_MODEL = items(text(200), most=100)
 # What this library adds to a config.json
 SAVED = record({}, {
     'weights_sha256': text(pattern='[0-9a-fA-F]{64}'),
     'depths': items(ROW),
+    'base_model': BASE_MODEL,
+    'epoch': integer(0),
 })
 MODEL_ARGS = all_of(
     record({}, {
