@@ -17,11 +17,13 @@ from PIL import Image
 
 from timm_ddnn.cascade import Cascade
 from timm_ddnn.data.datasets import load_image_data
+from timm_ddnn.evaluation import plots
 from timm_ddnn.evaluation.batches import load_batches
 from timm_ddnn.evaluation.evaluate import CascadeOptions, evaluate_model
 from timm_ddnn.evaluation.metrics import calibration_bins, class_rows, depth_metrics, split_images, wilson_interval
 from timm_ddnn.evaluation.predict import evaluate, predict
 from timm_ddnn.utils.errors import InputError
+from timm_ddnn_cli.commands.evaluate import FILES
 from timm_ddnn_cli.main import main
 from timm_ddnn_cli.tables import format_count
 
@@ -97,6 +99,7 @@ def test_metrics_are_those_of_plain_loops(small):
     assert [row['depth'] for row in rows] == [20, 14, 8]
     assert rows[0]['agreement'] == 100 > rows[2]['agreement']
     for row in rows:
+        assert row['top1_interval'] == [*wilson_interval(round(row['top1'] / 2), 50)]
         expected = expected_metrics(logits[row['depth']], logits[20], labels)
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3)
 
@@ -107,6 +110,18 @@ def test_one_pass_for_all_depths(small):
     small.conv1.register_forward_hook(lambda *_: stems.append(1))
     predict(small, [(images(small, batch=3), torch.zeros(3, dtype=torch.long))] * 2)
     assert len(stems) == 2
+
+
+def test_no_point_of_the_calibration_stands_for_a_few_images():
+    """Catches points of single images, images that are left out, and accuracies that are not those of their images."""
+    for counts in ([0, 1, 5, 0, 15, 3, 40, 0, 19, 1, 0, 0, 2, 0, 1], [3], [0, 30, 0]):
+        bins = {'images': counts, 'confidence': [0.5 * bool(n) for n in counts], 'accuracy': [0.25] * len(counts)}
+        joined = plots._join_bins(bins)
+        assert all(n >= min(20, sum(counts)) for n, _, _ in joined)
+        assert [sum(column) for column in zip(*joined, strict=True)] == pytest.approx(
+            [sum(counts), sum(counts) / 2, sum(counts) / 4])
+    bins = {'images': [19, 1, 20, 5], 'confidence': [1] * 4, 'accuracy': [0] * 4}
+    assert [n for n, _, _ in plots._join_bins(bins)] == [20, 25]
 
 
 def test_top5_of_few_classes():
@@ -227,10 +242,12 @@ def test_command(folder, logits, digits, tmp_path, capsys):
     assert status == 0 and 'error' not in err
     result = json.loads(out)
     assert result == read(output, 'evaluation.json')
-    assert sorted(path.name for path in output.iterdir()) == ['evaluation.json', 'evaluation.png']
-    with Image.open(output / 'evaluation.png') as picture:
-        assert picture.format == 'PNG'
-        assert len(picture.convert('L').getcolors()) > 10
+    assert {path.name for path in output.iterdir()} == {*FILES}
+    for name in FILES:
+        if name.endswith('.png'):
+            with Image.open(output / name) as picture:
+                assert picture.format == 'PNG'
+                assert len(picture.convert('L').getcolors()) > 10
     for row in result['depths']:
         expected = expected_metrics(logits[row['depth']], logits[14], digits[2])
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3)
@@ -246,7 +263,8 @@ def test_command(folder, logits, digits, tmp_path, capsys):
     assert '360 images' in out
     for row in result['depths']:
         assert f'{row["top1"]:.2f}' in out and f'{row["ece"]:.2f}' in out
-    assert out.splitlines()[-1] == f'{output}: evaluation.json evaluation.png'
+        assert '{:.2f} - {:.2f}'.format(*row['top1_interval']) in out
+    assert out.splitlines()[-1] == f'{output}: {" ".join(FILES)}'
     assert 'by class' not in out
 
 
@@ -276,6 +294,7 @@ def test_cascade(folder, logits, digits, capsys, wish):
     threshold = cascade['threshold']
     assert (cascade['top1'], cascade['macs']) == pytest.approx(outcome(reported, threshold), abs=1e-3)
     assert cascade['images'] == len(reported)
+    assert cascade['top1_interval'] == [*wilson_interval(round(cascade['top1'] * len(reported) / 100), len(reported))]
     for step, depth in zip(cascade['steps'], (8, 14), strict=True):
         assert step['top1_alone'] == pytest.approx(100 * hits[depth][reported].double().mean().item(), abs=1e-3)
         assert step['macs_alone'] == next(row['macs'] for row in result['depths'] if row['depth'] == depth)

@@ -132,7 +132,7 @@ def test_choice_shows_what_it_was_made_from(profile):
 def test_nearest_depth_is_named(profile):
     """Catches a nearest depth by the sum of what is exceeded, or by latency alone."""
     eager = dict(runtime='eager', batch_size=1)
-    with pytest.raises(NoDepthError, match=r'nearest is depth 14: p90_ms 10\.5') as error:
+    with pytest.raises(NoDepthError, match=r'nearest is depth 14 \(eager\): p90_ms 10\.5') as error:
         select_depth(profile, latency_ms=1, **eager)
     assert error.value.nearest['depth'] == 14
     with pytest.raises(NoDepthError) as error:
@@ -243,7 +243,7 @@ def test_status_3_where_no_depth_fulfils(choose):
     """Catches a script that goes on with a depth which is not what was asked for."""
     status, out, errors = choose('--latency-ms', 1, '--runtime', 'eager', '--json')
     assert (status, out) == (3, '')
-    assert errors == ['error: no depth is within latency_ms 1; the nearest is depth 14: p90_ms 10.5']
+    assert errors == ['error: no depth is within latency_ms 1; the nearest is depth 14 (eager): p90_ms 10.5']
 
 
 @pytest.mark.parametrize('args, content, message', [

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 __all__ = [
-    'cost_cells', 'create_table', 'format_count', 'print_files', 'print_line', 'print_table', 'result_table',
-    'show_progress', 'show_status',
+    'cost_cells', 'create_table', 'format_count', 'format_interval', 'print_files', 'print_line', 'print_table',
+    'result_table', 'show_progress', 'show_status',
 ]
 
 
@@ -23,6 +23,11 @@ def format_count(value: float) -> str:
             scaled = value / unit
             return f'{scaled:.{max(0, 2 - (scaled >= 9.995) - (scaled >= 99.95))}f} {letter}'
     return f'{value:.0f}'
+
+
+def format_interval(ends: Sequence[float]) -> str:
+    """Write the ends of a confidence interval in percent: 83.21 - 89.46."""
+    return ' - '.join(f'{end:.2f}' for end in ends)
 
 
 def cost_cells(row: Mapping[str, Any]) -> list[str]:

@@ -229,8 +229,12 @@ def select_depth(
     if not fitting:
         nearest = min(rows, key=lambda row: max(_excess(row, name, limit) for name, limit in limits.items()))
         asked = ', '.join(f'{name} {limit:g}' for name, limit in limits.items())
-        found = ', '.join(f'{column} {nearest.get(column)}' for column in map(_COLUMNS.get, limits))
-        raise NoDepthError(f'no depth is within {asked}; the nearest is depth {nearest["depth"]}: {found}', nearest)
+        found = ', '.join(
+            f'{column} {"unknown" if nearest.get(column) is None else format(nearest[column], ".4g")}'
+            for column in map(_COLUMNS.get, limits))
+        raise NoDepthError(
+            f'no depth is within {asked}; the nearest is depth {nearest["depth"]} ({nearest["runtime"]}): {found}',
+            nearest)
 
     if [*limits] == ['min_top1']:
         best, reason = fitting, 'least latency per image'

@@ -43,6 +43,11 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     return tuple(round(100 * min(max(end, 0.0), 1.0), 4) for end in (middle - margin, middle + margin))
 
 
+def interval(correct: torch.Tensor) -> list[float]:
+    """Compute the `wilson_interval` of the share of images that are right, [N]."""
+    return list(wilson_interval(int(correct.sum()), len(correct)))
+
+
 def calibration_bins(confidences: torch.Tensor, correct: torch.Tensor) -> dict[str, list]:
     """Sort images by confidence into 15 bins of equal width.
 
@@ -79,10 +84,11 @@ def depth_metrics(predictions: Predictions) -> list[dict[str, Any]]:
         predictions: Of at least one image.
 
     Returns:
-        Rows with depth and, in percent, top1, top5, ece and agreement, and with `calibration_bins`. `ece` is the
-        expected calibration error of the predicted class over these bins: the mean difference of confidence and
-        accuracy, weighted by images ('On Calibration of Modern Neural Networks', arXiv 1706.04599, equation 3).
-        `agreement` is the share of images with the same prediction as the first depth's, the full-net's.
+        Rows with depth and, in percent, top1, top1_interval (as `wilson_interval`), top5, ece and agreement, and with
+        calibration (as `calibration_bins`). `ece` is the expected calibration error of the predicted class over these
+        bins: the mean difference of confidence and accuracy, weighted by images ('On Calibration of Modern Neural
+        Networks', arXiv 1706.04599, equation 3). `agreement` is the share of images with the same prediction as the
+        first depth's, the full-net's.
     """
     rows = []
     for i, depth in enumerate(predictions.depths):
@@ -90,6 +96,7 @@ def depth_metrics(predictions: Predictions) -> list[dict[str, Any]]:
         rows.append({
             'depth': depth,
             'top1': percent(predictions.correct[i]),
+            'top1_interval': interval(predictions.correct[i]),
             'top5': percent(predictions.top5[i]),
             'ece': round(_calibration_error(bins), 4),
             'agreement': percent(predictions.classes[i] == predictions.classes[0]),
@@ -159,10 +166,11 @@ def evaluate_cascade(
         budget_macs: As for `choose_threshold`.
 
     Returns:
-        threshold, top1 in percent and macs (mean multiply-accumulates per image) on the `images` reported on; chosen:
-        the same on those chosen by, None if the threshold was given; steps: for every net its costs, the percentage of
-        images that end there, and top1 and macs of that net alone on the same images; beaten_by: the depth that alone
-        takes no more MACs and is no less accurate than the cascade, or None; curve: at most 200 of all thresholds.
+        threshold, top1 in percent, its interval and macs (mean multiply-accumulates per image) on the `images` reported
+        on; chosen: the same on those chosen by, None if the threshold was given; steps: for every net its costs, the
+        percentage of images that end there, and top1 and macs of that net alone on the same images; beaten_by: the
+        depth that alone takes no more MACs and is no less accurate than the cascade, or None; curve: at most 200 of all
+        thresholds.
 
     Raises:
         UnreachableError: If no threshold fulfils what is asked for.
@@ -176,13 +184,15 @@ def evaluate_cascade(
         threshold, chosen = point.threshold, {'images': len(others.target), 'top1': point.top1, 'macs': point.macs}
     own = reported.select(torch.arange(len(reported.target)), depths)
     ends = exit_steps(own.confidences, threshold)
-    top1 = percent(own.correct[ends, torch.arange(len(ends))])
+    correct = own.correct[ends, torch.arange(len(ends))]
+    top1 = percent(correct)
     mean_macs = float(torch.tensor(macs).cumsum(0)[ends].double().mean())
     steps = [
         {
             **cost._asdict(),
             'macs_alone': cost.macs + cost.reused,
             'top1_alone': percent(own.correct[i]),
+            'top1_alone_interval': interval(own.correct[i]),
             'ends': percent(ends == i),
         }
         for i, cost in enumerate(costs)
@@ -197,6 +207,7 @@ def evaluate_cascade(
         'chosen': chosen,
         'images': len(own.target),
         'top1': top1,
+        'top1_interval': interval(correct),
         'macs': mean_macs,
         'steps': steps,
         'beaten_by': max(better, key=lambda step: step['top1_alone'])['depth'] if better else None,

@@ -10,42 +10,84 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-__all__ = ['plot_accuracy', 'plot_curves', 'plot_evaluation', 'save_figure', 'show_macs']
+from .metrics import wilson_interval
+
+__all__ = ['plot_accuracy', 'plot_calibration', 'plot_curves', 'save_figure', 'show_macs']
 
 
-def plot_accuracy(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw top-1 accuracy over multiply-accumulates, a point per depth.
+LEAST_IMAGES = 20  # of a point in a plot of the calibration
+
+
+def plot_accuracy(
+        path: Path,
+        rows: Sequence[Mapping[str, Any]],
+        title: str,
+        *,
+        cascade: Mapping[str, Any] | None = None,
+) -> None:
+    """Draw top-1 accuracy over multiply-accumulates with 95 % intervals, a point per depth.
 
     Args:
         path: PNG file to write.
-        rows: Rows with depth, macs and top1.
+        rows: Rows with depth, macs, top1 and top1_interval.
         title: Title.
+        cascade: A cascade to draw too, as `evaluate_cascade` gives it; the depths are then those of its steps.
     """
-    figure = Figure(figsize=(6, 4), layout='constrained')
+    figure = Figure(figsize=(7, 5), layout='constrained')
     axes = figure.add_subplot()
-    macs = [row['macs'] for row in rows]
-    axes.plot(macs, [row['top1'] for row in rows], color='0.7')
-    for i, row in enumerate(rows):
-        axes.plot(row['macs'], row['top1'], 'o', color=f'C{i}', label=f'depth {row["depth"]}: {row["top1"]:.2f} %')
-    figure.legend(loc='outside lower center', ncols=min(len(rows), 3))
+    points = [(row['depth'], row['macs'], row['top1'], row['top1_interval']) for row in rows]
+    intervals = [point[-1] for point in points]
+    if cascade:
+        points = [
+            (step['depth'], step['macs_alone'], step['top1_alone'], step['top1_alone_interval'])
+            for step in cascade['steps']]
+        intervals = [cascade['top1_interval'], *(point[-1] for point in points)]
+        axes.plot(cascade['curve']['macs'], cascade['curve']['top1'], color='0.6', label='cascade, all thresholds')
+        _draw_point(
+            axes, cascade['macs'], cascade['top1'], cascade['top1_interval'], fmt='*', color='black', markersize=13,
+            label=f'cascade, threshold {cascade["threshold"]:.4f}: {cascade["top1"]:.2f} %')
+        if cascade['chosen']:
+            title += f'\ncascade on {cascade["images"]:,} images, its threshold chosen on others'
+    colors = {row['depth']: f'C{i}' for i, row in enumerate(rows)}
+    for depth, macs, top1, interval in points:
+        _draw_point(
+            axes, macs, top1, interval, fmt='o', color=colors[depth], label=f'depth {depth}: {top1:.2f} %')
+    show_macs(axes, max(macs for _, macs, *_ in points))
     axes.margins(x=0.1, y=0.1)
+    _widen(axes, intervals)
     axes.set_title(title, parse_math=False)  # the name of a data set may have dollar signs
     axes.set(xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
-    show_macs(axes, max(macs))
     axes.grid(alpha=0.3)
+    figure.legend(
+        loc='outside lower center', ncols=2, fontsize='small', title='bars: 95 % confidence intervals (Wilson)',
+        title_fontsize='small')
     save_figure(figure, path)
 
 
-def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequence[int], title: str) -> None:
+def _widen(axes: Axes, intervals: Sequence[Sequence[float]]) -> None:
+    """Let the axis of an accuracy span three times the widest of some intervals: no difference looks larger than it."""
+    low, high = axes.get_ylim()
+    more = 3 * max(high - low for low, high in intervals) - (high - low)
+    if more > 0:
+        axes.set_ylim(low - more / 2, high + more / 2)
+
+
+def plot_curves(
+        path: Path,
+        history: Sequence[Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Any]],
+        title: str,
+) -> None:
     """Draw the terms of the loss and the accuracy of every depth by epoch.
 
     Args:
         path: PNG file to write.
         history: Records with epoch, and by depth train_ce_<depth>, train_kl_<depth>, train_attention_<depth>,
             top1_<depth> and ema_top1_<depth>, of which some may be missing.
-        depths: Depths, the full-net's first.
+        rows: Rows of the last epoch with depth and top1_interval, the full-net's first.
         title: Title.
     """
+    depths = [row['depth'] for row in rows]
     figure = Figure(figsize=(11, 4.5), layout='constrained')
     figure.suptitle(title, parse_math=False)
     losses, accuracies = figure.subplots(1, 2)
@@ -65,6 +107,7 @@ def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequen
             axes.plot([], [], style, color='black', label=label)
     losses.set(title='training, terms of the loss without their weights', xlabel='epoch', yscale='log')
     accuracies.set(title='validation', xlabel='epoch', ylabel='top-1 accuracy (%)')
+    _widen(accuracies, [row['top1_interval'] for row in rows])
     for axes in (losses, accuracies):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(0.5, len(history) + 0.5)
@@ -88,54 +131,56 @@ def save_figure(figure: Figure, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def plot_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
-    """Draw top-1 accuracy over multiply-accumulates, with the cascade if there is one, and the calibration.
+def _draw_point(axes: Axes, x: float, top1: float, interval: Sequence[float], **style: Any) -> None:
+    low, high = interval
+    axes.errorbar(x, top1, yerr=[[max(top1 - low, 0)], [max(high - top1, 0)]], capsize=3, zorder=3, **style)
+
+
+def plot_calibration(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw accuracy over confidence, a panel per depth.
+
+    Bins with few images are joined with the next, so that each point stands for at least 20 images.
 
     Args:
         path: PNG file to write.
-        result: depths and cascade as in `evaluation.json`.
+        rows: Rows of `depth_metrics`.
         title: Title.
     """
-    figure = Figure(figsize=(11, 5.2), layout='constrained')
-    figure.suptitle(title, parse_math=False)
-    left, right = figure.subplots(1, 2)
-    colors = {row['depth']: f'C{i}' for i, row in enumerate(result['depths'])}
-    _draw_accuracy(left, result, colors)
-    _draw_calibration(right, result, colors)
-    for axes in (left, right):
+    columns = min(len(rows), 3)
+    figure = Figure(figsize=(4 * columns + 0.5, 4.8 * math.ceil(len(rows) / columns)), layout='constrained')
+    figure.suptitle(
+        f'{title}\npoints: {LEAST_IMAGES} images or more, bars: 95 % intervals of their accuracy', parse_math=False)
+    panels = figure.subplots(math.ceil(len(rows) / columns), columns, squeeze=False).flat
+    for i, (axes, row) in enumerate(zip(panels, rows, strict=False)):
+        axes.plot([0, 100], [0, 100], ':', color='black', label='confidence = accuracy')
+        _draw_bins(axes, row['calibration'], f'C{i}', f'calibration error {row["ece"]:.2f} %')
+        axes.set(
+            title=f'depth {row["depth"]}', xlabel='confidence (%)', ylabel='accuracy (%)', xlim=(0, 102), ylim=(0, 102))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=2)
+        axes.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.17))
+    for axes in panels:  # those without a depth
+        axes.set_axis_off()
     save_figure(figure, path)
 
 
-def _draw_accuracy(axes: Axes, result: Mapping[str, Any], colors: Mapping[int, str]) -> None:
-    cascade, title = result['cascade'], 'accuracy'
-    if cascade:
-        points = [(step['depth'], step['macs_alone'], step['top1_alone']) for step in cascade['steps']]
-        axes.plot(cascade['curve']['macs'], cascade['curve']['top1'], color='0.5', label='cascade, all thresholds')
-        axes.plot(
-            cascade['macs'], cascade['top1'], '*', color='black', markersize=13, zorder=3,
-            label=f'threshold {cascade["threshold"]:.4f}: {cascade["top1"]:.2f} %',
-        )
-        if cascade['chosen']:
-            title += f' on {cascade["images"]:,} images, the threshold chosen on others'
-    else:
-        points = [(row['depth'], row['macs'], row['top1']) for row in result['depths']]
-    for depth, macs, top1 in points:
-        axes.plot(macs, top1, 'o', color=colors[depth], label=f'depth {depth} alone: {top1:.2f} %')
-    show_macs(axes, max(macs for _, macs, _ in points))
-    axes.margins(x=0.1, y=0.1)
-    axes.set(title=title, xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
+def _draw_bins(axes: Axes, calibration: Mapping[str, Sequence[Any]], color: str, label: str) -> None:
+    points = _join_bins(calibration)
+    axes.plot([100 * x / n for n, x, _ in points], [100 * y / n for n, _, y in points], linewidth=1, color=color)
+    for n, x, y in points:
+        interval = wilson_interval(round(y), n)
+        _draw_point(axes, 100 * x / n, 100 * y / n, interval, fmt='o', markersize=4, color=color, label=label)
+        label = None
 
 
-def _draw_calibration(axes: Axes, result: Mapping[str, Any], colors: Mapping[int, str]) -> None:
-    axes.plot([0, 1], [0, 1], ':', color='black', label='calibrated')
-    for row in result['depths']:
-        bins = [values for values in zip(*row['calibration'].values(), strict=True) if values[0]]
-        counts, confidences, accuracies = zip(*bins, strict=True)
-        color, sizes = colors[row['depth']], [200 * count / sum(counts) for count in counts]
-        label = f'depth {row["depth"]}: calibration error {row["ece"]:.2f} %'
-        axes.plot(confidences, accuracies, linewidth=0.8, color=color, label=label)
-        axes.scatter(confidences, accuracies, sizes, color=color, clip_on=False, zorder=3)
-    axes.set_title('calibration, points sized by images', pad=14)  # points at 1 reach beyond the axes
-    axes.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1))
+def _join_bins(calibration: Mapping[str, Sequence[Any]]) -> list[tuple[int, float, float]]:
+    """Join neighbouring bins until each has 20 images: images, and sums of confidences and of what is right."""
+    joined = [(0, 0.0, 0.0)]
+    for n, confidence, accuracy in zip(*calibration.values(), strict=True):
+        if n:
+            if joined[-1][0] >= LEAST_IMAGES:
+                joined.append((0, 0.0, 0.0))
+            count, sure, right = joined[-1]
+            joined[-1] = count + n, sure + n * confidence, right + n * accuracy
+    if len(joined) > 1 and joined[-1][0] < LEAST_IMAGES:
+        joined[-2:] = [tuple(map(sum, zip(*joined[-2:], strict=True)))]
+    return joined

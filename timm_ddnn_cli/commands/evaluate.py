@@ -13,6 +13,7 @@ EXAMPLES = """  timm-ddnn evaluate output/ddnn_resnet50-food --data FOLDER --per
 
 
 AUTO = 'auto'
+FILES = 'evaluation.json', 'evaluation.png', 'calibration.png'
 
 
 def parse_threshold(text: str) -> float | str:
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--device', help="'cpu', 'cuda', ...: the GPU if there is one, else the CPU, if not given")
     arg('--precision', choices=('no', 'bf16'), default='no', help='bf16 for autocast to bfloat16')
     arg('--per-class', action='store_true', help='print top-1 of every class')
-    arg('--output', type=Path, help='folder for evaluation.json and evaluation.png')
+    arg('--output', type=Path, help='folder for evaluation.json and plots of accuracy and calibration')
     group = parser.add_argument_group('cascade')
     arg = group.add_argument
     arg('--cascade', nargs='+', type=int, metavar='DEPTH',
@@ -88,19 +89,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print_table(_cascade_table(result['cascade']))
             _print_cascade(result['cascade'])
         if args.output:
-            print_files(args.output, ('evaluation.json', 'evaluation.png'))
+            print_files(args.output, FILES)
     return result
 
 
 def _depth_table(result: Mapping[str, Any]) -> Any:
-    from ..tables import cost_cells, create_table, format_count
+    from ..tables import cost_cells, create_table, format_count, format_interval
 
     table = create_table(
-        ('depth', 'blocks', 'params', 'MACs', 'top-1', 'top-5', 'ECE', 'agree'), title=f'{result["images"]:,} images',
+        ('depth', 'blocks', 'params', 'MACs', 'top-1', '95 % interval', 'top-5', 'ECE', 'agree'),
+        title=f'{result["images"]:,} images',
         caption=f'all depths in one model: {format_count(result["parameters"])} parameters\n'
-                "in %; ECE: calibration error; agree: same class as the full-net's")
+                'in %; interval: of top-1 on other such images; ECE: calibration error;\n'
+                "agree: same class as the full-net's")
     for row in result['depths']:
-        table.add_row(*cost_cells(row), *(f'{row[name]:.2f}' for name in ('top1', 'top5', 'ece', 'agreement')))
+        table.add_row(
+            *cost_cells(row), f'{row["top1"]:.2f}', format_interval(row['top1_interval']),
+            *(f'{row[name]:.2f}' for name in ('top5', 'ece', 'agreement')))
     return table
 
 
@@ -142,8 +147,9 @@ def _cascade_table(cascade: Mapping[str, Any]) -> Any:
 
 
 def _print_cascade(cascade: Mapping[str, Any]) -> None:
-    from ..tables import format_count, print_line
+    from ..tables import format_count, format_interval, print_line
 
+    print_line(f'top-1 of the cascade: 95 % interval {format_interval(cascade["top1_interval"])}')
     for step in cascade['steps'][1:]:
         print_line(f'depth {step["depth"]} reuses {format_count(step["reused"])} MACs of depth {step["source"]}: '
                    f'stem and blocks 1 to {step["shared_blocks"]}')
