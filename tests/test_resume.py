@@ -7,22 +7,20 @@ import re
 import resource
 import shutil
 import signal
-import stat
 import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from filelock import FileLock
 from helpers.killed_run import plant
 from helpers.training import (
     FAST,
     assert_same_run,
     checkpoints,
+    checkpoints_in,
     error_lines,
     few_digits,
     fork,
@@ -31,13 +29,12 @@ from helpers.training import (
     read,
     run,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from timm_ddnn import EKDLoss
 from timm_ddnn.train.checkpoint import CheckpointError, Checkpoints
 from timm_ddnn.train.output import copy_best
 from timm_ddnn.train.signals import EXIT_STOPPED, stop_signals
-from timm_ddnn.train.state import TrainState
 from timm_ddnn.utils.files import file_sha256
 
 pytestmark = pytest.mark.usefixtures('surroundings')
@@ -48,14 +45,6 @@ FULL = [  # of 44 updates
     *PLAIN, '--mixup', 0.2, '--cutmix', 1, '--drop', 0.1, '--drop-path', 0.1, '--reprob', 0.2, '--grad-accum-steps', 2,
     '--model-ema', '--model-ema-decay', 0.9,
 ]
-
-
-def checkpoints_in(folder, **kwargs):
-    """Checkpoints of a run that has nothing but a small model."""
-    model = torch.nn.Linear(2, 2)
-    return Checkpoints(
-        Accelerator(cpu=True), folder, model,
-        lambda folder, state: save_file(model.state_dict(), folder / 'model.safetensors'), **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -366,18 +355,6 @@ def test_random_states_that_do_not_load_are_an_error(copy_of, capfd):
     fail_on(capfd, 'checkpoint out/checkpoints/step-00000005 does not fit this run: ')
 
 
-def test_random_states_are_those_of_the_checkpoint(tmp_path):
-    """Catches a task or an augmentation of the user's that draws other numbers after a resume."""
-    def draw():
-        return random.random(), np.random.rand(), torch.rand(()).item()
-
-    checkpoints = checkpoints_in(tmp_path)
-    checkpoints.save(TrainState({}, updates=3))
-    expected = draw()
-    checkpoints.load(tmp_path / 'step-00000003')
-    assert draw() == expected
-
-
 def test_a_folder_is_for_one_run_at_a_time(copy_of, uninterrupted, capfd):
     """Catches two runs that overwrite each other, and a folder that a killed run leaves locked."""
     copy_of(40)
@@ -387,62 +364,6 @@ def test_a_folder_is_for_one_run_at_a_time(copy_of, uninterrupted, capfd):
     fail_on(capfd, '--output out must not be that of another run, which is writing to it')
     run(*FULL, '--output', 'out', '--resume', 'auto')
     assert_same_run('out', uninterrupted)
-
-
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
-    """Catches a power cut that leaves empty files under the final name of a checkpoint, or an older one alone."""
-    events = []
-
-    def fsync(descriptor, original=os.fsync):
-        events.append(os.fstat(descriptor).st_ino)
-        original(descriptor)
-
-    def replace(source, target, original=os.replace):
-        events.append(Path(target))
-        original(source, target)
-
-    monkeypatch.setattr(os, 'fsync', fsync)
-    monkeypatch.setattr(os, 'replace', replace)
-    checkpoints_in(tmp_path).save(TrainState({}, updates=3))
-    folder = tmp_path / 'step-00000003'
-    named = events.index(folder)
-    assert set(events[:named]) == {path.stat().st_ino for path in (folder, *folder.iterdir())}
-    assert events[named + 1:] == [tmp_path.stat().st_ino]
-
-
-def test_a_kill_while_a_checkpoint_is_removed(monkeypatch, tmp_path):
-    """Catches half a checkpoint under the name of a whole one, and remains that pile up."""
-    def rmtree(path, **_):
-        next(path.iterdir()).unlink()
-        raise KeyboardInterrupt
-
-    checkpoints = checkpoints_in(tmp_path, keep=1)
-    checkpoints.save(TrainState({}, updates=3))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, 'rmtree', rmtree)
-        checkpoints.save(TrainState({}, updates=4))
-    assert checkpoints.paths() == [tmp_path / 'step-00000004']
-    checkpoints.save(TrainState({}, updates=5))
-    assert os.listdir(tmp_path) == ['step-00000005']
-
-
-@pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])
-def test_file_systems_that_cannot_flush_a_folder(number, monkeypatch, tmp_path):
-    """Catches a run without checkpoints on such a system, and a disk that fails and is not reported."""
-    def fsync(descriptor, original=os.fsync):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(number, os.strerror(number))
-        original(descriptor)
-
-    monkeypatch.setattr(os, 'fsync', fsync)
-    checkpoints = checkpoints_in(tmp_path)
-    state = TrainState({}, updates=3)
-    if number == errno.EIO:
-        with pytest.raises(CheckpointError, match='cannot be written'):
-            checkpoints.save(state)
-    else:
-        checkpoints.save(state)
-        assert checkpoints.newest() == (tmp_path / 'step-00000003', {})
 
 
 # Full disk

@@ -11,9 +11,11 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from timm_ddnn.train.checkpoint import Checkpoints
 from timm_ddnn_cli.main import main
 
 from .image_files import write_parquet
@@ -111,6 +113,14 @@ def top1(summary):
 
 def checkpoints(folder):
     return sorted(path.name for path in Path(folder).glob('checkpoints/*') if path.name != '.lock')
+
+
+def checkpoints_in(folder, **kwargs):
+    """Checkpoints of a run that has nothing but a small model."""
+    model = torch.nn.Linear(2, 2)
+    return Checkpoints(
+        Accelerator(cpu=True), folder, model,
+        lambda folder, state: save_file(model.state_dict(), folder / 'model.safetensors'), **kwargs)
 
 
 def assert_same_run(folder, expected):

@@ -144,8 +144,7 @@ def load_image_data(
 
 def count_classes(data: ImageData, num_classes: int) -> np.ndarray:
     """Count the training images of every class, [num_classes]."""
-    labels = data.train.select_columns(data.target_key).with_format('numpy')[:][data.target_key]
-    return np.bincount(labels, minlength=num_classes)
+    return np.bincount(_read_labels(data.train, data.target_key), minlength=num_classes)
 
 
 def match_classes(
@@ -204,8 +203,8 @@ def _align(data: ImageData, names: list[str]) -> ImageData:
     def align(split: datasets.Dataset | None) -> datasets.Dataset | None:
         if split is None:
             return None
-        labels = split.select_columns(data.target_key).with_format('numpy')[:][data.target_key]
-        return split.remove_columns(data.target_key).add_column(data.target_key, index[labels], feature=feature)
+        labels = index[_read_labels(split, data.target_key)]
+        return split.remove_columns(data.target_key).add_column(data.target_key, labels, feature=feature)
 
     return data._replace(train=align(data.train), validation=align(data.validation), class_names=names)
 
@@ -289,7 +288,7 @@ def _pick_split(available: dict[str, Any], given: str | None, usual: tuple[str, 
 
 def _hold_out(split: datasets.Dataset, target_key: str, fraction: float) -> dict[str, datasets.Dataset]:
     """Split images into those to train on and those to validate, class by class."""
-    labels = split.select_columns(target_key).with_format('numpy')[:][target_key]
+    labels = _read_labels(split, target_key)
     rng, held_out = np.random.default_rng(0), np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
@@ -318,6 +317,10 @@ def _pick_column(
     if len(found) != 1:
         raise InputError(f'{flag} must name one of the columns {list(features)}: which of them it is cannot be told')
     return found[0]
+
+
+def _read_labels(split: datasets.Dataset, key: str) -> np.ndarray:
+    return split.select_columns(key).with_format('numpy')[:][key]
 
 
 def _check_names(files: Mapping[str, list[str]], key: str) -> None:

@@ -36,12 +36,10 @@ def plot_accuracy(
     figure = Figure(figsize=(7, 5), layout='constrained')
     axes = figure.add_subplot()
     points = [(row['depth'], row['macs'], row['top1'], row['top1_interval']) for row in rows]
-    intervals = [point[-1] for point in points]
     if cascade:
         points = [
             (step['depth'], step['macs_alone'], step['top1_alone'], step['top1_alone_interval'])
             for step in cascade['steps']]
-        intervals = [cascade['top1_interval'], *(point[-1] for point in points)]
         axes.plot(cascade['curve']['macs'], cascade['curve']['top1'], color='0.6', label='cascade, all thresholds')
         _draw_point(
             axes, cascade['macs'], cascade['top1'], cascade['top1_interval'], fmt='*', color='black', markersize=13,
@@ -54,7 +52,7 @@ def plot_accuracy(
             axes, macs, top1, interval, fmt='o', color=colors[depth], label=f'depth {depth}: {top1:.2f} %')
     show_macs(axes, max(macs for _, macs, *_ in points))
     axes.margins(x=0.1, y=0.1)
-    _widen(axes, intervals)
+    _widen(axes, [*([cascade['top1_interval']] if cascade else []), *(point[-1] for point in points)])
     axes.set_title(title, parse_math=False)  # the name of a data set may have dollar signs
     axes.set(xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
     axes.grid(alpha=0.3)

@@ -20,7 +20,7 @@ several processes, with the same options:
 
 # What an option is if it is not given: from random weights, and from trained ones. There the learning rate is a tenth,
 # by which the weights are not lost (arXiv 1311.2524, section 2.3), and fewer epochs do.
-DEFAULTS = {'epochs': (15, 10), 'lr': (0.1, 0.01), 'warmup_epochs': (1, 1)}
+DEFAULTS = {'epochs': (15, 10), 'lr': (0.1, 0.01)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--grad-accum-steps', type=count, help="batches per update, accelerate launch's or 1 if not given")
     arg('--sched', choices=('cosine', 'tanh', 'constant'), default='cosine', help='schedule, stepped per update')
     arg('--lr', type=amount, help=_explain('lr', 'learning rate'))
-    arg('--warmup-epochs', type=counter, help=_explain('warmup_epochs', 'epochs of linear warm-up'))
+    arg('--warmup-epochs', type=counter, default=1, help='epochs of linear warm-up')
     arg('--warmup-lr', type=amount, default=1e-5, help='learning rate at the start of the warm-up')
     arg('--min-lr', type=amount, default=0.0, help='learning rate at the end of the cosine')
     arg('--model-ema', action='store_true', help='average the weights; the average is reported and saved')
@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _explain(name: str, text: str) -> str:
     random, trained = DEFAULTS[name]
-    return f'{text}, {random} if not given' + f' ({trained} with --pretrained)' * (random != trained)
+    return f'{text}, {random} if not given ({trained} with --pretrained)'
 
 
 def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | None:
