@@ -110,7 +110,7 @@ def test_every_depth_follows(kind, shared_affine):
     expected = logits_by_depth(model, x)
     model = convert(model)
     if not shared_affine and kind in ('pruned', 'parametrized'):
-        with pytest.raises(InputError, match='BatchNorm2d in the place of a norm has no weight, which differs by'):
+        with pytest.raises(InputError, match='BatchNorm2d in the place of a module has no weight, which differs by'):
             model(x, depth=14)
         return
     before = assert_depths_share(model, x)
@@ -194,9 +194,40 @@ def test_a_norm_that_is_folded_away_is_refused():
         fuse(model)
         torch.testing.assert_close(model(x), expected[20], rtol=1e-3, atol=1e-4)
         for call in (lambda: model(x, depth=14), lambda: model(x, depth='all'), lambda: model.extract(8)):
-            message = r'Identity in the place of a norm has no running_mean, which differs .* extract\(depth\)'
+            message = r'Identity in the place of a module has no running_mean, which differs .* extract\(depth\)'
             with pytest.raises(InputError, match=message):
                 call()
+
+
+def wrap_blocks(model):
+    for stage in (model.layer1, model.layer2, model.layer3):
+        each(range(len(stage)), lambda i, stage=stage: stage.__setitem__(i, Doubled(stage[i])))
+
+
+@pytest.mark.parametrize(('convert', 'message'), [
+    (wrap_blocks, 'Doubled in the place of a module has no bn1'),
+    (lambda model: setattr(model, 'layer2', Doubled(model.layer2)), 'Doubled in the place of layer2 is not the stage'),
+    (lambda model: setattr(model, 'layer2', nn.Sequential(*model.layer2)), 'Sequential in the place of layer2 is not'),
+    (torch.func.replace_all_batch_norm_modules_, 'BatchNorm2d in the place of a module has no running_mean'),
+    (lambda model: replace(model, nn.BatchNorm2d, lambda norm: nn.GroupNorm(1, norm.num_features)), 'GroupNorm in the'),
+])
+def test_what_would_run_without_the_statistics_of_a_depth_is_refused(convert, message):
+    """Catches sub-nets that run with the full-net's statistics, or without what was put around its blocks."""
+    model = create('ddnn_resnet20', channels=(4, 8, 16))
+    convert(model)
+    for call in (lambda: model(images(model), depth=14), lambda: model.extract(14)):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_tools_that_go_over_all_modules():
+    """Catches a block that says that it has statistics, and a net that is not extracted because of its classifier."""
+    model = create('ddnn_resnet20')
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    x = images(model)
+    assert torch.equal(model.extract(14)(x), model(x, depth=14))
+    each([m for m in model.modules() if hasattr(m, 'reset_running_stats')], lambda m: m.reset_running_stats())
+    assert not any(norm.running_mean.any() for norm in find_norms(model))
 
 
 @pytest.mark.parametrize('depth', [20, 14])

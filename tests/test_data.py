@@ -41,9 +41,12 @@ def expected(indices):
     return [(np.asarray(digit(i)).tolist(), str(DIGITS.target[i])) for i in indices]
 
 
-def test_digits_are_split_without_overlap():
-    """Catches a split that leaks, that forgets a class, or labels in another order than the images."""
+def test_digits_are_split_without_overlap(tmp_path, monkeypatch, caplog):
+    """Catches a split that leaks, that forgets a class, or labels in another order than the images; a hidden folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'digits').mkdir()
     data = load_image_data('digits')
+    assert "'digits' names a folder and digits of scikit-learn, which are loaded" in caplog.text
     train, validation = pairs(data, 'train'), pairs(data, 'validation')
     assert (len(train), len(validation)) == (1437, 360)
     assert sorted(train + validation) == sorted(expected(range(1797)))

@@ -33,7 +33,10 @@ def test_a_folder_goes_before_a_model_of_its_name(folder, caplog):
     assert load_teacher('ddnn_resnet20').conv1.out_channels == 4
     assert "'ddnn_resnet20' names a folder and a registered model: the folder is loaded" in caplog.text
     (folder.parent / 'ddnn_resnet56').mkdir()  # of something else
-    assert resolve_name('ddnn_resnet56') == 'ddnn_resnet56'
+    assert load_model('ddnn_resnet56').depths[0] == 56
+    assert "'ddnn_resnet56' names a folder and a registered model: the registered model is loaded" in caplog.text
+    (folder.parent / 'ddnn_resnet56' / 'args.yaml').touch()  # of timm's training script
+    assert resolve_name('ddnn_resnet56') == 'local-dir:ddnn_resnet56'
     assert resolve_name('ddnn_resnet20.ekd_cifar10') == 'ddnn_resnet20.ekd_cifar10'
 
 

@@ -129,8 +129,11 @@ def test_a_card_claims_no_more_than_the_run_did(folder, tmp_path, monkeypatch, s
     assert 'accuracy.png' not in files
 
 
-@pytest.mark.parametrize('content', ['', '[]', '{"arguments": 5}', '{"hardware": {"gpus": 3}}', '{"versions": [1]}',
-                                     '{"training_images": "many"}', '{"validation_images": NaN}', '[' * 10_000])
+@pytest.mark.parametrize('content', [
+    '', '[]', '{"arguments": 5}', '{"arguments": {"dataset": null}}', '{"arguments": {"teacher": [1]}}',
+    '{"arguments": {"lr": {}}}', '{"hardware": {"gpus": 3}}', '{"versions": [1]}', '{"training_images": "many"}',
+    '{"validation_images": NaN}', '[' * 10_000,
+])
 def test_a_damaged_summary_is_one_line(folder, tmp_path, monkeypatch, capsys, content):
     """Catches tracebacks, and cards that show what a damaged file says."""
     monkeypatch.chdir(tmp_path)

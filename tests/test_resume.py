@@ -1,4 +1,5 @@
 """Runs that are killed, stopped or out of disk, and resume. Each test says which fault it catches."""
+import argparse
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from safetensors.torch import load_file
 
 from timm_ddnn import EKDLoss
 from timm_ddnn.train.checkpoint import CheckpointError, Checkpoints
-from timm_ddnn.train.output import copy_best
+from timm_ddnn.train.output import copy_best, open_output
 from timm_ddnn.train.signals import EXIT_STOPPED, stop_signals
 from timm_ddnn.utils.files import file_sha256
 
@@ -364,6 +366,18 @@ def test_a_folder_is_for_one_run_at_a_time(copy_of, uninterrupted, capfd):
     fail_on(capfd, '--output out must not be that of another run, which is writing to it')
     run(*FULL, '--output', 'out', '--resume', 'auto')
     assert_same_run('out', uninterrupted)
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.ENOTSUP, errno.EROFS])
+def test_file_systems_that_have_no_locks(number, monkeypatch, tmp_path, caplog):
+    """Catches a run that does not begin on such a system, and a folder that nothing can be written to."""
+    def acquire(lock):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileLock, '__enter__', acquire)
+    args = argparse.Namespace(output=tmp_path / 'out')
+    with pytest.raises(OSError, match='Read-only') if number == errno.EROFS else nullcontext(), open_output(args, 'x'):
+        assert 'nothing keeps another run from writing to it' in caplog.text
 
 
 # Full disk

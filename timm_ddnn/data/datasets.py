@@ -94,6 +94,8 @@ def load_image_data(
         InputError: If a split or column cannot be told or does not exist, or labels are not integers 0..C-1.
     """
     if name == 'digits':
+        if os.path.isdir(name):
+            _logger.warning("'digits' names a folder and digits of scikit-learn, which are loaded, not ./digits")
         available = _load_digits()
     elif os.path.isdir(name):
         folder = os.path.abspath(name)

@@ -3,6 +3,7 @@
 Every file of a class is an image of the data set, passed over by its name, or refused.
 """
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +97,8 @@ def check_encoding(path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise InputError(f'file names must be UTF-8, got {os.fsencode(path)!r}') from None
+        hint = '' if sys.getfilesystemencoding() == 'utf-8' else ': set PYTHONUTF8=1, the locale is of another encoding'
+        raise InputError(f'file names must be UTF-8, got {os.fsencode(path)!r}{hint}') from None
 
 
 def image_extensions() -> set[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from huggingface_hub import CardData
 
-from ..utils.schema import flag, integer, items, mapping, number, optional, record, text
+from ..utils.schema import any_of, flag, integer, items, mapping, number, optional, record, text
+from ..weights.config_checks import PLAIN
 from ..weights.download import ARCHITECTURES
 
 __all__ = ['SUMMARY', 'cost_cells', 'create_model_card', 'keep_written', 'markdown_table']
@@ -42,8 +43,12 @@ MAX_CLASSES = 100  # that are named
 
 # The parts of a run's summary.json that a card shows
 SUMMARY = record({}, {
-    'arguments': mapping(lambda value: None),
-    'augmentation': mapping(lambda value: None),
+    'arguments': record({}, {
+        **dict.fromkeys((*RECIPE, 'seed'), optional(PLAIN)),
+        **dict.fromkeys(('dataset', 'model'), text(10_000)),
+        **dict.fromkeys(('teacher', 'initial_checkpoint'), optional(text(10_000))),
+    }),
+    'augmentation': mapping(optional(any_of(items(PLAIN), PLAIN))),
     'weights': text(1_000),
     'training_images': integer(0),
     'validation_images': integer(0),

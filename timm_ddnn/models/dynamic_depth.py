@@ -312,5 +312,5 @@ def _block_counts(net: ResNet) -> list[int]:
     return [len(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
 
 
-def _shapes(net: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in net.state_dict().items()}
+def _shapes(net: nn.Module) -> dict[str, torch.Size | None]:
+    return {name: getattr(value, 'shape', None) for name, value in net.state_dict().items()}  # quantized nets hold more

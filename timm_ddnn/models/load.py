@@ -37,12 +37,21 @@ def resolve_name(name: str) -> str:
         name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a model. A folder with a
             config.json goes before a model of the same name.
     """
-    registered = is_model(name.split('.')[0])
-    if os.path.isfile(os.path.join(name, 'config.json')):
-        if registered:
-            _logger.warning(f'{name!r} names a folder and a registered model: the folder is loaded')
-        return f'local-dir:{name}'
-    return f'local-dir:{name}' if os.path.isdir(name) and not registered else name
+    holds_model = any(os.path.isfile(os.path.join(name, file)) for file in ('config.json', 'args.yaml'))
+    return f'local-dir:{name}' if holds_model or (os.path.isdir(name) and not _is_registered(name)) else name
+
+
+def _is_registered(name: str) -> bool:
+    return is_model(name.split('.')[0])
+
+
+def _resolve_aloud(name: str) -> str:
+    """Resolve a name, and log a warning if it is that of a folder and of a registered model."""
+    resolved = resolve_name(name)
+    if os.path.isdir(name) and _is_registered(name):
+        loaded = 'registered model' if resolved == name else 'folder'
+        _logger.warning(f'{name!r} names a folder and a registered model: the {loaded} is loaded')
+    return resolved
 
 
 @contextmanager
@@ -102,7 +111,7 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
         InputError: If there is no such model, it has not several depths, it does not take the arguments, or its weights
             are missing, damaged or of another model.
     """
-    name = resolve_name(name)
+    name = _resolve_aloud(name)
     known = timm.list_models('ddnn_*')
     similar = difflib.get_close_matches(name, known, n=3) or known
     wrong = InputError(f'model must be a dynamic-depth model such as {", ".join(similar)}, got {name!r}')
@@ -155,7 +164,7 @@ def load_teacher(name: str) -> nn.Module:
     Raises:
         InputError: If there is no such net, or its weights are missing, damaged or of another net.
     """
-    name = resolve_name(name)
+    name = _resolve_aloud(name)
     with _naming(name):
         found, saved = _find(name, True, None)
         if found.startswith(ARCHITECTURES):

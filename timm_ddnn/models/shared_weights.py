@@ -18,6 +18,7 @@ __all__ = ['Blocks', 'SharedWeightsMixin', 'SubNetModule', 'SubNets', 'count_sha
 
 
 Blocks = tuple[int, ...]
+REFUSAL = 'convert what extract(depth) returns, not a model of several depths'
 
 
 class SubNetModule(nn.Module):
@@ -53,20 +54,23 @@ class SubNetModule(nn.Module):
                 self.add_module(name, SubNetModule(original, name, shared_affine))
 
     @property
+    def parent(self) -> nn.Module:
+        """Parent, in the full-net, of the module."""
+        return self._place[0]
+
+    @property
     def original(self) -> nn.Module:
         """The module of the full-net.
 
         Raises:
-            InputError: If something has replaced a norm so that it has not what differs by depth.
+            InputError: If something has replaced a module so that it has not what differs by depth.
         """
         parent, name = self._place
         module = parent._modules[name]
-        if self._is_norm:
-            for own in ('running_mean', *self._parameters):
-                if own not in module._buffers and own not in module._parameters:
-                    raise InputError(
-                        f'{type(module).__name__} in the place of a norm has no {own}, which differs by depth: convert '
-                        'what extract(depth) returns, not a model of several depths')
+        for own in ('running_mean', *self._parameters) if self._is_norm else self._modules:
+            if all(held.get(own) is None for held in (module._buffers, module._parameters, module._modules)):
+                raise InputError(
+                    f'{type(module).__name__} in the place of a module has no {own}, which differs by depth: {REFUSAL}')
         return module
 
     @property
@@ -79,8 +83,9 @@ class SubNetModule(nn.Module):
         self.original.momentum = value
 
     def reset_running_stats(self) -> None:
-        """Reset the statistics of a norm."""
-        self._assemble().reset_running_stats()
+        """Reset the statistics of a norm; any other module has none."""
+        if self._is_norm:
+            self._assemble().reset_running_stats()
 
     def _assemble(self) -> nn.Module:
         """Put together, for one call, an instance of the original's class that has what is registered here."""
@@ -356,8 +361,14 @@ class SharedWeightsMixin:
         full, blocks, path = self._blocks[self.depths[0]], self._blocks[depth], []
         for s, count in enumerate(blocks):
             name = f'layer{s + 1}'
+            stage = getattr(self, name)
             if blocks[:s] == full[:s]:
-                path += list(getattr(self, name))[:count]
+                mine, theirs = list(stage.children())[:count], stage
             else:
-                path += [self.subnets[str(self._owner(blocks[:s], s, i))][name][str(i)] for i in range(count)]
+                mine = [self.subnets[str(self._owner(blocks[:s], s, i))][name][str(i)] for i in range(count)]
+                theirs = mine[0].parent
+            if theirs is not stage or not isinstance(stage, nn.Sequential):
+                raise InputError(
+                    f'{type(stage).__name__} in the place of {name} is not the stage that the depths share: {REFUSAL}')
+            path += mine
         return path

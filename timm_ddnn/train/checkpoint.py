@@ -36,6 +36,8 @@ from .state import TrainState
 __all__ = ['CheckpointError', 'Checkpoints']
 
 
+# What file systems answer to what they cannot do
+NOT_SUPPORTED = errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.ENOLCK
 NAME = re.compile(r'step-\d{8,}')
 
 
@@ -259,7 +261,7 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as e:
-        if not (is_folder and e.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+        if not (is_folder and e.errno in NOT_SUPPORTED):
             raise
     finally:
         os.close(descriptor)

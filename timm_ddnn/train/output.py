@@ -4,6 +4,7 @@ What a run resumes from lies there too, and is written in `checkpoint.py`.
 """
 import argparse
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +30,13 @@ from ..utils.errors import InputError
 from ..utils.files import write_json, write_text
 from ..utils.schema import read_json
 from ..weights.config_checks import SAVED
-from .checkpoint import CheckpointError
+from .checkpoint import NOT_SUPPORTED, CheckpointError
 from .state import TrainState
 
 __all__ = ['RunFolder', 'copy_best', 'describe_results', 'describe_run', 'open_output']
+
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -58,6 +62,10 @@ def open_output(args: argparse.Namespace, name: str) -> Iterator[Path]:
                 stack.enter_context(FileLock(folder / 'checkpoints' / '.lock', timeout=0))
             except Timeout:
                 raise InputError(f'--output {folder} must not be that of another run, which is writing to it') from None
+            except OSError as e:
+                if e.errno not in NOT_SUPPORTED:
+                    raise
+                _logger.warning(f'{folder} cannot be locked, nothing keeps another run from writing to it: {e}')
         args.output = broadcast_object_list([folder if PartialState().is_main_process else None])[0]
         yield args.output
 
