@@ -116,10 +116,11 @@ def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | Non
     _check(args)
     from rich.console import Console
 
-    from timm_ddnn.task import EKDTask
-    from timm_ddnn.train.recipe import evaluate_only, train
+    from ..tables import result_table, show_status
 
-    from ..tables import result_table
+    with show_status('starting'):
+        from timm_ddnn.task import EKDTask
+        from timm_ddnn.train.recipe import evaluate_only, train
 
     console = Console(stderr=args.json)
     options = argparse.Namespace(**{
