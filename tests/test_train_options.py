@@ -76,6 +76,20 @@ def test_bfloat16(plain, seen):
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
+@pytest.mark.parametrize('given, expected', [
+    ([], (15, 0.1, 1)),
+    (['--pretrained'], (10, 0.01, 1)),
+    (['--initial-checkpoint', __file__, '--lr', 0.3], (10, 0.3, 1)),
+    (['--pretrained', '--epochs', 15, '--lr', 0.1, '--warmup-epochs', 0], (15, 0.1, 0)),
+])
+def test_trained_weights_have_defaults_of_their_own(given, expected, monkeypatch):
+    """Catches weights that are lost by the learning rate of random ones, and an option that is given and not taken."""
+    options = []
+    monkeypatch.setattr('timm_ddnn.train.recipe.train', lambda args, *_: options.append(args))
+    run(*given)
+    assert (options[0].epochs, options[0].lr, options[0].warmup_epochs) == expected
+
+
 def test_float32_is_the_default(seen):
     """Catches a precision that comes from the machine's configuration unasked."""
     run(*SHORT, '--epochs', 1, '--output', 'out')

@@ -19,7 +19,7 @@ from ..utils.environment import describe_machine, find_device
 from ..utils.files import staged_folder, write_json
 from .batches import load_batches
 from .metrics import class_rows, depth_metrics, evaluate_cascade, split_images
-from .plots import plot_calibration, plot_evaluation
+from .plots import plot_accuracy, plot_calibration
 from .predict import Predictions, autocast, predict
 from .speed import measure_speed
 
@@ -121,7 +121,7 @@ def evaluate_model(
         if folder:
             write_json(folder / 'evaluation.json', result)
             title = f'{result["architecture"]}, {count:,} images of {Path(data).resolve().name}'
-            plot_evaluation(folder / 'evaluation.png', result, title)
+            plot_accuracy(folder / 'evaluation.png', result['depths'], title, cascade=result['cascade'])
             plot_calibration(folder / 'calibration.png', result['depths'], title)
     return result
 

@@ -21,7 +21,7 @@ from timm.utils import get_outdir
 from torch import nn
 
 from ..data.datasets import ImageData
-from ..evaluation.metrics import add_accuracies
+from ..evaluation.metrics import add_accuracies, wilson_interval
 from ..evaluation.plots import plot_accuracy, plot_curves
 from ..hub.save import save_model
 from ..utils.environment import describe_machine
@@ -129,19 +129,20 @@ class RunFolder:
         """
         best = read_results(self.path / 'best')
         by = f'at depth {self.best_by}' if self.best_by else 'as mean over depths'
+        images, last = described['validation_images'], self.rows(state.history[-1])
         results = (
             (self.path / 'best', best['epoch'], best['depths'], f', the best top-1 {by}'),
-            (self.path, state.epoch, self.rows(state.history[-1]), ''),
+            (self.path, state.epoch, last, ''),
         )
         speed = {
             'seconds_per_epoch': mean(record['seconds'] for record in state.history),
             'images_per_second': mean(record['images_per_second'] for record in state.history),
         }
-        plot_curves(self.path / 'curves.png', state.history, [row['depth'] for row in self.costs], name)
+        plot_curves(self.path / 'curves.png', state.history, _add_intervals(last, images), name)
         for folder, epoch, rows, why in results:
             averaged = ', averaged' if self.prefix else ''
             weights = f'of epoch {epoch} of {state.epoch}{why}{averaged}'
-            plot_accuracy(folder / 'accuracy.png', rows, name)
+            plot_accuracy(folder / 'accuracy.png', _add_intervals(rows, images), name)
             summary = {
                 **described, **speed, 'weights': weights, 'epoch': epoch, 'best_epoch': best['epoch'], 'depths': rows}
             write_json(folder / 'summary.json', summary)  # last: it means that all is there
@@ -150,6 +151,11 @@ class RunFolder:
     def _score(self, rows: Sequence[Mapping[str, Any]]) -> float:
         tops = [row['top1'] for row in rows if self.best_by in (None, row['depth'])]
         return mean(tops) if tops else float('-inf')
+
+
+def _add_intervals(rows: Sequence[Mapping[str, Any]], images: int) -> list[dict[str, Any]]:
+    """Add to results on some images their confidence intervals, for plots."""
+    return [{**row, 'top1_interval': wilson_interval(round(row['top1'] * images / 100), images)} for row in rows]
 
 
 def read_results(folder: Path) -> dict[str, Any]:

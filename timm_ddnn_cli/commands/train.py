@@ -18,6 +18,11 @@ several processes, with the same options:
   accelerate launch --config_file train_scripts/configs/gpus.yaml --num_processes 4 train_scripts/train_ekd.py"""
 
 
+# What an option is if it is not given: from random weights, and from trained ones. There the learning rate is a tenth,
+# by which the weights are not lost (arXiv 1311.2524, section 2.3), and fewer epochs do.
+DEFAULTS = {'epochs': (15, 10), 'lr': (0.1, 0.01), 'warmup_epochs': (1, 1)}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments, named as in timm's training script where that has them."""
     # Within float32 and 32-bit integers
@@ -73,15 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--bce-loss', action='store_true', help='binary cross-entropy in the place of cross-entropy')
 
     arg = parser.add_argument_group('optimization').add_argument
-    arg('--epochs', type=count, default=15, help='epochs of training')
+    arg('--epochs', type=count, help=_explain('epochs', 'epochs of training'))
     arg('--opt', default='sgd', help="timm's name of an optimizer; sgd is with Nesterov momentum")
     arg('--momentum', type=fraction, default=0.9, help='momentum')
     arg('--weight-decay', type=amount, default=5e-4, help='weight decay, not on biases and norms')
     arg('--clip-grad', type=amount, help='norm that gradients are clipped to')
     arg('--grad-accum-steps', type=count, help="batches per update, accelerate launch's or 1 if not given")
     arg('--sched', choices=('cosine', 'tanh', 'constant'), default='cosine', help='schedule, stepped per update')
-    arg('--lr', type=amount, default=0.1, help='learning rate')
-    arg('--warmup-epochs', type=counter, default=1, help='epochs of linear warm-up')
+    arg('--lr', type=amount, help=_explain('lr', 'learning rate'))
+    arg('--warmup-epochs', type=counter, help=_explain('warmup_epochs', 'epochs of linear warm-up'))
     arg('--warmup-lr', type=amount, default=1e-5, help='learning rate at the start of the warm-up')
     arg('--min-lr', type=amount, default=0.0, help='learning rate at the end of the cosine')
     arg('--model-ema', action='store_true', help='average the weights; the average is reported and saved')
@@ -106,6 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--report-to', choices=('none', 'tensorboard', 'trackio', 'wandb'), default='none', help='experiment tracker')
 
 
+def _explain(name: str, text: str) -> str:
+    random, trained = DEFAULTS[name]
+    return f'{text}, {random} if not given' + f' ({trained} with --pretrained)' * (random != trained)
+
+
 def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | None:
     """Train or evaluate, and print the accuracy of every depth.
 
@@ -114,6 +124,9 @@ def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | Non
         task_type: What takes the place of `EKDTask`, if anything does.
     """
     _check(args)
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[bool(args.pretrained or args.initial_checkpoint)])
     from rich.console import Console
 
     from ..tables import result_table, show_status
