@@ -84,13 +84,13 @@ def train(
         build.check_sizes(args, accelerator, model, data, data_config, batches=len(train_loader))
         scheduler = build.create_scheduler(args, optimizer, batches=len(train_loader))
 
-        name = f'{model.pretrained_cfg["architecture"]}-{Path(args.dataset).resolve().name}'
+        names = model.pretrained_cfg['architecture'], Path(args.dataset).resolve().name
         arguments = fixed_arguments(args, accelerator, data, teacher)
         nets = {'': model, 'ema_': ema.module} if ema else {'': model}
         prefix, net = list(nets.items())[-1]  # what is reported and saved
         costs = count_costs(model, data_config['input_size'])
     progress = TrainProgress(console, args.epochs, len(train_loader))
-    with open_output(args, name) as output, stop_signals() as request, progress:
+    with open_output(args, '-'.join(names)) as output, stop_signals() as request, progress:
         folder = RunFolder(output, net, prefix, costs, data_config, data.class_names, args.best_by)
         checkpoints = Checkpoints(
             accelerator, output / 'checkpoints', model, folder.save_net, ema=ema.module if ema else None,
@@ -139,7 +139,7 @@ def train(
             'augmentation': {name: value for name, value in augmentation.items() if value},
             'duplicates': duplicates,
             'teacher_sha256': arguments['teacher_sha256'],
-        }, name)
+        }, ' on '.join(names))
 
 
 @loading()

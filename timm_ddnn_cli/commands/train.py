@@ -143,7 +143,7 @@ def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | Non
     else:
         result = train(options, ekd_options(args), console, task_type or EKDTask)
     if result and not args.json:
-        title = f'{result["architecture"]}-{Path(args.dataset).resolve().name}'
+        title = f'{result["architecture"]} on {Path(args.dataset).resolve().name}'
         console.print(result_table(result['depths'], title, result['parameters']))
         if not args.evaluate:
             _print_end(options.output, result, args)
