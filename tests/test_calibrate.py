@@ -87,9 +87,12 @@ def test_a_depth_that_is_not_worth_its_cost_is_named(top1, warned, saved, digits
 
 
 def test_calibration_of_few_images(saved, digits, tmp_path):
-    """Catches a batch larger than the data that leaves no batch at all."""
-    result = calibrate_model(str(saved[1]), (1, 2, 2), str(digits), tmp_path / 'out', batch_size=512, num_workers=0)
-    assert result['images'] == 70
+    """Catches a batch larger than the data that leaves no batch at all, and a pass that shows no progress."""
+    shown = []
+    result = calibrate_model(
+        str(saved[1]), (1, 2, 2), str(digits), tmp_path / 'out', batch_size=512, num_workers=0,
+        progress=lambda loader: shown.append(len(loader)) or loader)
+    assert result['images'] == 70 and shown == [1, 1]
 
 
 @pytest.mark.parametrize(('args', 'message'), [

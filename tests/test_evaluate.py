@@ -227,7 +227,9 @@ def test_halves_are_always_the_same_and_apart():
 def test_accuracies_are_those_of_the_training_script(folder, tmp_path):
     """Catches other images, another normalization or another precision than that of the training script."""
     run('--evaluate', '--pretrained', '--model', f'local-dir:{folder}', '--output', tmp_path, '-j', '0')
-    result = evaluate_model(str(folder), 'digits')
+    shown = []
+    result = evaluate_model(str(folder), 'digits', progress=lambda loader: shown.append(len(loader)) or loader)
+    assert shown == [6]
     keys = ('depth', 'blocks', 'parameters', 'macs', 'top1', 'top5')
     assert [{key: row[key] for key in keys} for row in result['depths']] == read(tmp_path, 'evaluation.json')['depths']
     assert result['images'] == 360

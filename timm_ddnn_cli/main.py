@@ -40,6 +40,12 @@ def _main(arguments: Sequence[str] | None) -> None:
         _run_command(args)
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what stderr is at the time: a status that is shown puts itself there, and lines above it."""
+
+    stream = property(lambda self: sys.stderr, lambda self, stream: None)
+
+
 def _create_parser() -> ArgumentParser:
     parser = ArgumentParser(
         'Dynamic-depth networks for timm: train, evaluate, bring to a device, publish.', prog='timm-ddnn',
@@ -57,7 +63,7 @@ def _create_parser() -> ArgumentParser:
 
 
 def _run_command(args: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s', stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s', handlers=[_StderrHandler()])
     logging.getLogger('huggingface_hub').propagate = False  # it writes to stderr itself
     # where CUDA is installed and there is no GPU, it warns when something imports it
     logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)

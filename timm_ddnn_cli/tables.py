@@ -1,12 +1,12 @@
 """What the commands print: tables that fit 80 columns, lines that other programs can read, and short numbers."""
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import track
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -98,12 +98,17 @@ def print_files(folder: str | os.PathLike, names: Iterable[str]) -> None:
     print_line(f'{os.fspath(folder)}: {" ".join(names)}')
 
 
+_stderr = Console(stderr=True, quiet=os.environ.get('LOCAL_RANK', '0') != '0')  # one: what it shows may be nested
+
+
 def show_progress(batches: Iterable[Any]) -> Iterable[Any]:
     """Show on stderr, if it is a terminal, how many of some batches were taken."""
-    console = Console(stderr=True)
-    return track(batches, '', console=console, transient=True, disable=not console.is_terminal)
+    return track(batches, '', console=_stderr, transient=True, disable=not _stderr.is_terminal)
 
 
-def show_status(text: str) -> AbstractContextManager:
-    """Show on stderr, if it is a terminal, what is being done as long as the block runs."""
-    return Console(stderr=True).status(text)
+def show_status(text: str) -> Status:
+    """Show on stderr, if it is a terminal, what is being done as long as the block runs.
+
+    A command does so from the import of the library on, which takes seconds.
+    """
+    return _stderr.status(text)

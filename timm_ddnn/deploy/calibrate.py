@@ -1,6 +1,6 @@
 """A further depth for a saved model, without training; the statistics are estimated in `timm_ddnn/calibration.py`."""
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def calibrate_model(
         num_workers: int = 2,
         device: str | None = None,
         seed: int = 0,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Any]:
     """Add a depth to a model, estimate its batch-norm statistics, measure all depths, and save the larger model.
 
@@ -55,6 +56,7 @@ def calibrate_model(
         num_workers: Worker processes.
         device: As for `find_device`.
         seed: Seed of the choice of images.
+        progress: As for `load_batches`.
 
     Returns:
         output, depth (the new one), images (seen for the statistics), validation_images, parameters (of the model
@@ -74,10 +76,10 @@ def calibrate_model(
         chosen = np.random.default_rng(seed).permutation(len(image_data.train))[:num_images]
         loader = load_batches(
             image_data, 'train', model, min(batch_size, len(chosen)), rows=chosen, shuffle=True,
-            num_workers=num_workers)
+            num_workers=num_workers, progress=progress)
         num_seen = calibrate_bn(model, loader, depth=depth)
-        metrics = depth_metrics(
-            predict(model, load_batches(image_data, 'validation', model, batch_size, num_workers=num_workers)))
+        metrics = depth_metrics(predict(model, load_batches(
+            image_data, 'validation', model, batch_size, num_workers=num_workers, progress=progress)))
         data_config = resolve_input_data_config(model)
         rows = [
             {**cost, 'top1': row['top1'], 'top5': row['top5']}

@@ -7,12 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..evaluation.plots import save_figure
+from ..evaluation.plots import MARKERS, save_figure
 
 __all__ = ['plot_profile']
-
-
-MARKERS = 'osD^vP*X'
 
 
 def plot_profile(path: Path, profile: Mapping[str, Any]) -> None:

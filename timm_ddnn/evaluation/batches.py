@@ -1,5 +1,6 @@
 """Images of a data set as a model takes them for inference."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from timm.data import create_transform, resolve_input_data_config
@@ -21,6 +22,7 @@ def load_batches(
         rows: Sequence[int] | None = None,
         shuffle: bool = False,
         num_workers: int = 0,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Load images without augmentation, prepared as for validation in training.
 
@@ -32,6 +34,7 @@ def load_batches(
         rows: Indices of the images, all of the split if None.
         shuffle: Whether the order is random, and a last batch that is not full is left out.
         num_workers: Worker processes.
+        progress: Wraps the batches, to show how far it is: `tqdm.tqdm`, for example.
 
     Yields:
         Images [B, C, H, W], float32, and labels [B].
@@ -42,4 +45,4 @@ def load_batches(
     transform = create_transform(**data_config, normalize=False)
     images = Images(data, split, transform, in_chans=data_config['input_size'][0], seed=None)
     loader = create_loader(images, batch_size, training=shuffle, num_workers=num_workers)
-    return normalize(loader, data_config, next(model.parameters()).device)
+    return normalize(progress(loader), data_config, next(model.parameters()).device)

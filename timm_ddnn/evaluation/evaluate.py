@@ -1,5 +1,5 @@
 """Evaluation of a saved model: every depth on the same images, and cascades of depths."""
-import math
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from timm.data import resolve_input_data_config
 from torch import nn
 
@@ -60,6 +58,7 @@ def evaluate_model(
         precision: str = 'no',
         cascade: CascadeOptions | None = None,
         output: str | Path | None = None,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
         **data_options: Any,
 ) -> dict[str, Any]:
     """Evaluate every depth of a model on a validation split, in one pass over it.
@@ -73,6 +72,7 @@ def evaluate_model(
         precision: 'no' or 'bf16'.
         cascade: Cascade to evaluate besides.
         output: Folder to write evaluation.json and evaluation.png to.
+        progress: As for `load_batches`.
         **data_options: input_key, target_key, val_split and val_fraction of `load_image_data`.
 
     Returns:
@@ -95,11 +95,8 @@ def evaluate_model(
         count = len(image_data.validation)
         parts = _split_for(cascade, count, model) if cascade else None
 
-        console = Console(stderr=True)
-        batches = track(
-            load_batches(image_data, 'validation', model, batch_size, num_workers=num_workers), 'evaluating',
-            total=math.ceil(count / batch_size), console=console, transient=True, disable=not console.is_terminal,
-        )
+        batches = load_batches(
+            image_data, 'validation', model, batch_size, num_workers=num_workers, progress=progress)
         predictions = predict(model, batches, autocast=partial(autocast, device, precision))
         input_size = resolve_input_data_config(model)['input_size']
         costs = count_costs(model, input_size)

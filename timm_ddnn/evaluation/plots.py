@@ -12,9 +12,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .metrics import wilson_interval
 
-__all__ = ['plot_accuracy', 'plot_calibration', 'plot_curves', 'save_figure', 'show_macs']
+__all__ = ['MARKERS', 'plot_accuracy', 'plot_calibration', 'plot_curves', 'save_figure', 'show_macs']
 
 
+MARKERS = 'osD^vP*X'  # of depths, or of other curves of one plot
 LEAST_IMAGES = 20  # of a point in a plot of the calibration
 
 
@@ -76,7 +77,7 @@ def plot_curves(
         rows: Sequence[Mapping[str, Any]],
         title: str,
 ) -> None:
-    """Draw the terms of the loss and the accuracy of every depth by epoch.
+    """Draw the terms of the loss, without their weights, and the accuracy of every depth by epoch, a panel each.
 
     Args:
         path: PNG file to write.
@@ -85,34 +86,39 @@ def plot_curves(
         rows: Rows of the last epoch with depth and top1_interval, the full-net's first.
         title: Title.
     """
-    depths = [row['depth'] for row in rows]
-    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    terms = {
+        'train_ce': 'training: cross-entropy',
+        'train_kl': 'training: KL divergence from the teacher',
+        'train_attention': "training: distance to the teacher's attention",
+        'top1': 'validation: top-1 accuracy (%)',
+    }
+    depths, last = [row['depth'] for row in rows], history[-1]
+    terms = {term: label for term, label in terms.items() if any(f'{term}_{depth}' in last for depth in depths)}
+    averaged = any(f'ema_top1_{depth}' in last for depth in depths)
+    lines = 2 if len(terms) == 4 else 1
+    columns = len(terms) // lines
+    figure = Figure(figsize=(4.5 * columns, 0.8 + 3.4 * lines), layout='constrained')
     figure.suptitle(title, parse_math=False)
-    losses, accuracies = figure.subplots(1, 2)
     epochs = [record['epoch'] + 1 for record in history]
-    curves = [
-        (losses, 'train_ce', '.-', 'cross-entropy'),
-        (losses, 'train_kl', 'x--', 'KL divergence'),
-        (losses, 'train_attention', '+:', 'attention'),
-        (accuracies, 'top1', '.-', 'weights of the epoch'),
-        (accuracies, 'ema_top1', 'x--', 'averaged weights'),
-    ]
-    for axes, metric, style, label in curves:
-        for i, depth in enumerate(depths):
-            values = [record.get(f'{metric}_{depth}', math.nan) for record in history]
-            axes.plot(epochs, values, style, color=f'C{i}')
-        if any(f'{metric}_{depth}' in history[-1] for depth in depths):
-            axes.plot([], [], style, color='black', label=label)
-    losses.set(title='training, terms of the loss without their weights', xlabel='epoch', yscale='log')
-    accuracies.set(title='validation', xlabel='epoch', ylabel='top-1 accuracy (%)')
-    _widen(accuracies, [row['top1_interval'] for row in rows])
-    for axes in (losses, accuracies):
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for axes, (term, label) in zip(panels.flat, terms.items(), strict=True):
+        for metric, style in (term, '-'), (f'ema_{term}', '--'):
+            for i, depth in enumerate(depths):
+                values = [record.get(f'{metric}_{depth}', math.nan) for record in history]
+                axes.plot(epochs, values, style, color=f'C{i}', marker=MARKERS[i % len(MARKERS)], markersize=4)
+        if term == 'top1':
+            _widen(axes, [row['top1_interval'] for row in rows])
+        else:
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_xlim(0.5, len(history) + 0.5)
+        axes.set(xlabel='epoch', ylabel=label, xlim=(0.5, len(history) + 0.5))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize='small')
-    handles = [Line2D([], [], color=f'C{i}', label=f'depth {depth}') for i, depth in enumerate(depths)]
-    figure.legend(handles=handles, loc='outside lower center', ncols=len(depths))
+    handles = [
+        Line2D([], [], color=f'C{i}', marker=MARKERS[i % len(MARKERS)], markersize=4, label=f'depth {depth}')
+        for i, depth in enumerate(depths)]
+    if averaged:
+        handles += [Line2D([], [], color='black', linestyle='--', label='averaged weights')]
+    figure.legend(handles=handles, loc='outside lower center', ncols=len(handles))
     save_figure(figure, path)
 
 

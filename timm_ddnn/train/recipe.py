@@ -67,29 +67,30 @@ def train(
     console = console if main_process else Console(quiet=True)
 
     # Data, model, task, optimizer
-    data = build.load_data(args, accelerator)
-    teacher, data = build.create_teacher(args, data, device)
-    set_seed(args.seed)
-    model, data = build.create_model(args, data, device, console)
-    data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
-    task = build.create_task(args, model, data, device, ekd_options, task_type)
-    build.set_teacher(args, task, teacher, data, data_config)
-    optimizer = build.create_optimizer(args, model)
-    train_loader = build.create_train_loader(args, data, data_config, device)
-    val_loader = build.create_val_loader(args, data, data_config, device)
-    ema = build.create_ema(args, model, task)
-    mixup = build.create_mixup(args, model.num_classes)
-    task, optimizer, train_loader, val_loader = accelerator.prepare(task, optimizer, train_loader, val_loader)
-    build.check_sizes(args, accelerator, model, data, data_config, batches=len(train_loader))
-    scheduler = build.create_scheduler(args, optimizer, batches=len(train_loader))
+    with console.status('preparing'):
+        data = build.load_data(args, accelerator)
+        teacher, data = build.create_teacher(args, data, device)
+        set_seed(args.seed)
+        model, data = build.create_model(args, data, device, console)
+        data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
+        task = build.create_task(args, model, data, device, ekd_options, task_type)
+        build.set_teacher(args, task, teacher, data, data_config)
+        optimizer = build.create_optimizer(args, model)
+        train_loader = build.create_train_loader(args, data, data_config, device)
+        val_loader = build.create_val_loader(args, data, data_config, device)
+        ema = build.create_ema(args, model, task)
+        mixup = build.create_mixup(args, model.num_classes)
+        task, optimizer, train_loader, val_loader = accelerator.prepare(task, optimizer, train_loader, val_loader)
+        build.check_sizes(args, accelerator, model, data, data_config, batches=len(train_loader))
+        scheduler = build.create_scheduler(args, optimizer, batches=len(train_loader))
 
-    name = f'{model.pretrained_cfg["architecture"]}-{Path(args.dataset).resolve().name}'
-    arguments = fixed_arguments(args, accelerator, data, teacher)
-    nets = {'': model, 'ema_': ema.module} if ema else {'': model}
-    prefix, net = list(nets.items())[-1]  # what is reported and saved
-    costs = count_costs(model, data_config['input_size'])
+        names = model.pretrained_cfg['architecture'], Path(args.dataset).resolve().name
+        arguments = fixed_arguments(args, accelerator, data, teacher)
+        nets = {'': model, 'ema_': ema.module} if ema else {'': model}
+        prefix, net = list(nets.items())[-1]  # what is reported and saved
+        costs = count_costs(model, data_config['input_size'])
     progress = TrainProgress(console, args.epochs, len(train_loader))
-    with open_output(args, name) as output, stop_signals() as request, progress:
+    with open_output(args, '-'.join(names)) as output, stop_signals() as request, progress:
         folder = RunFolder(output, net, prefix, costs, data_config, data.class_names, args.best_by)
         checkpoints = Checkpoints(
             accelerator, output / 'checkpoints', model, folder.save_net, ema=ema.module if ema else None,
@@ -138,7 +139,7 @@ def train(
             'augmentation': {name: value for name, value in augmentation.items() if value},
             'duplicates': duplicates,
             'teacher_sha256': arguments['teacher_sha256'],
-        }, name)
+        }, ' on '.join(names))
 
 
 @loading()
@@ -158,13 +159,15 @@ def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] 
     """
     quiet_datasets()
     accelerator = build.create_accelerator(args)
-    data = build.load_data(args, accelerator)
-    model, data = build.create_model(args, data, accelerator.device, console)
-    data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
-    val_loader = accelerator.prepare(build.create_val_loader(args, data, data_config, accelerator.device))
-    if args.output and accelerator.is_main_process:
-        args.output.mkdir(parents=True, exist_ok=True)  # an error better now than after the evaluation
-    metrics = evaluate(accelerator, model, normalize(val_loader, data_config, accelerator.device))
+    console = console if accelerator.is_main_process else Console(quiet=True)
+    with console.status('evaluating'):
+        data = build.load_data(args, accelerator)
+        model, data = build.create_model(args, data, accelerator.device, console)
+        data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
+        val_loader = accelerator.prepare(build.create_val_loader(args, data, data_config, accelerator.device))
+        if args.output and accelerator.is_main_process:
+            args.output.mkdir(parents=True, exist_ok=True)  # an error better now than after the evaluation
+        metrics = evaluate(accelerator, model, normalize(val_loader, data_config, accelerator.device))
     rows = add_accuracies(count_costs(model, data_config['input_size']), metrics)
     result = {**describe_run(accelerator, vars(args)), **describe_results(args, model, data), 'depths': rows}
     if args.output and accelerator.is_main_process:

@@ -27,16 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Add the depth, and print the accuracy of every depth."""
-    from timm_ddnn.data.datasets import quiet_datasets
-    from timm_ddnn.deploy.calibrate import calibrate_model
+    from ..tables import print_files, print_table, result_table, show_progress, show_status
 
-    from ..tables import print_files, print_table, result_table, show_status
-
-    quiet_datasets()
     with show_status('calibrating and measuring'):
+        from timm_ddnn.data.datasets import quiet_datasets
+        from timm_ddnn.deploy.calibrate import calibrate_model
+
+        quiet_datasets()
         result = calibrate_model(
             args.model, args.blocks, args.data, args.output, num_images=args.images, batch_size=args.batch_size,
-            num_workers=args.workers, device=args.device,
+            num_workers=args.workers, device=args.device, progress=show_progress,
         )
     if not args.json:
         title = f'depth {result["depth"]} calibrated on {result["images"]:,} images'

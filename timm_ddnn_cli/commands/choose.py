@@ -39,10 +39,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if all(limit is None for limit in limits.values()):
         fail('a limit must be given by --latency-ms, --macs, --memory-mb or --min-top1, got none')
 
-    from timm_ddnn.deploy.choose import read_accuracies, read_profile, select_depth
-    from timm_ddnn.deploy.profile import compare_machines
+    from ..tables import print_line, print_table, show_status
 
-    from ..tables import print_line, print_table
+    with show_status('choosing'):
+        from timm_ddnn.deploy.choose import read_accuracies, read_profile, select_depth
+        from timm_ddnn.deploy.profile import compare_machines
 
     profile = read_profile(args.profile)
     accuracies = None

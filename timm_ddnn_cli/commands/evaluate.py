@@ -66,21 +66,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.cascade and (threshold, args.target_top1, args.budget_macs) != (None, None, None):
         fail('--threshold, --target-top1 and --budget-macs are for a cascade, got no --cascade')
 
-    from timm_ddnn.data.datasets import quiet_datasets
-    from timm_ddnn.evaluation.evaluate import CascadeOptions, evaluate_model
+    from ..tables import print_files, print_table, show_progress, show_status
 
-    from ..tables import print_files, print_table
+    with show_status('evaluating'):
+        from timm_ddnn.data.datasets import quiet_datasets
+        from timm_ddnn.evaluation.evaluate import CascadeOptions, evaluate_model
 
-    quiet_datasets()
-    cascade = args.cascade and CascadeOptions(
-        args.cascade, threshold=threshold, target_top1=args.target_top1, budget_macs=args.budget_macs,
-        holdout=args.holdout, speed_images=args.speed_images)
-    result = evaluate_model(
-        args.model, args.data, batch_size=args.batch_size, num_workers=args.workers, device=args.device,
-        precision=args.precision, cascade=cascade, output=args.output,
-        input_key=args.input_key, target_key=args.target_key, val_split=args.val_split,
-        val_fraction=args.val_fraction,
-    )
+        quiet_datasets()
+        cascade = args.cascade and CascadeOptions(
+            args.cascade, threshold=threshold, target_top1=args.target_top1, budget_macs=args.budget_macs,
+            holdout=args.holdout, speed_images=args.speed_images)
+        result = evaluate_model(
+            args.model, args.data, batch_size=args.batch_size, num_workers=args.workers, device=args.device,
+            precision=args.precision, cascade=cascade, output=args.output,
+            input_key=args.input_key, target_key=args.target_key, val_split=args.val_split,
+            val_fraction=args.val_fraction, progress=show_progress,
+        )
     if not args.json:
         print_table(_depth_table(result))
         if args.per_class:

@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the files, and print their sizes and how far they are from the model."""
-    from timm_ddnn.data.datasets import quiet_datasets
-    from timm_ddnn.deploy.export import export_model
-
     from ..tables import create_table, print_files, print_table, show_status
 
-    quiet_datasets()
     with show_status('exporting and comparing'):
+        from timm_ddnn.data.datasets import quiet_datasets
+        from timm_ddnn.deploy.export import export_model
+
+        quiet_datasets()
         rows = export_model(
             args.model, args.depth, args.format, args.output, data=args.data, num_images=args.images,
             dynamic_batch=args.dynamic_batch, tolerance=args.tolerance, overwrite=args.overwrite,

@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Save the depth, and print how to load it."""
-    from timm_ddnn.deploy.extract import extract_model
-
     from ..tables import print_files, print_line, show_status
 
     with show_status('extracting'):
+        from timm_ddnn.deploy.extract import extract_model
+
         result = extract_model(args.model, args.depth, args.output)
     if not args.json:
         print_files(result['output'], ('config.json', 'model.safetensors'))

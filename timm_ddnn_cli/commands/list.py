@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Print the models."""
-    import timm
-
-    from timm_ddnn.models.load import list_models
-
     from ..tables import cost_cells, create_table, print_table, show_status
 
     with show_status('counting'):
+        import timm
+
+        from timm_ddnn.models.load import list_models
+
         models = list_models(args.pattern)
     if not models:
         fail(f'PATTERN must match some of {", ".join(timm.list_models("ddnn_*"))}, got {args.pattern!r}')

@@ -38,16 +38,17 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.csv and not args.csv.parent.is_dir():
         fail(f'--csv must be a file in a folder that is there, got {str(args.csv)!r}')
 
-    from timm_ddnn.evaluation.predict_images import predict
-    from timm_ddnn.utils.files import write_text
+    from ..tables import print_line, print_table, show_progress, show_status
 
-    from ..tables import print_line, print_table, show_progress
+    with show_status('classifying'):
+        from timm_ddnn.evaluation.predict_images import predict
+        from timm_ddnn.utils.files import write_text
 
-    rows = predict(
-        args.model, args.paths, depth=args.depth, cascade=args.cascade, threshold=args.threshold, top_k=args.top_k,
-        batch_size=args.batch_size, num_workers=args.workers, device=args.device, precision=args.precision,
-        save=args.save, progress=show_progress,
-    )
+        rows = predict(
+            args.model, args.paths, depth=args.depth, cascade=args.cascade, threshold=args.threshold, top_k=args.top_k,
+            batch_size=args.batch_size, num_workers=args.workers, device=args.device, precision=args.precision,
+            save=args.save, progress=show_progress,
+        )
     errors = [row for row in rows if row.error]
     if len(errors) == len(rows):
         fail(f'none of the images can be read, {len(rows)} in all; {errors[0].image!r}: {errors[0].error}')

@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Profile, and print a table."""
-    from timm_ddnn.deploy.profile import profile_saved
-
     from ..tables import print_files, print_table, show_status
 
     with show_status('loading') as status:
+        from timm_ddnn.deploy.profile import profile_saved
+
         profile = profile_saved(
             args.model, args.output, evaluation=args.evaluation, depths=args.depths, batch_sizes=args.batch_sizes,
             threads=args.threads, runtimes=args.runtimes, rounds=args.rounds, img_size=args.img_size,

@@ -24,19 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Publish, and print what went where."""
-    from timm_ddnn.hub.publish import push_to_hub
+    from ..tables import create_table, print_line, print_table, show_status
 
-    from ..tables import create_table, print_line, print_table
+    with show_status('publishing'):
+        from timm_ddnn.hub.publish import push_to_hub
 
-    publication = push_to_hub(
-        args.source,
-        args.repo_id,
-        depth=args.depth,
-        license=args.license,
-        private=args.private,
-        revision=args.revision,
-        dry_run=args.dry_run,
-    )
+        publication = push_to_hub(
+            args.source,
+            args.repo_id,
+            depth=args.depth,
+            license=args.license,
+            private=args.private,
+            revision=args.revision,
+            dry_run=args.dry_run,
+        )
     if not args.json:
         table = create_table(('file', 'bytes'), fold=('file',))
         for name, size in publication.files.items():

@@ -129,10 +129,11 @@ def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | Non
             setattr(args, name, values[bool(args.pretrained or args.initial_checkpoint)])
     from rich.console import Console
 
-    from timm_ddnn.task import EKDTask
-    from timm_ddnn.train.recipe import evaluate_only, train
+    from ..tables import result_table, show_status
 
-    from ..tables import result_table
+    with show_status('starting'):
+        from timm_ddnn.task import EKDTask
+        from timm_ddnn.train.recipe import evaluate_only, train
 
     console = Console(stderr=args.json)
     options = argparse.Namespace(**{
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | Non
     else:
         result = train(options, ekd_options(args), console, task_type or EKDTask)
     if result and not args.json:
-        title = f'{result["architecture"]}-{Path(args.dataset).resolve().name}'
+        title = f'{result["architecture"]} on {Path(args.dataset).resolve().name}'
         console.print(result_table(result['depths'], title, result['parameters']))
         if not args.evaluate:
             _print_end(options.output, result, args)
