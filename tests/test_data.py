@@ -123,6 +123,8 @@ def test_other_classes_are_matched_by_index_or_refused(caplog):
     assert "10 classes are called otherwise in the data than in the model, the first '0' and 'class 0'" in caplog.text
     with pytest.raises(InputError, match="the first '0' and 'class 0'"):
         match_classes(data, trained_on(others), same_names=True)
+    with pytest.raises(InputError, match="the first '0' and '9'"):  # two classes of one name are not told by it
+        match_classes(data, trained_on([*CLASS_NAMES[::-1], '9']), more=True, same_names=True)
     for count in (9, 11):
         with pytest.raises(InputError, match=f'must have the {count} classes of the model.* got 10'):
             match_classes(data, trained_on(None, count))

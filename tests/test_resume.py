@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from timm_ddnn import EKDLoss
 from timm_ddnn.train.checkpoint import CheckpointError, Checkpoints
 from timm_ddnn.train.output import copy_best
-from timm_ddnn.train.signals import EXIT_STOPPED
+from timm_ddnn.train.signals import EXIT_STOPPED, stop_signals
 from timm_ddnn.train.state import TrainState
 from timm_ddnn.utils.files import file_sha256
 
@@ -50,12 +50,12 @@ FULL = [  # of 44 updates
 ]
 
 
-def checkpoints_in(folder):
+def checkpoints_in(folder, **kwargs):
     """Checkpoints of a run that has nothing but a small model."""
     model = torch.nn.Linear(2, 2)
     return Checkpoints(
         Accelerator(cpu=True), folder, model,
-        lambda folder, state: save_file(model.state_dict(), folder / 'model.safetensors'))
+        lambda folder, state: save_file(model.state_dict(), folder / 'model.safetensors'), **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -153,12 +153,15 @@ def test_resuming_at_any_place(updates, copy_of, uninterrupted):
     assert read('out')['weights'] == 'of epoch 2 of 2, averaged'
 
 
-def test_resuming_without_mixup_ema_and_accumulation():
-    """Catches a resume that rests on the averaged weights or on the seeding of mixup."""
+def test_resuming_without_mixup_ema_and_accumulation(monkeypatch):
+    """Catches a resume that rests on the averaged weights or on the seeding of mixup, and time that is lost."""
     run(*PLAIN, '--checkpoint-interval', 30, '--checkpoint-hist', 9, '--output', 'expected')
     shutil.copytree('expected/checkpoints/step-00000030', 'out/checkpoints/step-00000030')
+    monkeypatch.setattr(Checkpoints, 'read_state', lambda *args, original=Checkpoints.read_state: {
+        **original(*args), 'seconds': 1000.0})
     run(*PLAIN, '--resume', 'auto', '--output', 'out')
     assert_same_run('out', 'expected')
+    assert [record['seconds'] > 1000 for record in history('out')] == [True, False]
 
 
 # Which checkpoints there are
@@ -239,6 +242,7 @@ def test_state_of_a_checkpoint_is_readable(uninterrupted):
     assert (state['epoch'], state['step'], state['updates'], len(state['history'])) == (1, 6, 25, 1)
     assert state['sums']['loss'][0] / 6 == pytest.approx(history(uninterrupted)[0]['train_loss'], rel=0.3)
     assert 0 < state['seconds'] < 60
+    assert [state['arguments'][name] for name in ('processes', 'mixed_precision', 'device')] == [1, 'no', 'cpu']
 
 
 DAMAGES = {
@@ -412,7 +416,7 @@ def test_a_kill_while_a_checkpoint_is_removed(monkeypatch, tmp_path):
         next(path.iterdir()).unlink()
         raise KeyboardInterrupt
 
-    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, keep=1)
+    checkpoints = checkpoints_in(tmp_path, keep=1)
     checkpoints.save(TrainState({}, updates=3))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, 'rmtree', rmtree)
@@ -537,6 +541,16 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, capfd):
 
 
 # Signals
+
+def test_a_second_ctrl_c_ends_the_program():
+    """Catches a run that hangs and cannot be ended, and signals that are still noted after it."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(KeyboardInterrupt), stop_signals() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.signal == 'SIGINT'
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(number, uninterrupted):

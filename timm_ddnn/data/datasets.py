@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,8 +158,8 @@ def match_classes(
     """Give labels the indices that a model has for their classes.
 
     A split may lack classes that the model was trained on, or have them in another order. Where all its classes are
-    known to the model by name, the name decides: names that were saved with weights win. Else the index does, with a
-    warning if the names are others.
+    known to the model by a name of their own, the name decides: names that were saved with weights win. Else the index
+    does, with a warning if the names are others.
 
     Args:
         data: What `load_image_data` found.
@@ -174,15 +175,18 @@ def match_classes(
             those of the data by name.
     """
     own, names = data.class_names, class_names(model)
-    if names and set(own) <= set(names):
-        return data if own == names else _align(data, names)
+    if own == names:
+        return data
+    counts = Counter(names)
+    if names and len(set(own)) == len(own) and all(counts[name] == 1 for name in own):
+        return _align(data, names)
     if not (len(own) == model.num_classes or (more and len(own) < model.num_classes)):
         raise InputError(
             f'data must have the {model.num_classes} classes of the model, or some of them by the same names, got '
             f'{len(own)}'
         )
-    if names:
-        differ = [pair for pair in zip(own, names, strict=False) if pair[0] != pair[1]]
+    differ = [pair for pair in zip(own, names or (), strict=False) if pair[0] != pair[1]]
+    if differ:
         message = (
             f'{len(differ)} classes are called otherwise in the data than in the model, the first {differ[0][0]!r} '
             f'and {differ[0][1]!r}'
