@@ -62,7 +62,7 @@ def test_lines_without_a_terminal(monkeypatch):
     lines = console.file.getvalue().splitlines()
     assert any(re.match(r'epoch 1/2, batch \d/40', line) for line in lines)
     assert any(line.startswith('epoch 1/2, batch 20/40: loss 1.500') for line in lines)
-    assert any(re.match(r'validation, batch \d+/20: loss 1.500', line) for line in lines)
+    assert any(re.match(r'validation, batch \d+/20', line) for line in lines)
     assert 8 < len(lines) < 25
 
 

@@ -103,7 +103,8 @@ class TrainProgress:
         bar, run = bars[task], bars[self._run]
         left = '' if run.time_remaining is None else f'{timedelta(seconds=int(run.time_remaining))} left of the run'
         if bar.completed < bar.total:
-            line = f'{bar.description}, batch {bar.completed:.0f}/{bar.total:.0f}: {self._line}{left}'
+            terms = self._line if task == self._epoch else ''
+            line = f'{bar.description}, batch {bar.completed:.0f}/{bar.total:.0f}: {terms}{left}'
             print_line(self.console, line.rstrip(' :'))
             self._printed = time.monotonic()
 
