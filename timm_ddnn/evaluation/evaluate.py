@@ -20,6 +20,7 @@ from ..utils.environment import describe_machine, find_device
 from ..utils.files import staged_folder, write_json
 from .batches import load_batches
 from .metrics import class_rows, depth_metrics, evaluate_cascade, split_images
+from .mistakes import count_confusions, find_mistakes, plot_confusions, plot_mistakes, write_confusions
 from .plots import plot_calibration, plot_evaluation
 from .predict import Predictions, autocast, predict
 from .speed import measure_speed
@@ -70,14 +71,15 @@ def evaluate_model(
         device: As for `find_device`.
         precision: 'no' or 'bf16'.
         cascade: Cascade to evaluate besides.
-        output: Folder to write evaluation.json and evaluation.png to.
+        output: Folder to write evaluation.json, the plots evaluation.png (accuracy), calibration.png, confusion.png and
+            mistakes.png, and confusion.csv to.
         **data_options: input_key, target_key and val_split of `load_image_data`.
 
     Returns:
         What `evaluation.json` holds: model, architecture, parameters (of all depths together), data, split, images,
         classes, input_size, device, precision, batch_size; depths: rows with depth, blocks, parameters, macs and what
-        `depth_metrics` gives; per_class: as `class_rows`; cascade: as `evaluate_cascade`, with speed as `measure_speed`
-        or None, or None; and the machine, as `describe_machine`.
+        `depth_metrics` gives; per_class: as `class_rows`; mistakes: as `find_mistakes`; cascade: as `evaluate_cascade`,
+        with speed as `measure_speed` or None, or None; and the machine, as `describe_machine`.
 
     Raises:
         InputError: If the model, data, device or cascade is not what it must be.
@@ -115,6 +117,7 @@ def evaluate_model(
             'batch_size': batch_size,
             'depths': [{**cost, **row} for cost, row in zip(costs, depth_metrics(predictions), strict=True)],
             'per_class': class_rows(predictions, image_data.class_names),
+            'mistakes': find_mistakes(predictions, image_data, torch.arange(count)),
             'cascade': cascade and _evaluate_cascade(
                 cascade, parts, model, image_data, predictions, batch_size, precision),
             **describe_machine(),
@@ -124,6 +127,12 @@ def evaluate_model(
             title = f'{result["architecture"]}, {count:,} images of {Path(data).resolve().name}'
             plot_evaluation(folder / 'evaluation.png', result, title)
             plot_calibration(folder / 'calibration.png', result['depths'], title)
+            confusions = count_confusions(predictions)
+            write_confusions(folder / 'confusion.csv', confusions, image_data.class_names)
+            plot_confusions(folder / 'confusion.png', confusions, image_data.class_names, title)
+            plot_mistakes(
+                folder / 'mistakes.png', result['mistakes'], image_data,
+                f'{title}\nthe surest mistakes of depth {model.depths[0]}')
     return result
 
 

@@ -121,7 +121,8 @@ def plot_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
             axes, macs, top1, interval, fmt='o', color=colors[depth], label=f'depth {depth}: {top1:.2f} %')
     show_macs(axes, max(macs for _, macs, *_ in points))
     axes.margins(x=0.1, y=0.1)
-    axes.set(title=title, xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
     axes.grid(alpha=0.3)
     figure.legend(
         loc='outside lower center', ncols=2, fontsize='small', title='bars: 95 % confidence intervals (Wilson)',
@@ -146,8 +147,9 @@ def plot_calibration(path: Path, rows: Sequence[Mapping[str, Any]], title: str) 
     """
     columns = min(len(rows), 3)
     figure = Figure(figsize=(4 * columns + 0.5, 4.8 * math.ceil(len(rows) / columns)), layout='constrained')
-    figure.suptitle(f'{title}\npoints: {LEAST_IMAGES} images or more, bars: 95 % intervals of their accuracy')
-    panels = figure.subplots(math.ceil(len(rows) / columns), columns, squeeze=False).flat
+    figure.suptitle(
+        f'{title}\npoints: {LEAST_IMAGES} images or more, bars: 95 % intervals of their accuracy', parse_math=False)
+    panels = [*figure.subplots(math.ceil(len(rows) / columns), columns, squeeze=False).flat]
     for i, (axes, row) in enumerate(zip(panels, rows, strict=False)):
         axes.plot([0, 100], [0, 100], ':', color='black', label='confidence = accuracy')
         _draw_bins(axes, row['calibration'], f'C{i}', f'calibration error {row["ece"]:.2f} %')
@@ -155,7 +157,7 @@ def plot_calibration(path: Path, rows: Sequence[Mapping[str, Any]], title: str) 
             title=f'depth {row["depth"]}', xlabel='confidence (%)', ylabel='accuracy (%)', xlim=(0, 102), ylim=(0, 102))
         axes.grid(alpha=0.3)
         axes.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.17))
-    for axes in panels:  # those without a depth
+    for axes in panels[len(rows):]:
         axes.set_axis_off()
     save_figure(figure, path)
 

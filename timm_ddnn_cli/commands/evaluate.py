@@ -13,7 +13,8 @@ EXAMPLES = """  timm-ddnn evaluate output/ddnn_resnet50-food --data FOLDER --per
 
 
 AUTO = 'auto'
-FILES = 'evaluation.json', 'evaluation.png', 'calibration.png'
+FILES = (
+    'evaluation.json', 'evaluation.png', 'calibration.png', 'confusion.csv', 'confusion.png', 'mistakes.png')
 
 
 def parse_threshold(text: str) -> float | str:
@@ -41,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--device', help="'cpu', 'cuda', ...: the GPU if there is one, else the CPU, if not given")
     arg('--precision', choices=('no', 'bf16'), default='no', help='bf16 for autocast to bfloat16')
     arg('--per-class', action='store_true', help='print top-1 of every class')
-    arg('--output', type=Path, help='folder for evaluation.json and plots of accuracy and calibration')
+    arg('--output', type=Path, help='folder for evaluation.json, plots of accuracy and calibration, confusion '
+        'matrices (CSV and plot) and a sheet of the surest mistakes')
     group = parser.add_argument_group('cascade')
     arg = group.add_argument
     arg('--cascade', nargs='+', type=int, metavar='DEPTH',
