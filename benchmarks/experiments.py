@@ -39,7 +39,7 @@ from timm_ddnn.evaluation.evaluate import evaluate_model
 from timm_ddnn.evaluation.metrics import add_accuracies
 from timm_ddnn.evaluation.predict import evaluate
 from timm_ddnn.models.load import load_teacher
-from timm_ddnn.train.recipe import describe_run
+from timm_ddnn.train.output import describe_run
 from timm_ddnn.train.signals import EXIT_STOPPED
 from timm_ddnn.utils.costs import count_costs as count_depths
 from timm_ddnn.utils.environment import describe_machine

@@ -77,7 +77,6 @@ def main():
     check_place(tag, best.name)
     with staged_folder(WEIGHTS / tag) as folder:
         model = load_model(str(WORK / best.name))
-        model.pretrained_cfg['tag'] = tag.partition('.')[2]
         data_config, names = resolve_data_config(model=model), model.pretrained_cfg['label_names']
         if sum(parameter.numel() for parameter in model.parameters()) > FLOAT16_FROM:
             for parameter in model.parameters():

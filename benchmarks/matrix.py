@@ -301,7 +301,9 @@ def equal_cost(model, epochs, common, channels=(), size=(3, 32, 32)):
 
 # For SGD, half the rate and twice the decay is half the loss. At two depths the weights of the losses sum to 2 in joint
 # and ADN, to 2.3 in EKD, and to 4 in `then`, where the first rate makes them 1.
-RATES = ('0.1', '5e-4'), ('0.05', '1e-3'), ('0.1', '1e-3'), ('0.05', '5e-4'), ('0.1', '2e-3')
+RATES = (
+    ('0.1', '5e-4'), ('0.05', '1e-3'), ('0.1', '1e-3'), ('0.05', '5e-4'), ('0.1', '2e-3'), ('0.1', '4e-3'),
+    ('0.1', '8e-3'))
 THEN_RATES = ('0.025', '2e-3'), ('0.05', '1e-3')
 
 

@@ -133,21 +133,24 @@ def write_csv(path, rows):
 
 
 def draw(path, rows, title):
-    """Draw accuracy over multiply-accumulates of the methods in STYLES, mean and standard error over seeds."""
-    figure = Figure(figsize=(6.5, 4.2), layout='constrained')
+    """Draw accuracy over multiply-accumulates of the methods in STYLES, mean and standard error over seeds.
+
+    Each method is moved sideways a little, so that error bars of one depth stand beside each other.
+    """
+    figure = Figure(figsize=(6.5, 4.8), layout='constrained')
     axes = figure.add_subplot()
-    macs = {}
-    for method, (color, marker, line, label) in STYLES.items():
+    macs = {row['depth']: row['macs'] for row in rows}
+    step = 0.008 * (max(macs.values()) - min(macs.values()))
+    for i, (method, (color, marker, line, label)) in enumerate(STYLES.items()):
         top1 = defaultdict(list)
         for row in rows:
             if row['method'] == method:
-                macs[row['depth']] = row['macs']
                 top1[row['depth']].append(row['top1'])
         if not top1:
             continue
         depths, seeds = sorted(top1), min(map(len, top1.values()))
         axes.errorbar(
-            [macs[depth] for depth in depths], [mean(top1[depth]) for depth in depths],
+            [macs[depth] + step * (i - len(STYLES) // 2) for depth in depths], [mean(top1[depth]) for depth in depths],
             yerr=[stdev(top1[depth]) / math.sqrt(seeds) for depth in depths] if seeds > 2 else None,
             color=color, marker=marker, linestyle=line, capsize=3,
             label=f'{label} ({seeds} seed{"s" if seeds > 1 else ""})',
@@ -159,8 +162,10 @@ def draw(path, rows, title):
     show_macs(axes, max(macs.values()))
     axes.margins(x=0.12, y=0.18)
     axes.set(xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)', title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(loc='lower right', bbox_to_anchor=(1, 0.08), fontsize='small')
+    axes.grid(alpha=0.3, axis='y')
+    figure.legend(
+        loc='outside lower center', ncols=2, fontsize='small', title='mean, and standard error where there are 3 seeds',
+        title_fontsize='small')
     save_figure(figure, path)
 
 
@@ -171,7 +176,8 @@ def main():
     for experiment in sorted({row['experiment'] for row in rows} - {'ablations'}):
         shown = [row for row in rows if row['experiment'] == experiment]
         data = {'cifar10': 'CIFAR-10 (JPEG)', 'tiny_imagenet': 'Tiny ImageNet'}.get(shown[0]['data'], shown[0]['data'])
-        title = f'{shown[0]["model"]}, {data}, {shown[0]["epochs"]} epochs'
+        net = shown[0]['model'].removeprefix('ddnn_').replace('resnet', 'ResNet-')
+        title = f'{net} and its sub-nets on {data}, {shown[0]["epochs"]} epochs'
         draw(RESULTS / f'{experiment}.png', shown, title)
 
 

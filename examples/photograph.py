@@ -54,8 +54,8 @@ def draw(path: Path, photograph: Image.Image, bars: dict[str, list[float]], name
         right.barh([row + k * height for row in range(len(names))], values, height, label=label)
     right.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], names)
     right.invert_yaxis()
-    right.set(xlabel='probability (%)', xlim=(0, 100))
-    right.legend(fontsize='small', loc='lower right')
+    right.set(title='What every depth says', xlabel='probability (%)', xlim=(0, 100))
+    figure.legend(fontsize='small', loc='outside lower right', ncols=len(bars))
     figure.savefig(path, format='png', dpi=150)
 
 

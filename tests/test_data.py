@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -16,7 +17,8 @@ from torchvision.transforms.functional import to_tensor
 
 from timm_ddnn.data.datasets import load_image_data, match_classes
 from timm_ddnn.data.images import ImageReadError, Images, convert_image, create_train_transform, seeded
-from timm_ddnn.data.loader import EpochSampler, create_loader, normalize
+from timm_ddnn.data.loader import EpochSampler, create_loader, loading, normalize
+from timm_ddnn.train.build import choose_augmentation
 from timm_ddnn.utils.errors import InputError
 
 CONFIG = dict(input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), crop_pct=1.0)
@@ -51,7 +53,7 @@ def test_digits_are_split_without_overlap():
 @pytest.mark.parametrize('files', [
     ('train.parquet', 'validation.parquet'),
     ('train-00000-of-00002.parquet', 'train-00001-of-00002.parquet', 'test-00000-of-00001.parquet'),
-    ('data/train-00000-of-00001.parquet', 'data/valid-00000-of-00001-0123abcd.parquet', 'data/extra.parquet'),
+    ('data/train-00000-of-00001.parquet', 'data/valid-00000-of-00001-0123abcd.PARQUET', 'data/extra.parquet'),
 ])
 def test_parquet_files(tmp_path, files):
     """Catches shards left out or out of order, and splits or columns named as on the Hub that are not found."""
@@ -91,7 +93,7 @@ def test_splits_whose_names_begin_alike(tmp_path):
     assert (pairs(data, 'train'), pairs(data)) == (expected(range(20)), expected(range(40, 60)))
     for file in ('test-00000-of-00002', 'test_mini-00000-of-00002'):
         write_parquet(tmp_path / f'half/{file}.parquet', range(20))
-    with pytest.raises(FileNotFoundError, match=r"'test' in .* lacks some of its 2"):
+    with pytest.raises(ValueError, match=r"'test' in .* must have the 2 files .* got 1"):
         load_image_data(str(tmp_path / 'half'), training=False)
 
 
@@ -121,6 +123,8 @@ def test_other_classes_are_matched_by_index_or_refused(caplog):
     assert "10 classes are called otherwise in the data than in the model, the first '0' and 'class 0'" in caplog.text
     with pytest.raises(InputError, match="the first '0' and 'class 0'"):
         match_classes(data, trained_on(others), same_names=True)
+    with pytest.raises(InputError, match="the first '0' and '9'"):  # two classes of one name are not told by it
+        match_classes(data, trained_on([*CLASS_NAMES[::-1], '9']), more=True, same_names=True)
     for count in (9, 11):
         with pytest.raises(InputError, match=f'must have the {count} classes of the model.* got 10'):
             match_classes(data, trained_on(None, count))
@@ -141,7 +145,7 @@ def test_columns_without_types_are_found_by_name(tmp_path):
     assert pairs(load_image_data(str(tmp_path / 'plain'))) == expected(range(30))
 
 
-def test_folders_are_classes(tmp_path, caplog):
+def test_folders_are_classes(tmp_path):
     """Catches a message about columns where there is one class or a folder too many, and a class nobody trains."""
     write_images(tmp_path / 'train', [0, 10])  # twice a zero
     write_images(tmp_path / 'val', [0, 10, 20])
@@ -149,12 +153,14 @@ def test_folders_are_classes(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"must name at least 2 classes, got \['0'\]"):
         load_image_data(str(tmp_path))
     write_images(tmp_path / 'val', [1])
-    assert load_image_data(str(tmp_path)).class_names == ['0', '1']
-    assert "1 of 2 classes have no image in split 'train', the first is '1'" in caplog.text
+    assert load_image_data(str(tmp_path), training=False).class_names == ['0', '1']
+    with pytest.raises(InputError, match=r"images to train on: 1 of 2 classes have no image in split 'train', .* '1'"):
+        load_image_data(str(tmp_path))
+    write_images(tmp_path / 'train', [1])
     write_images(tmp_path / 'other' / '0', [1])  # a folder beside the splits is nobody's business
     assert load_image_data(str(tmp_path)).class_names == ['0', '1']
     write_images(tmp_path / 'train' / '0', [1])
-    with pytest.raises(ValueError, match=r'must lie in SPLIT/CLASS/, got .*train/0/1/1\.png'):
+    with pytest.raises(ValueError, match=r'must lie in SPLIT/CLASS/ or CLASS/, got .*train/0/1/1\.png'):
         load_image_data(str(tmp_path))
 
 
@@ -180,9 +186,10 @@ def test_wrong_data_is_named(tmp_path, write, options, message):
 
 
 @pytest.mark.parametrize('files, error, message', [
-    ([], FileNotFoundError, 'neither SPLIT.*parquet nor SPLIT/CLASS/IMAGE'),
+    ([], FileNotFoundError, 'a folder must hold SPLIT/CLASS/IMAGE or .*, or CLASS/IMAGE with --val-fraction'),
     (['train.parquet'], ValueError, r"--val-split must name one of the splits \['train'\]"),
-    (['train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'], FileNotFoundError, 'of its 3'),
+    (['train-00000-of-00003.parquet', 'train-00002-of-00003.parquet', 'test.parquet'], ValueError, 'the 3 .* got 2'),
+    (['train-00000-of-00001.parquet', 'train.parquet', 'test.parquet'], ValueError, 'the 1 .* got 2'),
 ])
 def test_incomplete_folders_are_named(tmp_path, files, error, message):
     """Catches a training on part of a data set of which a shard was not copied."""
@@ -191,6 +198,14 @@ def test_incomplete_folders_are_named(tmp_path, files, error, message):
         write_parquet(tmp_path / 'set' / file, range(10))
     with pytest.raises(error, match=message):
         load_image_data(str(tmp_path / 'set'))
+
+
+def test_files_that_name_classes_otherwise_are_refused(tmp_path):
+    """Catches labels of one file that are read by the names of another."""
+    write_parquet(tmp_path / 'train.parquet', range(20))
+    write_parquet(tmp_path / 'test.parquet', range(20), target=datasets.ClassLabel(names=CLASS_NAMES[::-1]))
+    with pytest.raises(ValueError, match=r'same names of classes .* got others in .*test\.parquet than in .*train'):
+        load_image_data(str(tmp_path))
 
 
 def test_two_label_columns_are_not_guessed_between(tmp_path):
@@ -208,7 +223,7 @@ def test_two_label_columns_are_not_guessed_between(tmp_path):
 def augmented():
     """Digits with augmentation that draws from the generators of Python, NumPy and PyTorch."""
     transform = create_train_transform(
-        CONFIG, hflip=0.5, color_jitter=0.3, auto_augment='rand-m9-mstd0.5', re_prob=0.5)
+        CONFIG, crop_mode='pad', hflip=0.5, color_jitter=0.3, auto_augment='rand-m9-mstd0.5', re_prob=0.5)
     return Images(load_image_data('digits'), 'train', transform, seed=3)
 
 
@@ -308,7 +323,8 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, workers):
     (tmp_path / 'set' / 'train' / '3' / '3.png').write_bytes(DAMAGED)
     loader = create_loader(Images(load_image_data(str(tmp_path / 'set')), 'train', to_tensor), 4, training=True,
                            num_workers=workers)
-    with pytest.raises(ImageReadError, match=r"row \d+ of split 'train' \(.*/train/3/3.png\) cannot be read"):
+    message = r"row \d+ of split 'train' \(.*/train/3/3.png\) cannot be read"
+    with pytest.raises(ImageReadError, match=message), loading():
         list(loader)
 
 
@@ -322,7 +338,7 @@ def test_pixels_of_more_than_8_bits_are_refused(mode):
 
 def test_pad_crop_shifts_by_at_most_an_eighth():
     """Catches a crop that scales the image, never moves it, or moves it further than its padding."""
-    transform = create_train_transform(CONFIG, hflip=0.0, color_jitter=None)
+    transform = create_train_transform(CONFIG, crop_mode='pad', hflip=0.0, color_jitter=None)
     white = Image.new('RGB', (32, 32), 'white')
     shifts = set()
     for i in range(300):
@@ -337,11 +353,15 @@ def test_pad_crop_shifts_by_at_most_an_eighth():
 
 def test_train_transform_is_timms_above_64_px():
     """Catches the small-image crop on photographs."""
+    options = dict.fromkeys(('train_crop_mode', 'scale', 'ratio', 'hflip', 'color_jitter', 'aa'))
+    args = SimpleNamespace(**options, reprob=0.0, dataset='digits')
+    assert choose_augmentation(args, CONFIG)['crop_mode'] == 'pad'
     config = dict(CONFIG, input_size=(3, 96, 96))
+    chosen = choose_augmentation(args, config)
     image = Image.effect_noise((120, 100), 60).convert('RGB')
     ours, timms = (
         make(config) for make in (
-            lambda c: create_train_transform(c, color_jitter=None),
+            lambda c: create_train_transform(c, **dict(chosen, hflip=0.5)),
             lambda c: create_transform(
                 c['input_size'], is_training=True, color_jitter=None, interpolation=c['interpolation'],
                 normalize=False),
@@ -362,7 +382,8 @@ def test_images_that_were_normalized_by_the_device_are_timms(in_chans):
     augmentation = dict(hflip=0.5, re_prob=0.7, color_jitter=None)
     for split, options in ('train', augmentation), ('validation', {}):
         if options:
-            make, timms = create_train_transform, create_transform(**config, is_training=True, **options)
+            make = partial(create_train_transform, crop_mode='pad')
+            timms = create_transform(**config, is_training=True, **options)
             timms.transforms[0] = make(config, **options).transforms[0]
         else:
             make, timms = (lambda c: create_transform(**c, normalize=False)), create_transform(**config)

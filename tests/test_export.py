@@ -283,7 +283,7 @@ def test_grey_photographs():
     (['{m}', '--depth', 'every', '--format', 'onnx'], "must be a depth such as 26, or 'all', got 'every'"),
     (['{m}', '--depth', '14', '--format', 'tflite'], "invalid choice: 'tflite'"),
     (['{m}', '--depth', '14', '--format', 'onnx', '--tolerance', '-1'], 'must be a number of at least 0'),
-    (['{m}', '--depth', '14', '--format', 'onnx', '--data', '{t}/empty'], 'has neither'),
+    (['{m}', '--depth', '14', '--format', 'onnx', '--data', '{t}/empty'], 'holds no data set'),
     (['{m}', '--depth', '14', '--format', 'onnx', '--data', '{t}/damaged'], 'cannot be read'),
     (['{m}', '--depth', '14', '--format', 'onnx', '--output', '{m}/config.json'], 'must be a folder'),
     (['{t}/none', '--depth', '14', '--format', 'onnx'], "must be a folder of a model, 'hf-hub:OWNER/NAME' or a name"),

@@ -11,7 +11,8 @@ from helpers.image_files import CLASS_NAMES, DIGITS, digit, png, write_images, w
 from helpers.training import FAST, MODEL, error_lines, read, run
 from timm.data import create_dataset
 
-from timm_ddnn.data.datasets import fingerprint, load_image_data, match_classes
+from timm_ddnn.data.content import fingerprint
+from timm_ddnn.data.datasets import load_image_data, match_classes
 from timm_ddnn.utils.errors import InputError
 
 pytestmark = pytest.mark.usefixtures('surroundings')
@@ -102,10 +103,13 @@ def test_nothing_vanishes(folder, tmp_path):
 def test_what_systems_leave_behind_is_passed_over(folder):
     """Catches a refusal of folders that a file manager or a notebook has been in."""
     before = fingerprint(load_image_data(str(folder)))
-    for name in ('.ipynb_checkpoints/3-checkpoint.png', '@eaDir/x', '3/.ipynb_checkpoints/x.png', '3/@eaDir/x.png'):
+    for name in (
+        '.ipynb_checkpoints/3-checkpoint.png', '@eaDir/x', '3/.ipynb_checkpoints/x.png', '3/@eaDir/x.png',
+        'System Volume Information/x', '.Trash-1000/x.png',
+    ):
         (folder / 'train' / name).parent.mkdir(exist_ok=True)
         (folder / 'train' / name).write_bytes(png(0))
-    for name in ('.DS_Store', 'train/.DS_Store', 'train/Thumbs.db', 'train/3/desktop.ini', 'train/3/._0.png'):
+    for name in ('.DS_Store', 'train/.DS_Store', 'train/Thumbs.db', 'train/3/Desktop.ini', 'train/3/._0.png'):
         (folder / name).write_bytes(b'nothing')
     assert fingerprint(load_image_data(str(folder))) == before
 
@@ -130,21 +134,30 @@ def spoil(folder, case):
         (train / 'gone').symlink_to('nowhere')
     elif case == 'not UTF-8':
         (train / '3' / os.fsdecode(b'caf\xe9.png')).write_bytes(png(0))
+    elif case == 'data set not UTF-8':
+        folder.rename(folder.with_name(os.fsdecode(b'caf\xe9')))
+        folder.symlink_to(os.fsdecode(b'caf\xe9'))
+        return folder.resolve()
+    elif case == 'folder and file':
+        write_parquet(folder / 'train.parquet', range(10))
+    return folder
 
 
 @pytest.mark.parametrize('case, message', [
-    ('image in the split', r'images must lie in SPLIT/CLASS/, got .*train/x\.png'),
+    ('image in the split', r'images must lie in SPLIT/CLASS/ or CLASS/, got .*train/x\.png'),
     ('zip', r"1 files in .*train/3 are not images that can be read here, the first is 'more\.zip'"),
-    ('folder in a class', r'images must lie in SPLIT/CLASS/, got .*train/3/sub/x\.png'),
+    ('folder in a class', r'images must lie in SPLIT/CLASS/ or CLASS/, got .*train/3/sub/x\.png'),
     ('link to nothing', r"1 files in .*train/3 are not images .*, the first is 'x\.png'"),
     ('links to nothing', r"2 files in .*train/3 are not images .*, the first is 'a\.heic'"),
     ('class without images', "1 folders of classes have no image in any split, the first is 'empty'"),
-    ('link of a class to nothing', 'images must lie in SPLIT/CLASS/, got .*train/gone'),
+    ('link of a class to nothing', 'images must lie in SPLIT/CLASS/ or CLASS/, got .*train/gone'),
     ('not UTF-8', r"file names must be UTF-8, got b'.*train/3/caf\\xe9\.png'"),
+    ('data set not UTF-8', r"file names must be UTF-8, got b'.*/caf\\xe9'"),
+    ('folder and file', "split 'train' in .* must be parquet files or a folder, got both"),
 ])
 def test_what_cannot_be_read_is_named(case, message, folder, capfd):
     """Catches images and classes that disappear, and classes that appear, with status 0."""
-    spoil(folder, case)
+    folder = spoil(folder, case)
     with pytest.raises(InputError, match=message):
         load_image_data(str(folder))
     with pytest.raises(SystemExit) as exit_info:
@@ -166,7 +179,7 @@ CHANGES = {
     'changed': lambda train: (train / '3' / '3.png').write_bytes(png(13)),
     'moved': lambda train: move(train / '3' / '3.png', train / '4' / '3.png'),
     'renamed': lambda train: move(train / '3' / '3.png', train / '3' / 'other.png'),
-    'class renamed': lambda train: (train / '3').rename(train / 'three'),
+    'class renamed': lambda train: [(split / '3').rename(split / 'three') for split in train.parent.iterdir()],
     'validation': lambda train: (train.parent / 'val' / '3' / 'new.png').write_bytes(png(3)),
 }
 
@@ -206,11 +219,9 @@ def test_a_position_beyond_the_data(saved, capfd):
     """Catches a run that resumes in an epoch that is over."""
     place, options = saved
     shutil.copytree(place / 'set', 'few')
-    for file in sorted(Path('few/train').rglob('*.png'))[:24]:
-        file.unlink()
     for folder in Path('few/train').iterdir():
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        for file in sorted(folder.iterdir())[2:]:
+            file.unlink()
     shutil.copytree(place / 'run', 'run')
     with pytest.raises(SystemExit) as exit_info:
         run(*options, '--dataset', 'few', '--output', 'run', '--resume', 'auto')
@@ -236,6 +247,18 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
         write_parquet(tmp_path / f'b{len(others)}' / 'test.parquet', range(20), target=kwargs.get('target'))
         others.append(fingerprint(load_image_data(str(tmp_path / f'b{len(others)}')))['sha256'])
     assert len(set(others)) == 4
+
+
+def test_files_that_changed_are_converted_again(tmp_path):
+    """Catches images of an older file that are taken from the cache of `datasets`, and names taken for patterns."""
+    sums = set()
+    for start in (0, 20):
+        for split in ('train', 'test'):
+            path = tmp_path / 'set [1] *' / f'{split}.parquet'
+            write_parquet(path, range(start, start + 20))
+            os.utime(path, (0, 0))
+        sums.add(fingerprint(load_image_data(str(tmp_path / 'set [1] *')))['sha256'])
+    assert len(sums) == 2
 
 
 def test_a_run_resumes_on_a_copy_of_the_data(saved):

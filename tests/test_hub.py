@@ -1,6 +1,7 @@
 """Publishing on the Hub and loading from it: by the real client, against a server on 127.0.0.1."""
 import math
 import multiprocessing
+import re
 import subprocess
 import sys
 import textwrap
@@ -111,6 +112,21 @@ def test_what_is_published_loads_with_equal_logits_at_every_depth(hub, client, s
         assert model.trained_depths == model.depths == (20, 14, 8)
         assert [row['top1'] for row in saved_results(model)] == [70.0, 71.0, 72.0]
         assert not torch.equal(outputs(model)[20], outputs(model)[8])
+        assert model.base_models == [NET]
+
+
+def test_what_people_wrote_on_the_card_stays(hub, client, saved):
+    """Catches a publication that overwrites answers by questions, or commits the same again because of them."""
+    timm_ddnn.push_to_hub(saved[0], NET)
+    card = hub.repos[NET].contents()['README.md'].decode()
+    written = re.sub('(?s)## Limits.*?## Training', '## Limits\n\nNever at night: é.\n\n## Training', card)
+    hub.publish(NET, {**hub.repos[NET].contents(), 'README.md': written.encode()})
+    timm_ddnn.push_to_hub(saved[0], NET)
+    assert not commits(hub)[1:] and hub.repos[NET].contents()['README.md'].decode() == written
+    publication = timm_ddnn.push_to_hub(saved[1], NET)
+    kept = hub.repos[NET].contents()['README.md']
+    assert '\n\nNever at night: é.\n\n## Training' in kept.decode() and kept.decode() != written
+    assert publication.files['README.md'] == len(kept)
 
 
 def test_one_read_of_the_configuration_makes_a_model(published, monkeypatch):

@@ -85,7 +85,7 @@ def test_surest_mistakes_come_first(figures, tmp_path):
     pictures = [Image.new('RGB', (4, 300), (3 * int(value), 0, 0)) for value in values]
     features = datasets.Features(image=datasets.Image(), label=datasets.Value('int64'))
     split = datasets.Dataset.from_dict({'image': pictures, 'label': [0] * 60}, features)
-    data = ImageData(None, split, 'image', 'label', ['a', 'b', '$c', 'd' * 99])
+    data = ImageData(None, split, 'image', 'label', ['a', 'b', '$c', 'd' * 99], 'val')
     found = mistakes.find_mistakes(predictions, data, rows)
     wrong = [n for n in range(60) if predictions.classes[0, n] != predictions.target[n]]
     wrong = sorted(wrong, key=lambda n: -predictions.confidences[0, n])[:24]
@@ -108,7 +108,7 @@ def test_a_model_without_mistakes(figures, tmp_path):
     target = torch.tensor([0, 1])
     predictions = Predictions((20,), target, target[None], torch.ones(1, 2), target[None] == target)
     data = ImageData(None, datasets.Dataset.from_dict(
-        {'image': [None, None]}, datasets.Features(image=datasets.Image())), 'image', 'label', ['a', 'b'])
+        {'image': [None, None]}, datasets.Features(image=datasets.Image())), 'image', 'label', ['a', 'b'], 'val')
     assert mistakes.find_mistakes(predictions, data, torch.arange(2)) == []
     mistakes.plot_mistakes(tmp_path / 'a.png', [], data, 'title')
     mistakes.plot_confusions(tmp_path / 'b.png', mistakes.count_confusions(predictions), ['a', 'b'], 'title')

@@ -68,6 +68,9 @@ def change(folder, **changes):
     (dict(pretrained_cfg__crop_pct=0.5, pretrained_cfg__input_size=[3, 4000, 4000]),
      'crop_pct in .* must be large enough to cut 4000 x 4000 from at most 4096 pixels, got 0.5'),
     (dict(pretrained_cfg__test_crop_pct=2.1), 'test_crop_pct in .* must be a number from 0.1 to 2, got 2.1'),
+    (dict(pretrained_cfg__interpolation='x'), "interpolation in .* must be one of .*'bicubic', .* got 'x'"),
+    (dict(pretrained_cfg__crop_mode='x'), "crop_mode in .* must be one of .*'center', .* got 'x'"),
+    (dict(model_args__num_classes=7), 'model_args.num_classes in .* must be 10 as elsewhere, got 7'),
     (dict(pretrained_cfg__license=5), 'license in .* must be text of at most 10000 characters, got 5'),
     (dict(pretrained_cfg__hf_hub_id='me/other'), "hf_hub_id in .* must be None, got 'me/other'"),
     (dict(pretrained_cfg__crop_pct='x'), "crop_pct in .* must be a number from 0.1 to 2, got 'x'"),
@@ -84,8 +87,8 @@ def change(folder, **changes):
     (dict(pretrained_cfg__input_size=[4000, 4000, 4000], model_args__in_chans=4000,
           pretrained_cfg__mean=[0], pretrained_cfg__std=[1]), 'input_size in .* of at most 67108864 values'),
     (dict(pretrained_cfg__test_input_size=[3, 0, 32]), r'test_input_size\[1\] in .* must be an integer from 1'),
-    (dict(pretrained_cfg__mean=[0, 0, math.inf]), r'mean\[2\] in .* must be a number, got inf'),
-    (dict(pretrained_cfg__mean=[0, math.nan, 0]), r'mean\[1\] in .* must be a number, got nan'),
+    (dict(pretrained_cfg__mean=[0, 0, math.inf]), r'mean\[2\] in .* must be a number, got .Infinity'),
+    (dict(pretrained_cfg__mean=[0, math.nan, 0]), r'mean\[1\] in .* must be a number, got .NaN'),
     (dict(pretrained_cfg__mean=['a', 'b', 'c']), r"mean\[0\] in .* must be a number, got 'a'"),
     (dict(num_classes=-1), 'num_classes in .* must be an integer from 0 to 1000000, got -1'),
     (dict(num_classes=1_000_001), 'num_classes in .* got 1000001'),
@@ -182,6 +185,8 @@ def cast(name, dtype):
     (put('fc.bias', -math.inf), r'fc\.bias of .* finite values'),
     (put('subnets.14.layer2.0.bn1.running_mean', math.nan), r'subnets\.14\.layer2\.0\.bn1\.running_mean of .* finite'),
     (put('bn1.running_var', -0.5), r'bn1\.running_var of .* must be variances of at least 0, got -0\.5'),
+    (lambda tensors: tensors.update({'bn1.bias': torch.full((4,), 1e300, dtype=torch.float64)}), 'bn1.bias .* finite'),
+    (lambda tensors: tensors.update({'subnets.trained': torch.full((3,), math.nan)}), r'subnets\.trained of .* finite'),
     (cast('conv1.weight', torch.int32), r'conv1\.weight of .* must be of type torch\.float64, .* got torch\.int32'),
     (cast('fc.weight', torch.bool), r'fc\.weight of .* got torch\.bool'),
     (cast('fc.weight', torch.float8_e4m3fn), r'fc\.weight of .* got torch\.float8_e4m3fn'),
@@ -208,6 +213,19 @@ def test_weights_that_cannot_be_right_are_refused(folder, change_tensors, messag
     assert len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize('change_tensors', [
+    put('bn1.bias', math.nan), put('bn1.running_var', -0.5), cast('conv1.weight', torch.int32),
+])
+def test_values_are_checked_wherever_they_are_loaded(folder, change_tensors):
+    """Catches weights that timm or torch puts into a model by itself."""
+    rewrite(folder, change_tensors)
+    file = folder / 'model.safetensors'
+    with pytest.raises(InputError, match='of the state dict must'):
+        timm.create_model('ddnn_resnet20', channels=(4, 8, 16), checkpoint_path=str(file))
+    with pytest.raises(InputError, match='of the state dict must'):
+        timm.create_model('ddnn_resnet20', channels=(4, 8, 16)).load_state_dict(load_file(file))
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_precisions_load(folder, dtype):
     """Catches a check of types that refuses what can be loaded."""
@@ -230,7 +248,7 @@ def test_weights_of_a_url_are_checked_too(folder, monkeypatch):
     rewrite(folder, put('bn1.bias', math.nan))
     monkeypatch.setattr('timm.models._builder.load_state_dict_from_url', lambda *args, **kwargs: load_file(
         folder / 'model.safetensors'))
-    with pytest.raises(InputError, match=r'bn1\.bias of http://host/net\.pth must have finite values'):
+    with pytest.raises(InputError, match=r'bn1\.bias of the state dict must have finite values'):
         timm.create_model('ddnn_resnet20', pretrained=True, channels=(4, 8, 16),
                           pretrained_cfg_overlay=dict(url='http://host/net.pth', hf_hub_id=None))
 

@@ -379,31 +379,36 @@ def test_wrong_input_is_one_line_and_leaves_nothing(args, message, monkeypatch, 
 # Picture
 
 def points(path, profile, monkeypatch):
-    """Draw a profile; -> for each panel its scale and its curves as lists of points."""
+    """Draw a profile; -> for each panel its points by label, as (latency, depth), and the names of the depths."""
     figures = []
     save = plots.save_figure
     monkeypatch.setattr(plots, 'save_figure', lambda figure, path: (figures.append(figure), save(figure, path)))
     plot_profile(path, profile)
     with Image.open(path) as picture:
         picture.load()
-    return [
-        [[tuple(map(float, p)) for p in bars.lines[0].get_xydata()] for bars in axes.containers]
+    depths = [row['depth'] for row in profile['depths']]
+    panels = [
+        {bars.get_label(): [(x, depths[-round(y)]) for x, y in bars.lines[0].get_xydata()] for bars in axes.containers}
         for axes in figures[0].axes
     ]
+    heights = {y for bars in figures[0].axes[0].containers for _, y in bars.lines[0].get_xydata()}
+    assert len(heights) == sum(map(len, panels[0].values()))  # none lies on another
+    return panels, [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
 
 
-def test_picture_has_accuracy_over_latency(known_memory, tiny, tmp_path, monkeypatch):
-    """Catches swapped axes, a panel of another batch size, a curve that mixes settings, and a missing accuracy."""
+def test_picture_has_the_latency_of_every_depth(known_memory, tiny, tmp_path, monkeypatch):
+    """Catches points of another batch size, depth or runtime, points on each other, and a missing accuracy."""
     accuracies = {20: 92.0, 14: 92.0, 8: 88.0}
     profile = profile_model(tiny, batch_sizes=(1, 4), threads=(1,), rounds=2, accuracies=accuracies)
-    panels = points(tmp_path / 'a.png', profile, monkeypatch)
+    profile['measurements'] += [dict(m, threads=2) for m in profile['measurements']]
+    panels, names = points(tmp_path / 'a.png', profile, monkeypatch)
+    assert names == ['20\n92.00 %', '14\n92.00 %', '8\n88.00 %']
     for panel, batch_size in zip(panels, (1, 4), strict=True):
-        expected = [
-            (m['median_ms'], accuracies[m['depth']]) for m in profile['measurements'] if m['batch_size'] == batch_size]
-        assert panel == [expected]
-    assert plots._group_near(accuracies) == {88.0: [8], 92.0: [20, 14]}
+        assert panel == {
+            f'eager, {label}': [
+                (m['median_ms'], m['depth']) for m in profile['measurements']
+                if (m['batch_size'], m['threads']) == (batch_size, threads)]
+            for threads, label in ((1, '1 thread'), (2, '2 threads'))}
     for row in profile['depths']:
         del row['top1']
-    profile['measurements'] = profile['measurements'][:3]
-    panels = points(tmp_path / 'b.png', profile, monkeypatch)
-    assert panels == [[[(m['depth'], m['median_ms']) for m in profile['measurements']]]]
+    assert points(tmp_path / 'b.png', profile, monkeypatch)[1] == ['20', '14', '8']

@@ -13,9 +13,11 @@ import pytest
 import yaml
 from helpers.hub_server import ROOT
 from helpers.small_models import make_model, save
+from huggingface_hub import ModelCard
 from PIL import Image
 
 import timm_ddnn
+from timm_ddnn.hub.model_card import keep_written
 from timm_ddnn.utils.files import file_sha256, write_json
 from timm_ddnn_cli.main import main
 
@@ -30,9 +32,27 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / 'net')
 
 
+def come_from(folder, *names):
+    """Make a folder say which models its weights come from."""
+    config = json.loads((folder / 'config.json').read_bytes())
+    write_json(folder / 'config.json', config | {'base_model': names})
+
+
+def run_snippet(target, repo_id='me/net'):
+    """Run the snippet of a card as a user does who has photo.jpg; returns its names."""
+    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save('photo.jpg')
+    code = re.search(r'```python\n(.*?)```', (target / 'README.md').read_text(encoding='utf-8'), re.DOTALL)[1]
+    assert f"'hf-hub:{repo_id}'" in code
+    names = {}
+    exec(code.replace(f'hf-hub:{repo_id}', f'local-dir:{target}'), names)
+    return names
+
+
 def summary_of(**changes):
     return {
-        'arguments': {'dataset': 'uoft-cs/cifar10', 'epochs': 3, 'alpha': 0.3, 'seed': 7}, 'validation_images': 1000,
+        'arguments': {'dataset': 'uoft-cs/cifar10', 'epochs': 3, 'alpha': 0.3, 'seed': 7, 'model': '/home/me/first',
+                      'pretrained': True, 'teacher': 'hf-hub:me/teacher'},
+        'augmentation': {'crop_mode': 'pad', 'mixup': 0.2}, 'weights': 'of epoch 2 of 3', 'validation_images': 1000,
         'training_images': 5000, 'hardware': {'cpu': 'a CPU', 'cpu_cores': 2, 'gpus': ['a GPU'] * 8},
         'versions': {'torch': '2'}, 'device': 'cuda:0', 'processes': 1, 'mixed_precision': 'bf16',
         'data_on_hub': True, 'validation_split': 'test', **changes,
@@ -43,8 +63,9 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     """Catches metadata that is missing, a table without a depth, a plot that is not the run's, files not shown."""
     monkeypatch.chdir(tmp_path)
     write_json(folder / 'summary.json', summary_of())
+    come_from(folder, 'timm/some.a1_in1k', 'ddnn_resnet56.ekd_cifar10')
     Image.new('RGB', (4, 4)).save(folder / 'accuracy.png')
-    main(['push', str(folder), 'me/net', '--dry-run'])
+    main(['push', str(folder), 'me/net', '--license', 'mit', '--dry-run'])
     shown = capsys.readouterr().out
     target = tmp_path / 'output' / 'hub' / 'me--net'
     assert str(target.relative_to(tmp_path)) in shown
@@ -52,11 +73,14 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     for path in target.iterdir():
         assert re.search(rf'{re.escape(path.name)} +{path.stat().st_size:,}\n', shown)
 
-    _, metadata, card = (target / 'README.md').read_text(encoding='utf-8').split('---\n', 2)
+    text = (target / 'README.md').read_text(encoding='utf-8')
+    known = ModelCard(text).data
+    assert (known.license, known.base_model, known.library_name) == ('mit', ['timm/some.a1_in1k'], 'timm')
+    assert [result.metric_value for result in known.eval_results if 'top-1' in result.metric_name] == [70, 71, 72]
+    _, metadata, card = text.split('---\n', 2)
     metadata = yaml.safe_load(metadata)
     assert metadata['library_name'] == 'timm'
     assert metadata['datasets'] == ['uoft-cs/cifar10']
-    assert metadata['license'] == 'apache-2.0'
     results = metadata['model-index'][0]['results']
     assert [result['metrics'][0]['value'] for result in results] == [70.0, 71.0, 72.0]
     assert {result['dataset']['split'] for result in results} == {'test'}
@@ -65,7 +89,11 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
     for line in (
         '- data: uoft-cs/cifar10, 5,000 images to train', '- accuracy: on 1,000 images, split test',
         '- recipe: epochs 3, alpha 0.3', '- seed: 7', '- hardware: 1 x a GPU', '](accuracy.png)', 'import timm_ddnn',
-        'model(image, depth=8)', file_sha256(target / 'model.safetensors'), 'apache-2.0', 'arXiv:2103.00793',
+        'model(image, depth=8)', file_sha256(target / 'model.safetensors'), 'arXiv:2103.00793',
+        '- image size: 32 x 32 px, RGB', '- classes: 10: `class 0`, `class 1`,', '- starting weights: first\n',
+        '- base model: [timm/some.a1_in1k](https://huggingface.co/timm/some.a1_in1k), `ddnn_resnet56.ekd_cifar10`',
+        '- teacher: hf-hub:me/teacher', '- augmentation: crop mode pad, mixup 0.2', '- weights: of epoch 2 of 3',
+        '## License\n\nmit. Mind the license of the base model', '[More Information Needed]: who should use',
     ):
         assert line in card
     assert '$' not in card
@@ -80,11 +108,14 @@ def test_dry_run_writes_a_card_that_the_hub_understands(folder, tmp_path, monkey
 
 @pytest.mark.parametrize(('summary', 'expected', 'absent'), [
     (summary_of(arguments={'dataset': 'data/food'}, data_on_hub=False, device='cpu'),
-     ['- data: food, 5,000', '- hardware: 2 cores of a CPU', '- seed: not recorded'], ['data/food', 'datasets:']),
+     ['- data: food, 5,000', '- hardware: 2 cores of a CPU', '- seed: not recorded', '- starting weights: random',
+      '- base model: none', '- teacher: its own deepest net', 'No license was given: without one nobody'],
+     ['data/food', 'datasets:', 'license:', 'base_model:']),
     (summary_of(arguments={'dataset': 'данные'}, data_on_hub=False), ['- data: данные, 5,000'], []),
     ({}, ['- data: not recorded, - images to train', '- recipe: not recorded', '- hardware: not recorded'],
      ['model-index', 'datasets:']),
-    (None, ['- data: not recorded'], ['model-index']),
+    (None, ['- data: not recorded', '- starting weights: not recorded', '- augmentation: not recorded'],
+     ['model-index', 'pip install timm-ddnn']),
 ])
 def test_a_card_claims_no_more_than_the_run_did(folder, tmp_path, monkeypatch, summary, expected, absent):
     """Catches a link to a stranger's data set that is called as the user's folder, and what was never recorded."""
@@ -133,11 +164,30 @@ def test_a_model_of_grey_images_is_published(tmp_path, monkeypatch):
     assert not model.layer1.training and model.layer2.training and model.training
     config = json.loads((tmp_path / 'output/hub/me--grey/config.json').read_text())
     assert config['pretrained_cfg']['input_size'] == [1, 32, 32]
-    Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save('photo.jpg')
-    code = re.search(r'```python\n(.*?)```', (tmp_path / 'output/hub/me--grey/README.md').read_text(), re.DOTALL)[1]
-    names = {}
-    exec(code.replace('hf-hub:me/grey', 'local-dir:output/hub/me--grey'), names)
-    assert names['probabilities'].shape == (1, 10)
+    names = run_snippet(tmp_path / 'output/hub/me--grey', 'me/grey')
+    assert names['image'].shape == (1, 1, 32, 32) and names['label'].startswith('class ')  # without names
+
+
+@pytest.mark.parametrize(('options', 'source'), [
+    ({}, 'me/net'), ({'depth': 8}, 'me/net'), ({'revision': 'half'}, 'me/net@half')])
+def test_the_snippet_of_a_card_prints_a_label(folder, tmp_path, monkeypatch, capsys, options, source):
+    """Catches a snippet that does not run, prints numbers, or loads another branch than the one it lies on."""
+    monkeypatch.chdir(tmp_path)
+    config = json.loads((folder / 'config.json').read_bytes())
+    write_json(folder / 'config.json', config | {'label_names': [f'Katze {i}' for i in range(10)]})
+    timm_ddnn.push_to_hub(folder, 'me/net', dry_run=True, **options)
+    names = run_snippet(tmp_path / 'output/hub/me--net', source)
+    assert re.fullmatch(r'Katze \d: \d+\.\d%\n', capsys.readouterr().out)
+    assert names['probabilities'].sum() == pytest.approx(1)
+    assert ('plain' in names) == ('depth' not in options)
+
+
+def test_what_people_wrote_on_a_card_stays():
+    """Catches a new publication that puts its questions in the place of the answers."""
+    card = '# New\n\n## Intended use\n\n?\n\n## Limits\n\n?\n\n## Training\n\nnew\n'
+    published = '# Old\n\n## Limits\n\nNot at \\g<0> night.\n\n## Training\n\nold\n'
+    assert keep_written(card, published) == card.replace('Limits\n\n?', 'Limits\n\nNot at \\g<0> night.')
+    assert keep_written(card, '') == card
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
@@ -146,6 +196,7 @@ def test_a_model_of_grey_images_is_published(tmp_path, monkeypatch):
     (['{folder}', 'me/a b'], "repo_id must be 'owner/name', got 'me/a b'"),
     (['{folder}', 'me/a/b'], "repo_id must be 'owner/name', got 'me/a/b'"),
     (['{folder}', 'me/net', '--depth', '9'], 'depth must be of (20, 14, 8)'),
+    (['{folder}', 'me/net', '--license', 'My Own'], "license must be the Hub's identifier, such as 'apache-2.0'"),
 ])
 def test_wrong_arguments_of_push_are_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):
     """Catches tracebacks, and files that are left behind."""

@@ -16,8 +16,9 @@ from rich.console import Console
 from torch import nn
 
 from timm_ddnn.evaluation import plots
+from timm_ddnn.evaluation.metrics import wilson_interval
 from timm_ddnn.hub import save
-from timm_ddnn.train import recipe
+from timm_ddnn.train import output
 from timm_ddnn.utils import costs, environment, files
 from timm_ddnn_cli import tables
 
@@ -107,6 +108,9 @@ def test_json_is_whole_or_absent(tmp_path):
         files.write_json(tmp_path / 'a.json', {'x': float('nan')})
     assert json.loads((tmp_path / 'a.json').read_text()) == {'x': 1}
     assert [p.name for p in tmp_path.iterdir()] == ['a.json']
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(tmp_path / 'a.json', '\ud800')
+    assert json.loads((tmp_path / 'a.json').read_text()) == {'x': 1}
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path):
@@ -130,7 +134,7 @@ def test_text_is_utf8_whatever_the_locale(tmp_path):
 
 def test_run_is_described():
     """Catches a summary that cannot be written, or that lacks what a number in a table must carry."""
-    run = json.loads(json.dumps(recipe.describe_run(Accelerator(cpu=True), {'output': Path('x'), 'seed': 3})))
+    run = json.loads(json.dumps(output.describe_run(Accelerator(cpu=True), {'output': Path('x'), 'seed': 3})))
     assert run['arguments'] == {'output': 'x', 'seed': 3}
     assert run['versions'].keys() >= {'timm_ddnn', 'python', 'torch', 'timm', 'accelerate', 'datasets'}
     assert (run['versions']['torch'], run['versions']['timm']) == (torch.__version__, timm.__version__)
@@ -177,19 +181,38 @@ BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 
 
 def test_accuracy_picture(tmp_path):
-    """Catches an empty picture, and one depth alone as an error."""
-    plots.plot_accuracy(tmp_path / 'a.png', ROWS, 'title')
-    plots.plot_accuracy(tmp_path / 'b.png', ROWS[:1], 'title')
+    """Catches an empty picture, and one depth alone, or a title with dollar signs, as an error."""
+    rows = [row | {'top1_interval': (row['top1'] - 1, row['top1'] + 1)} for row in ROWS]
+    plots.plot_accuracy(tmp_path / 'a.png', rows, 'a $x^{ $ b')
+    plots.plot_accuracy(tmp_path / 'b.png', rows[:1], 'title')
     assert BLUE in colours(tmp_path / 'a.png')
     assert BLUE in colours(tmp_path / 'b.png')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'b.png']
 
 
+@pytest.mark.parametrize('tops', [(99.1, 99.4), (40.0, 95.0)])
+def test_axes_show_no_difference_larger_than_its_error(tmp_path, monkeypatch, tops):
+    """Catches a plot in which 99.1 and 99.4 % of 360 images are as far apart as the axis is long."""
+    figures = []
+    monkeypatch.setattr(plots, 'save_figure', lambda figure, path: figures.append(figure))
+    rows = [
+        row | {'top1': top1, 'top1_interval': wilson_interval(round(3.6 * top1), 360)}
+        for row, top1 in zip(ROWS, tops, strict=True)]
+    plots.plot_accuracy(tmp_path, rows, 'title')
+    history = [{'epoch': 0, 'train_ce_20': 1.0, 'top1_20': tops[0], 'top1_8': tops[1]}]
+    plots.plot_curves(tmp_path, history, rows, 'title')
+    for axes in (figures[0].axes[0], figures[1].axes[1]):
+        low, high = axes.get_ylim()
+        assert high - low >= 3 * max(top - bottom for bottom, top in (row['top1_interval'] for row in rows))
+        assert low < min(tops) and high > max(tops)
+
+
 @pytest.mark.parametrize(('ema', 'epochs'), [(False, 1), (True, 3)])
 def test_curves_picture(tmp_path, ema, epochs):
-    """Catches a depth that is not drawn, and terms that are absent (alpha or beta of 0) as an error."""
+    """Catches a depth that is not drawn, and terms that are absent (alpha or beta of 0) or dollar signs as an error."""
     record = {'train_ce_20': 0.5, 'train_ce_8': 0.7, 'train_kl_8': 0.1, 'top1_20': 90.0, 'top1_8': 80.0}
     if ema:
         record |= {'ema_top1_20': 91.0, 'ema_top1_8': 82.0}
-    plots.plot_curves(tmp_path / 'a.png', [{'epoch': e, **record} for e in range(epochs)], (20, 8), 'title')
+    rows = [{'depth': depth, 'top1_interval': (89, 91)} for depth in (20, 8)]
+    plots.plot_curves(tmp_path / 'a.png', [{'epoch': e, **record} for e in range(epochs)], rows, 'a $x^{ $ b')
     assert {BLUE, ORANGE} <= colours(tmp_path / 'a.png')

@@ -12,6 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -30,11 +31,12 @@ from helpers.training import (
     read,
     run,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from timm_ddnn import EKDLoss
 from timm_ddnn.train.checkpoint import CheckpointError, Checkpoints
-from timm_ddnn.train.signals import EXIT_STOPPED
+from timm_ddnn.train.output import copy_best
+from timm_ddnn.train.signals import EXIT_STOPPED, stop_signals
 from timm_ddnn.train.state import TrainState
 from timm_ddnn.utils.files import file_sha256
 
@@ -48,11 +50,19 @@ FULL = [  # of 44 updates
 ]
 
 
+def checkpoints_in(folder):
+    """Checkpoints of a run that has nothing but a small model."""
+    model = torch.nn.Linear(2, 2)
+    return Checkpoints(
+        Accelerator(cpu=True), folder, model,
+        lambda folder, state: save_file(model.state_dict(), folder / 'model.safetensors'))
+
+
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """Plots take longer than most of these runs; other tests look at them."""
     for name in ('plot_accuracy', 'plot_curves'):
-        monkeypatch.setattr(f'timm_ddnn.train.recipe.{name}', lambda *args: None)
+        monkeypatch.setattr(f'timm_ddnn.train.output.{name}', lambda *args: None)
 
 
 def fail_on(capfd, message):
@@ -77,6 +87,11 @@ def copy_of(uninterrupted):
         for path in Path(uninterrupted).glob('checkpoints/step-*'):
             if int(path.name[-8:]) <= updates:
                 shutil.copytree(path, Path('out/checkpoints') / path.name)
+        if updates >= 22:  # a checkpoint at the end of an epoch is the model of that epoch
+            best = uninterrupted / ('best' if updates == 44 else 'checkpoints/step-00000022')
+            for name in ('config.json', 'model.safetensors'):
+                Path('out/best').mkdir(exist_ok=True)
+                shutil.copy(best / name, 'out/best')
     return copy
 
 
@@ -131,34 +146,65 @@ def test_killed_runs_end_with_the_same_weights(kills, uninterrupted, tmp_path):
 def test_resuming_at_any_place(updates, copy_of, uninterrupted):
     """Catches a state that matters only inside an epoch, at its end, in a later one, or after the last."""
     copy_of(updates)
-    for name in ('metrics.jsonl', 'model.safetensors'):  # of a later step, as after a kill
+    for name in ('metrics.jsonl', 'model.safetensors', 'config.json'):  # of a later step, as after a kill
         shutil.copy(uninterrupted / name, 'out')
     run(*FULL, '-j', 2, '--resume', f'out/checkpoints/step-{updates:08d}')  # the output follows from the path
     assert_same_run('out', uninterrupted)
-    assert read('out')['weights'] == 'averaged'
+    assert read('out')['weights'] == 'of epoch 2 of 2, averaged'
 
 
-def test_resuming_without_mixup_ema_and_accumulation():
-    """Catches a resume that rests on the averaged weights or on the seeding of mixup."""
+def test_resuming_without_mixup_ema_and_accumulation(monkeypatch):
+    """Catches a resume that rests on the averaged weights or on the seeding of mixup, and time that is lost."""
     run(*PLAIN, '--checkpoint-interval', 30, '--checkpoint-hist', 9, '--output', 'expected')
     shutil.copytree('expected/checkpoints/step-00000030', 'out/checkpoints/step-00000030')
+    monkeypatch.setattr(Checkpoints, 'read_state', lambda *args, original=Checkpoints.read_state: {
+        **original(*args), 'seconds': 1000.0})
     run(*PLAIN, '--resume', 'auto', '--output', 'out')
     assert_same_run('out', 'expected')
+    assert [record['seconds'] > 1000 for record in history('out')] == [True, False]
 
 
 # Which checkpoints there are
 
-def test_newest_and_best_are_kept(monkeypatch):
-    """Catches a best checkpoint that is pruned, and checkpoints that pile up."""
-    accuracies = iter([20.0, 40.0, 30.0, 10.0])
+@pytest.mark.parametrize('by, best', [([], 2), (['--best-by', 8], 3)])
+def test_newest_and_best_are_kept(by, best, monkeypatch):
+    """Catches best weights of another epoch or depth, a tie that the later one wins, and checkpoints that pile up."""
+    tops = {14: iter([20, 40, 30, 10]), 8: iter([20, 40, 45, 45])}
 
     def evaluate(*args):
-        accuracy = next(accuracies)
-        return {f'top{k}_{depth}': accuracy for k in (1, 5) for depth in (14, 8)}
+        metrics = {f'top1_{depth}': float(next(values)) for depth, values in tops.items()}
+        return metrics | {name.replace('1', '5', 1): 50.0 for name in metrics}
 
     monkeypatch.setattr('timm_ddnn.train.recipe.evaluate', evaluate)
-    run(*PLAIN, '--epochs', 4, '-b', 88, '--checkpoint-hist', 1, '--output', 'out')
-    assert checkpoints('out') == ['step-00000008', 'step-00000016']
+    run(*PLAIN, '--epochs', 4, '-b', 88, '--checkpoint-hist', 1, '--output', 'out', *by)
+    assert checkpoints('out') == ['step-00000016']
+    configs, summaries = (
+        [read(place, file) for place in ('out', 'out/best')] for file in ('config.json', 'summary.json'))
+    assert [summary['epoch'] for summary in summaries] == [config['epoch'] for config in configs] == [4, best]
+    assert [summary['best_epoch'] for summary in summaries] == [best, best]
+    assert [row['top1'] for row in configs[1]['depths']] == [[40, 40], [30, 45]][best - 2] == [
+        row['top1'] for row in summaries[1]['depths']]
+    assert summaries[0]['weights'] == 'of epoch 4 of 4'
+    assert summaries[1]['weights'] == f'of epoch {best} of 4, the best top-1 ' + (
+        'at depth 8' if by else 'as mean over depths')
+    assert not torch.equal(*(load_file(f'{f}/model.safetensors')['conv1.weight'] for f in ('out', 'out/best')))
+
+
+def test_every_model_of_a_run_loads(uninterrupted, capsys):
+    """Catches best weights and checkpoints that are kept and that nothing can load."""
+    averaged = load_file(uninterrupted / 'checkpoints/step-00000005/model.safetensors')
+    for place in ('best', 'checkpoints/step-00000005'):
+        model = timm.create_model(f'local-dir:{uninterrupted / place}', pretrained=True)
+        assert model.trained_depths == (14, 8)
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in model.state_dict().items())
+    first, best = uninterrupted / 'checkpoints/step-00000022', uninterrupted / 'best'
+    run('--evaluate', '--pretrained', '--model', first, '-j', 0, *few_digits(), '--output', 'evaluated')
+    record = history(uninterrupted)[0]
+    assert [row['top1'] for row in read('evaluated', 'evaluation.json')['depths']] == [
+        record['ema_top1_14'], record['ema_top1_8']]
+    run(*PLAIN, '--initial-checkpoint', first, '--teacher', best, '--epochs', 1, '--lr', 0, '--output', 'out')
+    given, found = (load_file(folder / 'model.safetensors')['conv1.weight'] for folder in (first, Path('out')))
+    assert torch.equal(given, found)
 
 
 def test_the_end_of_a_run_is_not_resumed_elsewhere(copy_of, capfd):
@@ -169,17 +215,24 @@ def test_the_end_of_a_run_is_not_resumed_elsewhere(copy_of, capfd):
     fail_on(capfd, r'step-00000044 is the end of a run, whose model is not in --output other')
 
 
+def test_the_best_model_comes_along(copy_of):
+    """Catches a run that resumes in another folder without, or with a later one than, the best model until then."""
+    copy_of(25)
+    for epoch in (0, 1):
+        copy_best(Path('out'), Path('other'), epoch)
+        assert Path('other/best/model.safetensors').exists() == (epoch == 1)
+
+
 def test_a_checkpoint_holds_no_foreign_objects(uninterrupted):
     """Catches weights that are not safetensors, and anything that PyTorch's restricted unpickling refuses."""
     folder = uninterrupted / 'checkpoints' / 'step-00000044'
     assert {path.name for path in folder.iterdir()} == {
-        'checksums.json', 'ema_0.safetensors', 'model.safetensors', 'optimizer.bin', 'random_states_0.pkl',
-        'state.json',
+        'averaged_0.safetensors', 'checksums.json', 'config.json', 'model.safetensors', 'optimizer.bin',
+        'random_states_0.pkl', 'state.json', 'training.safetensors',
     }
-    weights = load_file(folder / 'model.safetensors')
     model = timm.create_model('ddnn_resnet20', channels=(8, 16, 32), layers=(2, 2, 2), subnets=((1, 1, 1),))
-    assert weights.keys() == {f'trainable_module.{name}' for name in model.state_dict()}
-    assert load_file(folder / 'ema_0.safetensors').keys() == model.state_dict().keys()
+    for name in ('model.safetensors', 'training.safetensors'):
+        assert load_file(folder / name).keys() == model.state_dict().keys()
     assert torch.load(folder / 'optimizer.bin', weights_only=True)['state']
 
 
@@ -189,6 +242,7 @@ def test_state_of_a_checkpoint_is_readable(uninterrupted):
     assert (state['epoch'], state['step'], state['updates'], len(state['history'])) == (1, 6, 25, 1)
     assert state['sums']['loss'][0] / 6 == pytest.approx(history(uninterrupted)[0]['train_loss'], rel=0.3)
     assert 0 < state['seconds'] < 60
+    assert [state['arguments'][name] for name in ('processes', 'mixed_precision', 'device')] == [1, 'no', 'cpu']
 
 
 DAMAGES = {
@@ -213,11 +267,11 @@ def test_damage_is_found(damage, copy_of):
     newest, intact = (Path('out/checkpoints') / name for name in ('step-00000010', 'step-00000005'))
     apply, reason = DAMAGES[damage]
     apply(newest)
-    found = Checkpoints(None, Path('out/checkpoints')).newest()
+    found = checkpoints_in(Path('out/checkpoints')).newest()
     assert found[0] == intact and found[1].keys() == {newest} and reason in found[1][newest]
     apply(intact)
     with pytest.raises(CheckpointError, match=f'no checkpoint in out/checkpoints is intact: .*{reason}'):
-        Checkpoints(None, Path('out/checkpoints')).newest()
+        checkpoints_in(Path('out/checkpoints')).newest()
 
 
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(copy_of, uninterrupted, capsys):
@@ -229,6 +283,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(copy_of
     printed = capsys.readouterr().out
     assert 'step-00000040 is damaged, left aside as damaged-step-00000040: model.safetensors has the SHA-256' in printed
     assert 'resuming from out/checkpoints/step-00000035' in printed
+    assert Path('out/checkpoints/damaged-step-00000040/state.json').exists()
     assert_same_run('out', uninterrupted)
 
 
@@ -292,8 +347,7 @@ def test_what_is_the_users_stays(tmp_path):
     (folder / 'step-00000012').symlink_to(tmp_path / 'nowhere')
     (folder / 'step-00000014').write_text('a file')
     run(*options, '--checkpoint-hist', 1, '--resume', 'auto')
-    best = max(history('out'), key=lambda record: record['top1'])['updates']
-    assert set(checkpoints('out')) == {f'step-{best:08d}', 'step-00000016', 'step-00000008-good', 'step-saved'}
+    assert set(checkpoints('out')) == {'step-00000016', 'step-00000008-good', 'step-saved'}
     assert (tmp_path / 'moved' / 'state.json').exists()
 
 
@@ -312,18 +366,64 @@ def test_random_states_that_do_not_load_are_an_error(copy_of, capfd):
     fail_on(capfd, 'checkpoint out/checkpoints/step-00000005 does not fit this run: ')
 
 
+def test_random_states_are_those_of_the_checkpoint(tmp_path):
+    """Catches a task or an augmentation of the user's that draws other numbers after a resume."""
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    checkpoints = checkpoints_in(tmp_path)
+    checkpoints.save(TrainState({}, updates=3))
+    expected = draw()
+    checkpoints.load(tmp_path / 'step-00000003')
+    assert draw() == expected
+
+
 def test_a_folder_is_for_one_run_at_a_time(copy_of, uninterrupted, capfd):
-    """Catches two runs that overwrite each other, and a folder that a killed run leaves locked or littered."""
+    """Catches two runs that overwrite each other, and a folder that a killed run leaves locked."""
     copy_of(40)
-    Path('out/.model-left').mkdir()
     with FileLock('out/checkpoints/.lock'), pytest.raises(SystemExit) as exit_info:
         run(*FULL, '--output', 'out', '--resume', 'auto')
     assert exit_info.value.code == 2
     fail_on(capfd, '--output out must not be that of another run, which is writing to it')
-    assert Path('out/.model-left').exists()
     run(*FULL, '--output', 'out', '--resume', 'auto')
     assert_same_run('out', uninterrupted)
-    assert not list(Path('out').glob('.model-*'))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
+    """Catches a power cut that leaves empty files under the final name of a checkpoint, or an older one alone."""
+    events = []
+
+    def fsync(descriptor, original=os.fsync):
+        events.append(os.fstat(descriptor).st_ino)
+        original(descriptor)
+
+    def replace(source, target, original=os.replace):
+        events.append(Path(target))
+        original(source, target)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(os, 'replace', replace)
+    checkpoints_in(tmp_path).save(TrainState({}, updates=3))
+    folder = tmp_path / 'step-00000003'
+    named = events.index(folder)
+    assert set(events[:named]) == {path.stat().st_ino for path in (folder, *folder.iterdir())}
+    assert events[named + 1:] == [tmp_path.stat().st_ino]
+
+
+def test_a_kill_while_a_checkpoint_is_removed(monkeypatch, tmp_path):
+    """Catches half a checkpoint under the name of a whole one, and remains that pile up."""
+    def rmtree(path, **_):
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, keep=1)
+    checkpoints.save(TrainState({}, updates=3))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, 'rmtree', rmtree)
+        checkpoints.save(TrainState({}, updates=4))
+    assert checkpoints.paths() == [tmp_path / 'step-00000004']
+    checkpoints.save(TrainState({}, updates=5))
+    assert os.listdir(tmp_path) == ['step-00000005']
 
 
 @pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])
@@ -335,7 +435,7 @@ def test_file_systems_that_cannot_flush_a_folder(number, monkeypatch, tmp_path):
         original(descriptor)
 
     monkeypatch.setattr(os, 'fsync', fsync)
-    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path)
+    checkpoints = checkpoints_in(tmp_path)
     state = TrainState({}, updates=3)
     if number == errno.EIO:
         with pytest.raises(CheckpointError, match='cannot be written'):
@@ -385,13 +485,14 @@ def test_a_full_disk(last, message, written, copy_of, uninterrupted, fill_disk, 
 
 
 def test_a_full_disk_after_the_last_epoch(copy_of, uninterrupted, monkeypatch, capfd):
-    """Catches a traceback for a plot that cannot be written, and a run that then cannot be completed."""
+    """Catches a traceback for a plot that cannot be written, and a run that cannot be completed or looks complete."""
     def plot(*_):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     copy_of(40)
+    Path('out/summary.json').touch()  # of an earlier run
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
-        patch.setattr('timm_ddnn.train.recipe.plot_curves', plot)
+        patch.setattr('timm_ddnn.train.output.plot_curves', plot)
         run(*FULL, '--resume', 'auto', '--output', 'out')
     assert exit_info.value.code == 2
     fail_on(capfd, 'No space left on device')
@@ -421,7 +522,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, monkeypatch, capfd):
         run(*PLAIN, '-b', 32, '--checkpoint-interval', 4, '--output', 'out')
     assert exit_info.value.code == 2
     fail_on(capfd, r'loss is not finite in epoch 2, step 7: kl of depth 8$')
-    assert checkpoints('out') == ['step-00000011', 'step-00000012', 'step-00000016']
+    assert checkpoints('out') == ['step-00000012', 'step-00000016']
     assert all(t.isfinite().all() for t in load_file('out/checkpoints/step-00000016/model.safetensors').values())
 
 
@@ -440,6 +541,16 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, capfd):
 
 
 # Signals
+
+def test_a_second_ctrl_c_ends_the_program():
+    """Catches a run that hangs and cannot be ended, and signals that are still noted after it."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(KeyboardInterrupt), stop_signals() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.signal == 'SIGINT'
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(number, uninterrupted):

@@ -160,12 +160,13 @@ def test_setting_is_that_asked_for(profile):
         profile_rows(profile, batch_size=8, threads=1)
 
 
-def test_accuracies_take_the_place_of_those_in_the_profile(profile):
-    """Catches an evaluation without effect, or one that lacks a depth."""
+def test_accuracies_take_the_place_of_those_in_the_profile(profile, caplog):
+    """Catches an evaluation without effect, or one that lacks a depth, and a depth that is dropped unsaid."""
     accuracies = {50: 60.0, 26: 61.0, 14: 50.0}
     assert select_depth(profile, macs=1e10).depth == 50
     profile['depths'][0]['top1'] = None
     assert select_depth(profile, macs=1e10).depth == 26  # the best that is known
+    assert 'the accuracy of depths [50] is not known' in caplog.text
     assert select_depth(profile, macs=1e10, accuracies=accuracies).depth == 26
     with pytest.raises(ValueError, match=r'\[14\] are not in \[50, 26\]'):
         select_depth(profile, macs=1e10, accuracies={50: 1, 26: 1})
@@ -231,7 +232,7 @@ def test_accuracies_of_something_else_are_named(tmp_path, caplog):
     read_accuracies(path, 'ddnn_resnet101', (3, 64, 64), 'mine')
     assert not caplog.text
     read_accuracies(path, 'ddnn_resnet101', (3, 64, 64), 'yours')
-    assert 'accuracy for model mine, the costs are for yours' in caplog.text
+    assert "accuracy for model 'mine', the costs are for 'yours'" in caplog.text
     caplog.clear()
     read_accuracies(path, 'ddnn_resnet50', (3, 64, 64))
     assert 'ddnn_resnet101' in caplog.text and 'ddnn_resnet50' in caplog.text and '64' not in caplog.text
@@ -283,9 +284,17 @@ def test_damaged_profiles_are_one_line(profile, choose):
                 assert status == 0 or not out
                 refused += status == 2
     assert refused > 80
-    for content in ('[' * 10 ** 5, '1' * 10 ** 5, text[:-100], text.replace('"depth": 26', '"depth": 27', 1)):
+    few = json.dumps(profile | {'measurements': [row for row in profile['measurements'] if row['depth'] != 14]})
+    for content in ('[' * 10 ** 5, '1' * 10 ** 5, text[:-100], few, text.replace('"depth": 26', '"depth": 27', 1)):
         status, out, errors = choose('--latency-ms', '20', content=content)
         assert (status, out, len(errors)) == (2, '', 1)
+
+
+def test_a_number_that_nobody_reads_is_passed_on(profile, choose):
+    """Catches a traceback from writing as JSON what is no JSON."""
+    content = json.dumps(profile).replace('"depth"', '"other": NaN, "depth"')
+    status, out, _ = choose('--latency-ms', '20', '--json', content=content)
+    assert status == 0 and json.loads(out)['row']['other'] == 'NaN'
 
 
 def test_profile_of_another_machine(profile, caplog, choose):

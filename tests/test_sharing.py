@@ -209,13 +209,14 @@ def test_sharing_survives_sync_batchnorm_conversion(convert):
 
 
 def test_meta_device_to_empty_and_assign():
-    """Leaving the meta device makes new parameters: sub-nets must use the same new ones."""
+    """Leaving the meta device makes new parameters: sub-nets must use the same new ones, whatever they have run."""
     source = create('ddnn_resnet20')
     x = images(source)
     expected = logits_by_depth(source, x)
     for assign in (False, True):
         model = timm.create_model('ddnn_resnet20', device='meta').eval()
         assert model.trained_depths == ()
+        logits_by_depth(model, x.to('meta'))
         if not assign:
             model.to_empty(device='cpu')
         model.load_state_dict(source.state_dict(), assign=assign)

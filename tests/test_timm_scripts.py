@@ -34,7 +34,7 @@ TRAIN_TIMM, RUN_TIMM = (ROOT / 'train_scripts' / f'{name}.py' for name in ('trai
 # timm's zeros in the last norms would make the depths of a fresh model equal
 ARGS = dict(channels=(8, 16, 32), layers=(2, 2, 2), subnets=((1, 1, 1),), zero_init_last=False)
 MODEL = ['--model', 'ddnn_resnet20', '--model-kwargs', *(f'{name}={value}' for name, value in ARGS.items())]
-OPTIONS = ['--ekd-alpha', 0.5, *MODEL, '--ekd-weights', '8=0.5', '--amp', '--model-ema']
+OPTIONS = ['--ekd-alpha', 0.5, *MODEL, '--ekd-weights', '8=0.5', '--model-ema']
 
 
 def start(script, *args):
@@ -138,7 +138,7 @@ def test_options_reach_the_loss():
 def test_other_options_are_passed_on():
     """Catches options of train.py that are taken for ours, negative numbers and arguments without a flag among them."""
     run(TRAIN_TIMM, '--ekd-beta', 0, TRAIN, 'folder', *MODEL, '--mean', -0.5, 0.5, '--mixup', 0.2, '--clip-grad', 1,
-        '--grad-accum-steps', 2, '--epochs', 1, '--output', 'out')
+        '--amp', '--grad-accum-steps', 2, '--epochs', 1, '--output', 'out')
     assert (log('out')['data_dir'], log('out')['mean']) == ('folder', [-0.5, 0.5])
     assert log('out')['keys'] == ['ce_14', 'ce_8', 'kl_8', 'loss', 'output']
 

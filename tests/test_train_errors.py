@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from helpers.training import FAST, error_lines, few_digits, fork, history, join,
 from timm.models import save_for_hf
 
 from timm_ddnn import EKDLoss
-from timm_ddnn.data.loader import LoaderError, create_loader, worker_errors
+from timm_ddnn.data.loader import LoaderError, create_loader, loading
+from timm_ddnn.evaluation import batches
 from timm_ddnn.train.loop import LossMeter
+from timm_ddnn_cli.main import main
 
 pytestmark = pytest.mark.usefixtures('surroundings')
 
@@ -68,9 +71,15 @@ WRONG = [
     ('--teacher vit --beta 0', '--teacher vit: teacher does not take images of .3, 32, 32.: Input height'),
     ('--teacher ddnn_resnet20.ekd_cifar10',
      "--teacher .*: 10 classes are called otherwise in the data than in the model, the first '0' and 'airplane'"),
-    ('--dataset nowhere', "no data set 'nowhere': not 'digits', not a folder here"),
-    ('--dataset empty', "'empty' has neither SPLIT"),
-    ('--dataset text', "1 files in text/train/a are not images that can be read here, the first is 'a.txt'"),
+    ('--dataset nowhere', "no data set 'nowhere': not a folder here, not 'digits', and not an id OWNER/NAME of"),
+    ('--dataset labels/nowhere', "no data set 'labels/nowhere': not a folder here, "),
+    ('--dataset ../nowhere', "no data set '../nowhere': not a folder here, "),
+    ('--dataset file', "no data set 'file': a file, "),
+    ('--dataset some/data', "no data set 'some/data': not a folder here, and not read from the Hub"),
+    ('--dataset empty', "empty' holds no data set: a folder must hold SPLIT/CLASS/IMAGE or"),
+    ('--dataset labels --val-split test --val-fraction 0.1', '--val-split and --val-fraction must not be given both'),
+    ('--class-weights --bce-loss', '--class-weights are of cross-entropy, got --bce-loss'),
+    ('--dataset text', "1 files in .*text/train/a are not images that can be read here, the first is 'a.txt'"),
     ('--dataset noparquet', "data set 'noparquet' cannot be read: Parquet file size"),
     ('--dataset labels', r"0\.\.9 for 10 classes, got 11 in row 1 of split 'train'"),
     ('--dataset labels --target-key foo', r"--target-key must be one of the columns .*, got 'foo'"),
@@ -93,6 +102,7 @@ WRONG = [
     ('--weights 20=1', r'sub-nets of \(14, 8\), got \[20\]'),
     ('--weights 8=-1', r'weight of depth 8 must be a number from 0 .*, got -1'),
     ('--full-net-updates 22', '--full-net-updates must be less than the 22 updates of the run, got 22'),
+    ('--best-by 26', r'--best-by must be one of the depths \(20, 14, 8\), got 26'),
     ('--temperature 0', 'temperature must be a number from 0.01 .*, got 0'),
     ('--alpha nan', 'alpha must be a number from 0 .*, got nan'),
     ('--stages 3', r'stages must be from -3 to 2, got \[3\]'),
@@ -162,6 +172,7 @@ def accelerate_setting(monkeypatch):
     ('DYNAMO_BACKEND', 'EAGER', 'dynamo_backend of accelerate must be NO, because --torchcompile compiles, got EAGER'),
     ('MIXED_PRECISION', 'int8', 'mixed_precision of accelerate must be no, bf16 or fp16, got int8'),
     ('TORCH_DEVICE', 'foo', 'accelerate cannot be set up: .*foo'),
+    ('TORCH_DEVICE', 'meta', "device must be cpu.* on this machine, got 'meta'"),
     ('GRADIENT_ACCUMULATION_STEPS', '0', 'gradient_accumulation_steps of accelerate must be at least 1, got 0'),
     ('GRADIENT_ACCUMULATION_STEPS', 'two', 'accelerate cannot be set up: .*two'),
 ])
@@ -215,13 +226,17 @@ def test_results_are_on_disk_before_they_are_printed(monkeypatch):
         run(*FAST, *few_digits(), '--epochs', 1, '--output', 'out')
 
 
+def kill_all():
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+
+
 def test_a_worker_that_is_killed_is_named(monkeypatch, capfd):
     """Catches a traceback where the system has killed a worker for want of memory."""
     def kill(meter, terms, original=LossMeter.update):
         original(meter, terms)
-        for worker in multiprocessing.active_children():
-            worker.kill()
-            worker.join()
+        kill_all()
 
     monkeypatch.setattr(LossMeter, 'update', kill)
     with pytest.raises(SystemExit) as exit_info:
@@ -229,6 +244,33 @@ def test_a_worker_that_is_killed_is_named(monkeypatch, capfd):
     assert exit_info.value.code == 2
     line, = error_lines(capfd)
     assert line.startswith('error: a worker process that loads images has ended, ') and 'fewer --workers' in line
+
+
+@pytest.mark.parametrize('args', ['evaluate ddnn_resnet20', 'calibrate ddnn_resnet20 --blocks 3,2,2 --output new'])
+def test_a_worker_of_a_command_that_is_killed_is_named(args, monkeypatch, capfd):
+    """Catches a traceback where a worker is killed that does not load for training."""
+    def kill(batches, *args, original=batches.normalize):
+        for batch in original(batches, *args):
+            yield batch
+            kill_all()
+
+    monkeypatch.setattr(batches, 'normalize', kill)
+    with pytest.raises(SystemExit) as exit_info:
+        main([*args.split(), '--data', few_digits()[1], '-b', '4', '-j', '1'])
+    assert exit_info.value.code == 2
+    assert error_lines(capfd)[-1].startswith('error: a worker process that loads images has ended, ')
+
+
+@pytest.mark.parametrize('damaged', [True, False])
+def test_workers_end_with_the_run(damaged, tmp_path):
+    """Catches workers that stay, and for each of which the garbage collector waits ten seconds, some time later."""
+    write_images(tmp_path / 'set' / 'train', range(40))
+    write_images(tmp_path / 'set' / 'val', range(40))
+    if damaged:
+        (tmp_path / 'set' / 'train' / '3' / '3.png').write_bytes(DAMAGED)
+    with pytest.raises(SystemExit) if damaged else nullcontext():
+        run(*FAST, '--dataset', tmp_path / 'set', '-b', 8, '-j', 2, '--epochs', 1, '--output', 'out')
+    assert not multiprocessing.active_children()
 
 
 class FullMemory(torch.utils.data.Dataset):
@@ -251,7 +293,7 @@ def test_a_small_shared_memory_is_named():
     full = 'unable to write to file </torch_7_1>: No space left on device (28)'
     for message, error in (full, LoaderError), ('planted', RuntimeError):
         loader = create_loader(FullMemory(message), 1, training=False, num_workers=1)
-        with pytest.raises(error, match=message.partition('<')[0]) as error_info, worker_errors():
+        with pytest.raises(error, match=message.partition('<')[0]) as error_info, loading():
             list(loader)
         assert type(error_info.value) is error
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures('surroundings')
 def no_plots(monkeypatch):
     """Plots take longer than most of these runs; other tests look at them."""
     for name in ('plot_accuracy', 'plot_curves'):
-        monkeypatch.setattr(f'timm_ddnn.train.recipe.{name}', lambda *args: None)
+        monkeypatch.setattr(f'timm_ddnn.train.output.{name}', lambda *args: None)
 
 
 SHORT = [*FAST, *few_digits(), '-b', 32, '--epochs', 2]  # of 22 updates
@@ -74,6 +74,20 @@ def test_bfloat16(plain, seen):
     assert {t.dtype for t in weights.values() if t.is_floating_point()} == {torch.float32}
     weight = weights['layer1.0.conv1.weight']
     assert not torch.equal(weight, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize('given, expected', [
+    ([], (15, 0.1, 1)),
+    (['--pretrained'], (10, 0.01, 1)),
+    (['--initial-checkpoint', __file__, '--lr', 0.3], (10, 0.3, 1)),
+    (['--pretrained', '--epochs', 15, '--lr', 0.1, '--warmup-epochs', 0], (15, 0.1, 0)),
+])
+def test_trained_weights_have_defaults_of_their_own(given, expected, monkeypatch):
+    """Catches weights that are lost by the learning rate of random ones, and an option that is given and not taken."""
+    options = []
+    monkeypatch.setattr('timm_ddnn.train.recipe.train', lambda args, *_: options.append(args))
+    run(*given)
+    assert (options[0].epochs, options[0].lr, options[0].warmup_epochs) == expected
 
 
 def test_float32_is_the_default(seen):
@@ -130,7 +144,7 @@ def test_averaged_weights_of_every_depth(monkeypatch):
     run(*SHORT, '--model-ema', '--model-ema-decay', 0.5, '--output', 'out')
     record = history('out')[-1]
     model = timm.create_model('local-dir:out', pretrained=True)
-    state = load_file('out/checkpoints/step-00000022/ema_0.safetensors')
+    state = load_file('out/checkpoints/step-00000022/model.safetensors')
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(record[f'ema_top1_{depth}'] != record[f'top1_{depth}'] for depth in (14, 8))
     run('--evaluate', '--pretrained', '--model', 'local-dir:out', '--output', 'out', '-j', 0, *few_digits())

@@ -21,30 +21,32 @@ pytestmark = pytest.mark.usefixtures('surroundings')
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """Folder of a run of five epochs on all digits."""
+    """Folder of a run of three epochs on all digits."""
     folder = tmp_path_factory.mktemp('run')
-    run(*FAST, '--epochs', 5, '--alpha', 0.5, '--beta', 0.2, '--weights', '8=0.7', '--output', folder)
+    run(*FAST, '--epochs', 3, '--alpha', 0.5, '--beta', 0.2, '--weights', '8=0.7', '--output', folder)
     return folder
 
 
 def test_every_depth_learns(trained):
     """Catches a depth that the loss, the gradient or the statistics do not reach: chance is 10 %.
 
-    Measured: 94 to 97 % at both depths with three seeds.
+    Measured: 79 to 88 % with three seeds.
     """
     accuracy = top1(read(trained))
     assert accuracy.keys() == {14, 8}
-    assert min(accuracy.values()) > 85, accuracy
+    assert min(accuracy.values()) > 65, accuracy
 
 
 def test_what_a_run_writes(trained):
     """Catches a file, a metric or an epoch that is missing, and a summary of another epoch than the saved one."""
     assert {p.name for p in trained.iterdir()} == {
-        'accuracy.png', 'checkpoints', 'config.json', 'curves.png', 'metrics.jsonl', 'model.safetensors',
+        'accuracy.png', 'best', 'checkpoints', 'config.json', 'curves.png', 'metrics.jsonl', 'model.safetensors',
         'summary.json',
     }
+    assert {p.name for p in (trained / 'best').iterdir()} == {
+        'accuracy.png', 'config.json', 'model.safetensors', 'summary.json'}
     records, summary = history(trained), read(trained)
-    assert [record['epoch'] for record in records] == [0, 1, 2, 3, 4]
+    assert [record['epoch'] for record in records] == [0, 1, 2]
     terms = ['loss', 'ce_14', 'ce_8', 'kl_8', 'attention_8']
     assert list(records[0]) == [
         'epoch', 'updates', 'lr', *(f'train_{term}' for term in terms), 'top1_14', 'top1_8', 'top5_14', 'top5_8',
@@ -53,8 +55,9 @@ def test_what_a_run_writes(trained):
     assert records[-1]['lr'] == pytest.approx(0, abs=1e-9)
     assert top1(summary) == {14: records[-1]['top1_14'], 8: records[-1]['top1_8']}
     assert summary['depths'] == read(trained, 'config.json')['depths']
-    assert (summary['training_images'], summary['validation_images'], summary['weights']) == (1437, 360, 'last')
-    assert (summary['arguments']['epochs'], summary['arguments']['seed'], summary['processes']) == (5, 0, 1)
+    assert (summary['training_images'], summary['validation_images'], summary['weights']) == (
+        1437, 360, 'of epoch 3 of 3')
+    assert (summary['arguments']['epochs'], summary['arguments']['seed'], summary['processes']) == (3, 0, 1)
     assert not {'command', 'json', 'run'} & summary['arguments'].keys()
 
 
@@ -181,7 +184,7 @@ def test_averaged_weights_and_other_options(capsys):
         '--sched', 'constant', '--log-interval', 10, '--output', 'out',
     )
     record, summary = history('out')[-1], read('out')
-    assert summary['weights'] == 'averaged'
+    assert summary['weights'] == 'of epoch 2 of 2, averaged'
     assert top1(summary) == {14: record['ema_top1_14'], 8: record['ema_top1_8']}
     assert record['lr'] == 0.02
     assert 'batch 10/22: loss' in capsys.readouterr().out

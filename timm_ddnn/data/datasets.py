@@ -2,28 +2,30 @@
 
 Reading and augmenting the images is in `images.py`. Models and losses need neither, nor the `datasets` library.
 """
+import glob
 import hashlib
-import json
 import logging
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..models.load import class_names
 from ..utils.errors import InputError
-from .folders import find_splits, read_folders
+from .folders import are_classes, check_encoding, find_splits, list_entries, read_folders
 
-__all__ = ['ImageData', 'fingerprint', 'load_image_data', 'match_classes', 'quiet_datasets']
+__all__ = ['ImageData', 'count_classes', 'load_image_data', 'match_classes', 'quiet_datasets']
 
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +33,10 @@ TRAIN_SPLITS = ('train',)
 VAL_SPLITS = ('validation', 'val', 'valid', 'test')
 INPUT_KEYS = ('image', 'img')
 TARGET_KEYS = ('label', 'labels', 'fine_label')
-MOST_HASHED_BYTES = 2 ** 28
+LAYOUTS = (
+    'a folder must hold SPLIT/CLASS/IMAGE or SPLIT*.parquet with the splits train and val, or CLASS/IMAGE with '
+    '--val-fraction'
+)
 
 
 def quiet_datasets() -> None:
@@ -50,12 +55,14 @@ class ImageData(NamedTuple):
         input_key: Name of the image column.
         target_key: Name of the label column.
         class_names: Name of every class, the label being its index.
+        val_split: Name of the validation split; with the share, if it was held out of one to train on.
     """
     train: datasets.Dataset | None
     validation: datasets.Dataset
     input_key: str
     target_key: str
     class_names: list[str]
+    val_split: str
 
 
 def load_image_data(
@@ -65,18 +72,21 @@ def load_image_data(
         target_key: str | None = None,
         train_split: str | None = None,
         val_split: str | None = None,
+        val_fraction: float | None = None,
         training: bool = True,
 ) -> ImageData:
     """Find a data set, its splits and its columns, and check every label.
 
     Args:
         name: 'digits' (the handwritten digits of scikit-learn, 1,437 images to train and 360 to validate), a folder of
-            parquet files `SPLIT*.parquet` or `data/SPLIT*.parquet`, a folder of images `SPLIT/CLASS/*.png`, or the id
-            of a data set on the Hugging Face Hub.
+            parquet files `SPLIT*.parquet` or `data/SPLIT*.parquet`, a folder of images `SPLIT/CLASS/*.png` or
+            `CLASS/*.png` (the split 'train'), or the id 'owner/name' of a data set on the Hugging Face Hub.
         input_key: Name of the image column. Found by its type, else by its name, if None.
         target_key: Name of the label column. Found likewise.
         train_split: Name of the training split, 'train' if None.
         val_split: Name of the validation split; the first of 'validation', 'val', 'valid' and 'test' if None.
+        val_fraction: Share of the training images of every class, (0, 1), that is not trained on and makes the
+            validation split: the same ones in every call, at least one of each class that has two.
         training: Whether the training split is wanted.
 
     Raises:
@@ -86,24 +96,33 @@ def load_image_data(
     if name == 'digits':
         available = _load_digits()
     elif os.path.isdir(name):
-        available = _find_files(Path(name))
+        folder = os.path.abspath(name)
+        check_encoding(folder)
+        available = _find_files(Path(folder))
     else:
         available = _load_from_hub(name)
-    roles = {'train': _pick_split(available, train_split, TRAIN_SPLITS, '--train-split')} if training else {}
-    roles['validation'] = _pick_split(available, val_split, VAL_SPLITS, '--val-split')
+    if val_split and val_fraction:
+        raise InputError('--val-split and --val-fraction must not be given both')
+    roles = {}
+    if training or val_fraction:
+        roles['train'] = _pick_split(available, train_split, TRAIN_SPLITS, '--train-split')
+    if not val_fraction:
+        roles['validation'] = _pick_split(available, val_split, VAL_SPLITS, '--val-split')
 
+    files = {}
     if os.path.isdir(name) and name != 'digits':
         files = {split: available[split] for split in roles.values()}
         if isinstance(next(iter(files.values())), Path):
-            available = read_folders(files)
+            available, files = read_folders(files), {}
         else:
             try:
-                available = datasets.load_dataset('parquet', data_files=files)
+                patterns = {split: [glob.escape(path) for path in paths] for split, paths in files.items()}
+                available = datasets.load_dataset('parquet', _state_of(files), data_files=patterns)
             except Exception as e:  # datasets and pyarrow raise many types, and none that they share
                 raise InputError(f'data set {name!r} cannot be read: {e.__cause__ or e}') from e
     splits = {role: available[split] for role, split in roles.items()}
 
-    features = splits['validation'].features
+    features = next(iter(splits.values())).features
     input_key = _pick_column(features, input_key, datasets.Image, INPUT_KEYS, '--input-key')
     target_key = _pick_column(features, target_key, datasets.ClassLabel, TARGET_KEYS, '--target-key')
     if not isinstance(features[input_key], datasets.Image):
@@ -111,49 +130,22 @@ def load_image_data(
             splits = {role: split.cast_column(input_key, datasets.Image()) for role, split in splits.items()}
         except (pa.ArrowException, TypeError, ValueError) as e:
             raise InputError(f'column {input_key!r} holds no images but {features[input_key]}') from e
+    _check_names(files, target_key)
     class_names = _check_labels({roles[role]: split for role, split in splits.items()}, target_key, training)
-    return ImageData(splits.get('train'), splits['validation'], input_key, target_key, class_names)
+    if val_fraction:
+        splits = _hold_out(splits['train'], target_key, val_fraction)
+    if not training:
+        splits.pop('train', None)
+    held_out = f'{val_fraction} of ' if val_fraction else ''
+    return ImageData(
+        splits.get('train'), splits['validation'], input_key, target_key, class_names,
+        held_out + str(splits['validation'].split))
 
 
-def fingerprint(data: ImageData) -> dict[str, Any]:
-    """Compute what tells a data set from another, for a run that resumes.
-
-    Args:
-        data: What `load_image_data` found.
-
-    Returns:
-        How many images the splits have, and 'sha256', over names, sizes and classes of all images, and over their bytes
-        if these are at most 256 MiB. It does not depend on where the files lie, nor on their times.
-    """
-    splits = {'training_images': data.train, 'validation_images': data.validation}
-    digest = hashlib.sha256(json.dumps(data.class_names).encode())
-    total = 0
-    for split in splits.values():
-        for path, size, label in _image_sizes(split, data):
-            total += size
-            digest.update(f'{"/".join(Path(path).parts[-2:])} {size} {label}\n'.encode())
-    if total <= MOST_HASHED_BYTES:
-        for split in splits.values():
-            for row in split.cast_column(data.input_key, datasets.Image(decode=False)).select_columns(data.input_key):
-                image = row[data.input_key] or {}  # one that is missing is named when it is read
-                content = image.get('bytes')
-                if content is None and image.get('path'):
-                    content = Path(image['path']).read_bytes()
-                digest.update(content or b'')
-    return {'sha256': digest.hexdigest(), **{name: len(split) for name, split in splits.items()}}
-
-
-def _image_sizes(split: datasets.Dataset, data: ImageData) -> Iterator[tuple[str, int, int]]:
-    """Path ('' without one), bytes and label of every image; the images are not read."""
-    columns = split.cast_column(data.input_key, datasets.Image(decode=False)).with_format('arrow')
-    for batch in columns.select_columns([data.input_key, data.target_key]).iter(1000):
-        images = batch[data.input_key].combine_chunks()
-        sizes = pc.binary_length(images.field('bytes')).to_pylist()
-        paths, labels = images.field('path').to_pylist(), batch[data.target_key].to_pylist()
-        for path, size, label in zip(paths, sizes, labels, strict=True):
-            if size is None:
-                size = os.path.getsize(path) if path else 0
-            yield path or '', size, label
+def count_classes(data: ImageData, num_classes: int) -> np.ndarray:
+    """Count the training images of every class, [num_classes]."""
+    labels = data.train.select_columns(data.target_key).with_format('numpy')[:][data.target_key]
+    return np.bincount(labels, minlength=num_classes)
 
 
 def match_classes(
@@ -166,8 +158,8 @@ def match_classes(
     """Give labels the indices that a model has for their classes.
 
     A split may lack classes that the model was trained on, or have them in another order. Where all its classes are
-    known to the model by name, the name decides: names that were saved with weights win. Else the index does, with a
-    warning if the names are others.
+    known to the model by a name of their own, the name decides: names that were saved with weights win. Else the index
+    does, with a warning if the names are others.
 
     Args:
         data: What `load_image_data` found.
@@ -183,15 +175,18 @@ def match_classes(
             those of the data by name.
     """
     own, names = data.class_names, class_names(model)
-    if names and set(own) <= set(names):
-        return data if own == names else _align(data, names)
+    if own == names:
+        return data
+    counts = Counter(names)
+    if names and len(set(own)) == len(own) and all(counts[name] == 1 for name in own):
+        return _align(data, names)
     if not (len(own) == model.num_classes or (more and len(own) < model.num_classes)):
         raise InputError(
             f'data must have the {model.num_classes} classes of the model, or some of them by the same names, got '
             f'{len(own)}'
         )
-    if names:
-        differ = [pair for pair in zip(own, names, strict=False) if pair[0] != pair[1]]
+    differ = [pair for pair in zip(own, names or (), strict=False) if pair[0] != pair[1]]
+    if differ:
         message = (
             f'{len(differ)} classes are called otherwise in the data than in the model, the first {differ[0][0]!r} '
             f'and {differ[0][1]!r}'
@@ -233,31 +228,53 @@ def _load_digits() -> datasets.DatasetDict:
 
 def _find_files(folder: Path) -> dict[str, list[str]] | dict[str, Path]:
     """Map the splits in a folder to their parquet files, or to their folders of images."""
+    folders = find_splits(folder)
     for place in (folder, folder / 'data'):
         splits: dict[str, list[str]] = {}
-        shards: Counter[tuple[str, str]] = Counter()
-        for file in sorted(place.glob('*.parquet')):
-            shard = re.fullmatch(r'(.+?)[-_.]?(\d+)?(?:-of-(\d+)(?:-\w+)?)?', file.stem)
-            splits.setdefault(shard[1], []).append(str(file))
+        counts: dict[str, int] = {}
+        for entry in list_entries(place) if place.is_dir() else ():
+            stem, extension = os.path.splitext(entry.name)
+            if extension.lower() != '.parquet':
+                continue
+            shard = re.fullmatch(r'(.+?)[-_.]?(\d+)?(?:-of-(\d+)(?:-\w+)?)?', stem)
+            splits.setdefault(shard[1], []).append(entry.path)
             if shard[3]:
-                shards[shard[1], shard[3]] += 1
-        for (split, count), found in shards.items():
-            if found != int(count):
-                raise FileNotFoundError(f'split {split!r} in {str(place)!r} lacks some of its {int(count)} files')
+                counts[shard[1]] = int(shard[3])
+        for split, count in counts.items():
+            if len(splits[split]) != count:
+                raise InputError(
+                    f'split {split!r} in {str(place)!r} must have the {count} files that their names say, got '
+                    f'{len(splits[split])}')
+        twice = sorted(splits.keys() & folders.keys())
+        if twice:
+            raise InputError(f'split {twice[0]!r} in {str(folder)!r} must be parquet files or a folder, got both')
         if splits:
             return splits
-    folders = find_splits(folder)
     if not folders:
-        raise FileNotFoundError(f'folder {str(folder)!r} has neither SPLIT*.parquet nor SPLIT/CLASS/IMAGE files')
-    return folders
+        raise FileNotFoundError(f'folder {str(folder)!r} holds no data set: {LAYOUTS}')
+    return {'train': folder} if are_classes(folders.values()) else folders
+
+
+def _state_of(files: Mapping[str, list[str]]) -> str:
+    """Name the state of files, by which `datasets` caches what it converts; it looks at their times of change alone."""
+    states = [(file.stat().st_size, file.stat().st_ctime_ns) for paths in files.values() for file in map(Path, paths)]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
 def _load_from_hub(name: str) -> datasets.DatasetDict:
+    owner, slash, _ = name.partition('/')
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        slash = ''
+    # what a parent folder is there for is not on the Hub
+    if not slash or os.path.exists(name) or os.path.isdir(owner):
+        got = 'a file' if os.path.exists(name) else 'not a folder here'
+        raise FileNotFoundError(f"no data set {name!r}: {got}, not 'digits', and not an id OWNER/NAME of the Hub")
     try:
         return datasets.load_dataset(name)
     except Exception as e:  # as above
-        raise FileNotFoundError(
-            f"no data set {name!r}: not 'digits', not a folder here, and not read from the Hub ({e})") from e
+        raise FileNotFoundError(f'no data set {name!r}: not a folder here, and not read from the Hub ({e})') from e
 
 
 def _pick_split(available: dict[str, Any], given: str | None, usual: tuple[str, ...], flag: str) -> str:
@@ -265,8 +282,22 @@ def _pick_split(available: dict[str, Any], given: str | None, usual: tuple[str, 
         raise InputError(f'{flag} must be one of the splits {sorted(available)}, got {given!r}')
     found = [split for split in usual if split in available] if given is None else [given]
     if not found:
-        raise InputError(f'{flag} must name one of the splits {sorted(available)}: none is called {" or ".join(usual)}')
+        raise InputError(
+            f'{flag} must name one of the splits {sorted(available)}, none is called {" or ".join(usual)}: {LAYOUTS}')
     return found[0]
+
+
+def _hold_out(split: datasets.Dataset, target_key: str, fraction: float) -> dict[str, datasets.Dataset]:
+    """Split images into those to train on and those to validate, class by class."""
+    labels = split.select_columns(target_key).with_format('numpy')[:][target_key]
+    rng, held_out = np.random.default_rng(0), np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
+        held_out[rows[:count]] = True
+    if not held_out.any():
+        raise InputError(f'--val-fraction {fraction} needs a class of at least 2 images')
+    return {'train': split.select(np.flatnonzero(~held_out)), 'validation': split.select(np.flatnonzero(held_out))}
 
 
 def _pick_column(
@@ -289,6 +320,19 @@ def _pick_column(
     return found[0]
 
 
+def _check_names(files: Mapping[str, list[str]], key: str) -> None:
+    """Check that parquet files that name their classes name them alike; `datasets` takes the names of the first."""
+    first = None
+    for file in (file for paths in files.values() for file in paths):
+        feature = datasets.Features.from_arrow_schema(pq.read_schema(file))[key]
+        if isinstance(feature, datasets.ClassLabel):
+            first = first or (file, feature.names)
+            if feature.names != first[1]:
+                raise InputError(
+                    f'all files must have the same names of classes in the same order, got others in {file} than in '
+                    f'{first[0]}')
+
+
 def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool) -> list[str]:
     """Check that all labels are 0..C-1 and return the names of the classes."""
     labels = {}
@@ -303,26 +347,28 @@ def _check_labels(splits: dict[str, datasets.Dataset], key: str, training: bool)
 
     feature = next(iter(splits.values())).features[key]
     if isinstance(feature, datasets.ClassLabel):
-        class_names = list(feature.names)
+        names = list(feature.names)
     else:
         present = np.unique(np.concatenate(list(labels.values())))
         # Where it is trained on, every label is there, else the numbers do not begin at 0 or have holes
-        class_names = [str(i) for i in range(len(present) if training else int(present[-1]) + 1)]
-    if training and len(class_names) < 2:
-        raise InputError(f'column {key!r} must name at least 2 classes, got {class_names}')
+        names = [str(i) for i in range(len(present) if training else int(present[-1]) + 1)]
+    if training and len(names) < 2:
+        raise InputError(f'column {key!r} must name at least 2 classes, got {names}')
     for split, values in labels.items():
-        wrong = np.flatnonzero((values < 0) | (values >= len(class_names)))
+        wrong = np.flatnonzero((values < 0) | (values >= len(names)))
         if len(wrong):
             raise InputError(
-                f'labels must be 0..{len(class_names) - 1} for {len(class_names)} classes, '
+                f'labels must be 0..{len(names) - 1} for {len(names)} classes, '
                 f'got {values[wrong[0]]} in row {wrong[0]} of split {split!r}'
             )
     if training:
-        split, values = next(iter(labels.items()))
-        missing = np.setdiff1d(np.arange(len(class_names)), values)
+        (split, trained), *others = labels.items()
+        missing = np.setdiff1d(np.arange(len(names)), trained)
         if len(missing):
-            _logger.warning(
-                f'{len(missing)} of {len(class_names)} classes have no image in split {split!r}, the first is '
-                f'{class_names[missing[0]]!r}'
-            )
-    return class_names
+            message = (
+                f'{len(missing)} of {len(names)} classes have no image in split {split!r}, the first is '
+                f'{names[missing[0]]!r}')
+            if any(np.isin(missing, values).any() for _, values in others):
+                raise InputError(f'every class to validate must have images to train on: {message}')
+            _logger.warning(message)
+    return names

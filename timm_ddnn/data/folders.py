@@ -1,6 +1,9 @@
-"""Folders SPLIT/CLASS/IMAGE: every file of a class is an image of the data set, passed over by its name, or refused."""
+"""Folders SPLIT/CLASS/IMAGE and CLASS/IMAGE.
+
+Every file of a class is an image of the data set, passed over by its name, or refused.
+"""
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,15 +15,17 @@ from ..utils.errors import InputError
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ['find_splits', 'image_extensions', 'list_entries', 'read_folders']
+__all__ = ['are_classes', 'check_encoding', 'find_splits', 'image_extensions', 'list_entries', 'read_folders']
 
 
-# What systems and programs leave in folders of images
+# What systems and programs leave in folders of images, in lower case
 CLUTTER = {
-    '.DS_Store', 'Thumbs.db', 'desktop.ini', '.directory', '.ipynb_checkpoints', '@eaDir', '__MACOSX', '.git',
-    '.gitkeep', '.gitignore',
+    '.appledouble', '.directory', '.ds_store', '.fseventsd', '.git', '.gitattributes', '.gitignore', '.gitkeep',
+    '.hidden', '.ipynb_checkpoints', '.localized', '.nomedia', '.picasa.ini', '.spotlight-v100', '.svn',
+    '.temporaryitems', '.thumbnails', '.trashes', '#recycle', '$recycle.bin', '@eadir', '__macosx', 'desktop.ini',
+    'ehthumbs.db', 'icon\r', 'lost+found', 'picasa.ini', 'system volume information', 'thumbs.db',
 }
-CLUTTER_PREFIXES = '._', '.nfs'  # macOS, network file systems
+CLUTTER_PREFIXES = '._', '.nfs', '.fuse_hidden', '.trash-'  # macOS, network file systems, removed files
 
 
 def find_splits(folder: Path) -> dict[str, Path]:
@@ -31,13 +36,18 @@ def find_splits(folder: Path) -> dict[str, Path]:
     }
 
 
+def are_classes(folders: Iterable[Path]) -> bool:
+    """Whether none of some folders holds a folder: then they are not splits but classes."""
+    return not any(entry.is_dir() for folder in folders for entry in list_entries(folder))
+
+
 def read_folders(splits: Mapping[str, Path]) -> dict[str, 'datasets.Dataset']:
     """List the images of splits; their classes are the names of the folders, sorted naturally as timm does.
 
     Links are followed, to files and folders. Nothing is left out in silence.
 
     Args:
-        splits: Folder of each split, with a folder per class.
+        splits: Folder of each split, as an absolute path, with a folder per class.
 
     Returns:
         For each split the columns image and label.
@@ -71,13 +81,22 @@ def list_entries(folder: Path) -> Iterator[os.DirEntry]:
     """Entries of a folder that are not clutter, sorted."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name in CLUTTER or entry.name.startswith(CLUTTER_PREFIXES):
+            if entry.name.lower() in CLUTTER or entry.name.lower().startswith(CLUTTER_PREFIXES):
                 continue
-            try:
-                entry.name.encode()
-            except UnicodeEncodeError:
-                raise InputError(f'file names must be UTF-8, got {os.fsencode(entry.path)!r}') from None
+            check_encoding(entry.path)
             yield entry
+
+
+def check_encoding(path: str) -> None:
+    """Check that a path can be written to tables and files.
+
+    Raises:
+        InputError: If it is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InputError(f'file names must be UTF-8, got {os.fsencode(path)!r}') from None
 
 
 def image_extensions() -> set[str]:
@@ -89,7 +108,7 @@ def _classes(split: Path) -> Iterator[tuple[str, Path]]:
     """Name and folder of every class of a split."""
     for entry in list_entries(split):
         if not entry.is_dir():
-            raise InputError(f'images must lie in SPLIT/CLASS/, got {entry.path}')
+            raise InputError(f'images must lie in SPLIT/CLASS/ or CLASS/, got {entry.path}')
         yield entry.name, Path(entry.path)
 
 
@@ -99,10 +118,10 @@ def _images(folder: Path) -> Iterator[str]:
     for entry in list_entries(folder):
         if entry.is_dir():
             inside = next(list_entries(Path(entry.path)), None)
-            raise InputError(f'images must lie in SPLIT/CLASS/, got {inside.path if inside else entry.path}')
+            raise InputError(f'images must lie in SPLIT/CLASS/ or CLASS/, got {inside.path if inside else entry.path}')
         extension = os.path.splitext(entry.name)[1].lower()
         if entry.is_file() and (extension in known or _is_image(entry.path)):
-            yield os.path.abspath(entry.path)
+            yield entry.path
         else:
             wrong.append(entry.name)
     if wrong:

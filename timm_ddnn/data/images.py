@@ -179,7 +179,7 @@ class Images(Dataset):
 def create_train_transform(
         data_config: dict[str, Any],
         *,
-        crop_mode: str | None = None,
+        crop_mode: str,
         re_prob: float = 0.0,
         **augmentation: Any,
 ) -> Callable[[Any], torch.Tensor]:
@@ -188,7 +188,7 @@ def create_train_transform(
     Args:
         data_config: As `timm.data.resolve_data_config` gives it.
         crop_mode: 'pad' (resize, pad by an eighth of the size with zeros, crop at random) or one of timm's modes 'rrc',
-            'rkrc' and 'rkrr'. 'pad' up to 64 px and 'rrc' above, if None.
+            'rkrc' and 'rkrr'.
         re_prob: Probability of random erasing, [0, 1].
         **augmentation: Further arguments of `timm.data.create_transform`.
 
@@ -201,7 +201,6 @@ def create_train_transform(
             such augmentation.
     """
     height, width = data_config['input_size'][-2:]
-    crop_mode = crop_mode or ('pad' if max(height, width) <= 64 else 'rrc')
     given = [name for name in ('scale', 'ratio') if augmentation.get(name)]
     if crop_mode == 'pad' and given:
         raise InputError(f"{given[0]} must be for a crop mode such as 'rrc', got 'pad', the default up to 64 px")

@@ -6,8 +6,9 @@ import atexit
 import copy
 import multiprocessing
 import signal
+import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..utils.errors import InputError
 
-__all__ = ['EpochSampler', 'LoaderError', 'create_loader', 'normalize', 'worker_errors']
+__all__ = ['EpochSampler', 'LoaderError', 'create_loader', 'loading', 'normalize']
 
 
 # In errors of torch, when a worker was killed, or the memory that it shares with the main process is full
@@ -37,11 +38,15 @@ class LoaderError(InputError):
 
 
 @contextmanager
-def worker_errors() -> Iterator[None]:
-    """Turn torch's errors of workers that ended into a `LoaderError`.
+def loading() -> Iterator[None]:
+    """End the workers that a block starts when it ends, and turn torch's errors of those that ended before into one.
 
     torch raises them wherever the main process is when a worker ends, so what uses batches has to be inside too.
+
+    Raises:
+        LoaderError: If a worker has ended.
     """
+    others = set(_workers)
     try:
         yield
     except (RuntimeError, OSError) as e:
@@ -53,6 +58,8 @@ def worker_errors() -> Iterator[None]:
             'a worker process that loads images has ended, for want of memory or of /dev/shm as a rule: use fewer '
             f'--workers, 0 for none, or a larger /dev/shm ({reason})'
         ) from e
+    finally:
+        _kill_workers(others)
 
 
 class EpochSampler(Sampler):
@@ -96,13 +103,27 @@ def _ignore_stop_signals(worker_id: int) -> None:
 
 
 @atexit.register
-def _kill_workers() -> None:
-    # multiprocessing would ask them by SIGTERM, which they ignore, and wait for ever after an error
-    workers = [process for process in multiprocessing.active_children() if process in _workers]
-    if workers and hasattr(signal, 'SIGCHLD'):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+def _kill_workers(others: Container[BaseProcess] = ()) -> None:
+    """End the workers of all loaders at once.
+
+    Else they live until the garbage collector finds their loader, and ignore the SIGTERM by which they are ended, then
+    and at the end of the program.
+
+    Args:
+        others: Workers that stay.
+    """
+    workers = [worker for worker in multiprocessing.active_children() if worker in _workers and worker not in others]
+    if not workers or threading.current_thread() is not threading.main_thread():
+        return
+    handler = None
+    if hasattr(signal, 'SIGCHLD'):
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise for each of them
     for worker in workers:
         worker.kill()
+    for worker in workers:
+        worker.join()
+    if handler:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _worker_context() -> BaseContext:
@@ -111,6 +132,7 @@ def _worker_context() -> BaseContext:
 
     def create(*args: Any, process: type = context.Process, **kwargs: Any) -> BaseProcess:
         worker = process(*args, **kwargs)
+        worker.terminate = worker.kill  # by which torch ends those that it has waited for
         _workers.add(worker)
         return worker
 
@@ -142,6 +164,7 @@ def create_loader(
         batch_size: Images per batch, >= 1.
         training: Whether the order is random, and a last batch that is not full is left out.
         num_workers: Worker processes, >= 0; none are used for images that are on a GPU. Batches do not depend on them.
+            They end with the block of `loading` around.
     """
     in_memory = hasattr(images, '__getitems__')  # whole batches
     on_cpu = not in_memory or images.device.type == 'cpu'

@@ -9,6 +9,7 @@ from timm.data import resolve_input_data_config
 
 from ..calibration import calibrate_bn
 from ..data.datasets import load_image_data, match_classes
+from ..data.loader import loading
 from ..evaluation.batches import load_batches
 from ..evaluation.metrics import depth_metrics
 from ..evaluation.predict import predict
@@ -23,6 +24,8 @@ __all__ = ['calibrate_model']
 
 _logger = logging.getLogger(__name__)
 
+
+@loading()
 def calibrate_model(
         name: str,
         blocks: Sequence[int],
@@ -58,7 +61,8 @@ def calibrate_model(
         that holds all depths), depths (rows with depth, blocks, parameters, macs, top1 and top5).
 
     Raises:
-        InputError: If there is no such model, it cannot have such a depth, or the data do not fit it.
+        InputError: If there is no such model, it cannot have such a depth, the data do not fit it, or a worker process
+            ends.
         OSError: If a file cannot be read or written.
     """
     with staged_folder(output, new=True) as folder:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..utils.errors import InputError
-from ..utils.schema import Check, integer, items, judge, mapping, number, optional, read_json, record, text
+from ..utils.schema import Check, brief, integer, items, judge, mapping, number, optional, read_json, record, text
 
 __all__ = ['Choice', 'NoDepthError', 'percentile_90', 'profile_rows', 'read_accuracies', 'read_profile', 'select_depth']
 
@@ -122,7 +122,7 @@ def read_accuracies(
     for key, value in wanted.items():
         found = content.get(key)
         if found and value and found != value:
-            _logger.warning(f'{path} has the accuracy for {key} {found}, the costs are for {value}')
+            _logger.warning(f'{path} has the accuracy for {key} {brief(found)}, the costs are for {brief(value)}')
             break  # a model of another architecture has another name, too
     return {row['depth']: row['top1'] for row in content['depths']}
 
@@ -165,13 +165,14 @@ def profile_rows(
         if value not in known:
             raise InputError(f'{key} must be one that was measured, {", ".join(map(str, known))}, got {value!r}')
     costs = {row['depth']: row for row in profile['depths']}
-    rows = []
-    for measurement in profile['measurements']:
-        depth = measurement['depth']
-        if depth not in costs:
-            raise InputError(f'profile: depths must have a row for each measured depth, {depth} is missing')
-        if all(measurement[key] == value for key, value in wanted.items()):
-            rows.append({**costs[depth], **measurement})
+    measured = {row['depth'] for row in profile['measurements']}
+    if costs.keys() != measured:
+        raise InputError(
+            f'profile must have costs and measurements of the same depths, got {sorted(costs)} and {sorted(measured)}')
+    rows = [
+        {**costs[row['depth']], **row} for row in profile['measurements']
+        if all(row[key] == value for key, value in wanted.items())
+    ]
     if not rows:
         raise InputError(f'no depth was measured with {wanted}')
     if accuracies is not None:
@@ -239,6 +240,9 @@ def select_depth(
     if [*limits] == ['min_top1']:
         best, reason = fitting, 'least latency per image'
     elif any(row.get('top1') is not None for row in fitting):
+        unknown = sorted({row['depth'] for row in fitting if row.get('top1') is None})
+        if unknown:
+            _logger.warning(f'the accuracy of depths {unknown} is not known, they are left out')
         top1 = max(row.get('top1') or 0 for row in fitting)
         best, reason = [row for row in fitting if row.get('top1') == top1], f'highest top-1, {top1:.2f} %'
     else:

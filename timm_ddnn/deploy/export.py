@@ -74,7 +74,7 @@ def describe_net(model: nn.Module, depth: int, results: Iterable[Mapping[str, An
 
     Returns:
         input and output in words, timm's preprocessing (input_size, mean, std, interpolation, crop_pct, crop_mode),
-        model, depth, blocks, num_classes, library; and if known, label_names, top1 and top5 (in percent).
+        model, depth, blocks, num_classes, library; and if known, base_model, label_names, top1 and top5 (in percent).
 
     Raises:
         ValueError: If the model has no such depth.
@@ -90,6 +90,7 @@ def describe_net(model: nn.Module, depth: int, results: Iterable[Mapping[str, An
         'depth': model.resolve_depth(depth),
         'blocks': list(model.blocks(depth)),
         'num_classes': model.num_classes,
+        **({'base_model': model.base_models} if model.base_models else {}),
         'library': f'timm_ddnn {__version__}, timm {timm.__version__}, torch {torch.__version__}',
     }
     names = model.pretrained_cfg.get('label_names')

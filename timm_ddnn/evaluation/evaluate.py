@@ -14,6 +14,7 @@ from torch import nn
 
 from ..cascade import Cascade
 from ..data.datasets import ImageData, load_image_data, match_classes
+from ..data.loader import loading
 from ..models.load import load_model
 from ..utils.costs import count_costs
 from ..utils.environment import describe_machine, find_device
@@ -21,7 +22,7 @@ from ..utils.files import staged_folder, write_json
 from .batches import load_batches
 from .metrics import class_rows, depth_metrics, evaluate_cascade, split_images
 from .mistakes import count_confusions, find_mistakes, plot_confusions, plot_mistakes, write_confusions
-from .plots import plot_calibration, plot_evaluation
+from .plots import plot_accuracy, plot_calibration
 from .predict import Predictions, autocast, predict
 from .speed import measure_speed
 
@@ -49,6 +50,7 @@ class CascadeOptions:
     speed_images: int = 256
 
 
+@loading()
 def evaluate_model(
         name: str,
         data: str,
@@ -73,7 +75,7 @@ def evaluate_model(
         cascade: Cascade to evaluate besides.
         output: Folder to write evaluation.json, the plots evaluation.png (accuracy), calibration.png, confusion.png and
             mistakes.png, and confusion.csv to.
-        **data_options: input_key, target_key and val_split of `load_image_data`.
+        **data_options: input_key, target_key, val_split and val_fraction of `load_image_data`.
 
     Returns:
         What `evaluation.json` holds: model, architecture, parameters (of all depths together), data, split, images,
@@ -82,7 +84,7 @@ def evaluate_model(
         with speed as `measure_speed` or None, or None; and the machine, as `describe_machine`.
 
     Raises:
-        InputError: If the model, data, device or cascade is not what it must be.
+        InputError: If the model, data, device or cascade is not what it must be, or a worker process ends.
         OSError: If a file cannot be read or written.
         UnreachableError: If no threshold fulfils what is asked for.
     """
@@ -108,7 +110,7 @@ def evaluate_model(
             'architecture': model.pretrained_cfg['architecture'],
             'parameters': sum(p.numel() for p in model.parameters()),
             'data': data,
-            'split': str(image_data.validation.split),
+            'split': image_data.val_split,
             'images': count,
             'classes': len(image_data.class_names),
             'input_size': list(input_size),
@@ -125,7 +127,7 @@ def evaluate_model(
         if folder:
             write_json(folder / 'evaluation.json', result)
             title = f'{result["architecture"]}, {count:,} images of {Path(data).resolve().name}'
-            plot_evaluation(folder / 'evaluation.png', result, title)
+            plot_accuracy(folder / 'evaluation.png', result['depths'], title, cascade=result['cascade'])
             plot_calibration(folder / 'calibration.png', result['depths'], title)
             confusions = count_confusions(predictions)
             write_confusions(folder / 'confusion.csv', confusions, image_data.class_names)

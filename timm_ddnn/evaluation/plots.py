@@ -12,46 +12,84 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .metrics import wilson_interval
 
-__all__ = ['plot_accuracy', 'plot_calibration', 'plot_curves', 'plot_evaluation', 'save_figure', 'show_macs']
+__all__ = ['plot_accuracy', 'plot_calibration', 'plot_curves', 'save_figure', 'show_macs']
 
 
 LEAST_IMAGES = 20  # of a point in a plot of the calibration
 
 
-def plot_accuracy(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw top-1 accuracy over multiply-accumulates, a point per depth.
+def plot_accuracy(
+        path: Path,
+        rows: Sequence[Mapping[str, Any]],
+        title: str,
+        *,
+        cascade: Mapping[str, Any] | None = None,
+) -> None:
+    """Draw top-1 accuracy over multiply-accumulates with 95 % intervals, a point per depth.
 
     Args:
         path: PNG file to write.
-        rows: Rows with depth, macs and top1.
+        rows: Rows with depth, macs, top1 and top1_interval.
         title: Title.
+        cascade: A cascade to draw too, as `evaluate_cascade` gives it; the depths are then those of its steps.
     """
-    figure = Figure(figsize=(6, 4), layout='constrained')
+    figure = Figure(figsize=(7, 5), layout='constrained')
     axes = figure.add_subplot()
-    macs = [row['macs'] for row in rows]
-    axes.plot(macs, [row['top1'] for row in rows], color='0.7')
-    for i, row in enumerate(rows):
-        axes.plot(row['macs'], row['top1'], 'o', color=f'C{i}', label=f'depth {row["depth"]}: {row["top1"]:.2f} %')
-    figure.legend(loc='outside lower center', ncols=min(len(rows), 3))
+    points = [(row['depth'], row['macs'], row['top1'], row['top1_interval']) for row in rows]
+    intervals = [point[-1] for point in points]
+    if cascade:
+        points = [
+            (step['depth'], step['macs_alone'], step['top1_alone'], step['top1_alone_interval'])
+            for step in cascade['steps']]
+        intervals = [cascade['top1_interval'], *(point[-1] for point in points)]
+        axes.plot(cascade['curve']['macs'], cascade['curve']['top1'], color='0.6', label='cascade, all thresholds')
+        _draw_point(
+            axes, cascade['macs'], cascade['top1'], cascade['top1_interval'], fmt='*', color='black', markersize=13,
+            label=f'cascade, threshold {cascade["threshold"]:.4f}: {cascade["top1"]:.2f} %')
+        if cascade['chosen']:
+            title += f'\ncascade on {cascade["images"]:,} images, its threshold chosen on others'
+    colors = {row['depth']: f'C{i}' for i, row in enumerate(rows)}
+    for depth, macs, top1, interval in points:
+        _draw_point(
+            axes, macs, top1, interval, fmt='o', color=colors[depth], label=f'depth {depth}: {top1:.2f} %')
+    show_macs(axes, max(macs for _, macs, *_ in points))
     axes.margins(x=0.1, y=0.1)
-    axes.set(title=title, xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
-    show_macs(axes, max(macs))
+    _widen(axes, intervals)
+    axes.set_title(title, parse_math=False)  # the name of a data set may have dollar signs
+    axes.set(xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
     axes.grid(alpha=0.3)
+    figure.legend(
+        loc='outside lower center', ncols=2, fontsize='small', title='bars: 95 % confidence intervals (Wilson)',
+        title_fontsize='small')
     save_figure(figure, path)
 
 
-def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequence[int], title: str) -> None:
+def _widen(axes: Axes, intervals: Sequence[Sequence[float]]) -> None:
+    """Let the axis of an accuracy span three times the widest of some intervals: no difference looks larger than it."""
+    low, high = axes.get_ylim()
+    more = 3 * max(high - low for low, high in intervals) - (high - low)
+    if more > 0:
+        axes.set_ylim(low - more / 2, high + more / 2)
+
+
+def plot_curves(
+        path: Path,
+        history: Sequence[Mapping[str, Any]],
+        rows: Sequence[Mapping[str, Any]],
+        title: str,
+) -> None:
     """Draw the terms of the loss and the accuracy of every depth by epoch.
 
     Args:
         path: PNG file to write.
         history: Records with epoch, and by depth train_ce_<depth>, train_kl_<depth>, train_attention_<depth>,
             top1_<depth> and ema_top1_<depth>, of which some may be missing.
-        depths: Depths, the full-net's first.
+        rows: Rows of the last epoch with depth and top1_interval, the full-net's first.
         title: Title.
     """
+    depths = [row['depth'] for row in rows]
     figure = Figure(figsize=(11, 4.5), layout='constrained')
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     losses, accuracies = figure.subplots(1, 2)
     epochs = [record['epoch'] + 1 for record in history]
     curves = [
@@ -69,6 +107,7 @@ def plot_curves(path: Path, history: Sequence[Mapping[str, Any]], depths: Sequen
             axes.plot([], [], style, color='black', label=label)
     losses.set(title='training, terms of the loss without their weights', xlabel='epoch', yscale='log')
     accuracies.set(title='validation', xlabel='epoch', ylabel='top-1 accuracy (%)')
+    _widen(accuracies, [row['top1_interval'] for row in rows])
     for axes in (losses, accuracies):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(0.5, len(history) + 0.5)
@@ -90,44 +129,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f'.{path.name}.tmp')
     figure.savefig(temporary, format='png', dpi=150)
     os.replace(temporary, path)
-
-
-def plot_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
-    """Draw top-1 accuracy over multiply-accumulates with 95 % intervals, and the cascade if there is one.
-
-    Args:
-        path: PNG file to write.
-        result: depths and cascade as in `evaluation.json`.
-        title: Title.
-    """
-    figure = Figure(figsize=(7, 5), layout='constrained')
-    axes = figure.add_subplot()
-    cascade = result['cascade']
-    if cascade:
-        points = [
-            (step['depth'], step['macs_alone'], step['top1_alone'], step['top1_alone_interval'])
-            for step in cascade['steps']]
-        axes.plot(cascade['curve']['macs'], cascade['curve']['top1'], color='0.6', label='cascade, all thresholds')
-        _draw_point(
-            axes, cascade['macs'], cascade['top1'], cascade['top1_interval'], fmt='*', color='black', markersize=13,
-            label=f'cascade, threshold {cascade["threshold"]:.4f}: {cascade["top1"]:.2f} %')
-        if cascade['chosen']:
-            title += f'\ncascade on {cascade["images"]:,} images, its threshold chosen on others'
-    else:
-        points = [(row['depth'], row['macs'], row['top1'], row['top1_interval']) for row in result['depths']]
-    colors = {row['depth']: f'C{i}' for i, row in enumerate(result['depths'])}
-    for depth, macs, top1, interval in points:
-        _draw_point(
-            axes, macs, top1, interval, fmt='o', color=colors[depth], label=f'depth {depth}: {top1:.2f} %')
-    show_macs(axes, max(macs for _, macs, *_ in points))
-    axes.margins(x=0.1, y=0.1)
-    axes.set_title(title, parse_math=False)
-    axes.set(xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
-    axes.grid(alpha=0.3)
-    figure.legend(
-        loc='outside lower center', ncols=2, fontsize='small', title='bars: 95 % confidence intervals (Wilson)',
-        title_fontsize='small')
-    save_figure(figure, path)
 
 
 def _draw_point(axes: Axes, x: float, top1: float, interval: Sequence[float], **style: Any) -> None:

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..cascade import Cascade
-from ..data.folders import image_extensions, list_entries
+from ..data.folders import check_encoding, image_extensions, list_entries
 from ..data.images import convert_image, describe_error, image_mode, open_image
-from ..data.loader import create_loader, normalize, worker_errors
+from ..data.loader import create_loader, loading, normalize
 from ..models.load import class_names, load_model
 from ..utils.environment import find_device
 from ..utils.errors import InputError
@@ -59,13 +59,15 @@ def find_images(path: str | os.PathLike) -> list[str]:
             suffix; or a pattern of both, such as 'photos/**/*.jpg'. Links to folders are followed only if given.
 
     Raises:
-        InputError: If there are none.
+        InputError: If there are none, or a name is not UTF-8.
     """
     path = os.fspath(path)
     matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True), key=natural_key)
     # a dictionary: a pattern may match a folder and what is in it
     images = list(dict.fromkeys(
         file for match in matches for file in (_walk(match) if os.path.isdir(match) else [match])))
+    for image in images:
+        check_encoding(image)
     if not images:
         raise InputError(f'paths must be images, folders with images or patterns that match some, got {path!r}')
     return images
@@ -143,7 +145,7 @@ def predict(
 
     rows: list[Prediction] = []
     rest = iter(enumerate(items))
-    with staged_folder(save, new=True) if save else nullcontext() as folder, eval_mode(model), worker_errors():
+    with staged_folder(save, new=True) if save else nullcontext() as folder, eval_mode(model), loading():
         for pixels, errors in progress(loader):
             readable = [i for i, error in enumerate(errors) if not error]
             [(x, _)] = normalize([(pixels[readable], torch.tensor(readable))], data_config, place)

@@ -1,9 +1,10 @@
 """Publication of shared weights, or of one depth, on the Hugging Face Hub; how they come back is in `weights/`."""
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -16,9 +17,9 @@ from ..models.load import load_model, saved_results
 from ..utils.costs import count_costs
 from ..utils.errors import InputError
 from ..utils.files import file_sha256, git_sha1, write_text
-from ..utils.schema import read_json
-from ..weights.download import check_client
-from .model_card import SUMMARY, create_model_card
+from ..utils.schema import brief, read_json
+from ..weights.download import check_client, fetch
+from .model_card import SUMMARY, create_model_card, keep_written
 from .save import save_model
 
 __all__ = ['Publication', 'push_to_hub']
@@ -47,6 +48,7 @@ def push_to_hub(
         repo_id: str,
         *,
         depth: int | None = None,
+        license: str | None = None,
         private: bool = False,
         revision: str | None = None,
         dry_run: bool = False,
@@ -55,20 +57,23 @@ def push_to_hub(
 
     The repository is created if there is none. The same content makes no second commit, and an interrupted publication
     leaves the repository as it was. Weights of other names and formats at the top of the repository are removed by the
-    commit. The token is that of `hf auth login` or HF_TOKEN.
+    commit. What was written under 'Intended use' and 'Limits' of the card there stays. The token is that of
+    `hf auth login` or HF_TOKEN.
 
     Args:
         source: Dynamic-depth model, or a training run's output folder. A folder knows accuracies and recipe.
         repo_id: 'owner/name'.
         depth: Publish the plain net of this depth, which timm loads without this library (of the CIFAR family, with
             it). All depths if None.
+        license: The Hub's identifier of the license of the weights, such as 'apache-2.0'. If None, the card says that
+            there is none.
         private: Whether the repository must be private. If not, one that is created is as its owner has it by default.
         revision: Branch, created if there is none. The default branch if None.
         dry_run: Whether to write the files into a folder `output/hub/owner--name` and send nothing.
 
     Raises:
-        InputError: If the source is not a dynamic-depth model, the model has no such depth, a depth was not trained, or
-            the repository is public and must be private.
+        InputError: If the source is not a dynamic-depth model, the model has no such depth, a depth was not trained,
+            the license is not an identifier, or the repository is public and must be private.
         OSError: If the folder is not complete, or the Hub cannot be reached or refuses.
     """
     try:
@@ -77,22 +82,34 @@ def push_to_hub(
             raise InputError('there is no owner')
     except ValueError as e:
         raise InputError(f"repo_id must be 'owner/name', got {repo_id!r}: {e}") from e
+    if license is not None and not re.fullmatch(r'[a-z\d][a-z\d.+-]*', license):
+        raise InputError(
+            "license must be the Hub's identifier, such as 'apache-2.0', 'cc-by-4.0' or 'other', got " + brief(license))
     with tempfile.TemporaryDirectory(prefix='timm-ddnn-') as temporary:
         folder = Path(temporary) / 'files'
         folder.mkdir()
-        _write_files(source, repo_id, depth, folder)
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        _write_files(source, repo_id, depth, folder, license=license, revision=revision)
         if dry_run:
             target = Path('output') / 'hub' / repo_id.replace('/', '--')
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 shutil.rmtree(target)
             shutil.copytree(folder, target)
-            return Publication(str(target), None, files)
-        return _upload(folder, repo_id, files, private, revision)
+            return Publication(str(target), None, _sizes(target))
+        return _upload(folder, repo_id, private, revision)
 
 
-def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None, folder: Path) -> None:
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
+
+def _write_files(
+        source: nn.Module | str | Path,
+        repo_id: str,
+        depth: int | None,
+        folder: Path,
+        **card_options: Any,
+) -> None:
     summary, plot = None, None
     if isinstance(source, nn.Module):
         model, results = source, {}
@@ -127,11 +144,12 @@ def _write_files(source: nn.Module | str | Path, repo_id: str, depth: int | None
     )
     config = json.loads((folder / 'config.json').read_bytes())
     size = (folder / 'model.safetensors').stat().st_size
-    card = create_model_card(config, repo_id, summary=summary, plot=plot and PLOT, weights_bytes=size)
+    card = create_model_card(
+        config, repo_id, summary=summary, plot=plot and PLOT, weights_bytes=size, **card_options)
     write_text(folder / 'README.md', card)
 
 
-def _upload(folder: Path, repo_id: str, files: dict[str, int], private: bool, revision: str | None) -> Publication:
+def _upload(folder: Path, repo_id: str, private: bool, revision: str | None) -> Publication:
     check_client()
     api = HfApi(library_name='timm-ddnn')
     try:
@@ -142,6 +160,11 @@ def _upload(folder: Path, repo_id: str, files: dict[str, int], private: bool, re
         if revision:
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
         info = api.model_info(url.repo_id, revision=revision, files_metadata=True)
+        if any(file.rfilename == 'README.md' for file in info.siblings):
+            published = fetch(url.repo_id, 'README.md', revision=info.sha).read_text(encoding='utf-8', errors='replace')
+            card = folder / 'README.md'
+            write_text(card, keep_written(card.read_text(encoding='utf-8'), published))
+        files = _sizes(folder)
         others = _other_weights(info, files)
         if not others and _same(folder, files, info):
             return Publication(str(url), info.sha, files)

@@ -14,6 +14,7 @@ from torch import nn
 from ..utils.errors import InputError
 from ..utils.files import file_sha256, write_json
 from ..utils.schema import read_json, record, text
+from ..weights.build import ABOUT_WEIGHTS
 from ..weights.download import PREVIOUS
 
 __all__ = ['save_model']
@@ -26,21 +27,33 @@ def save_model(
         data_config: Mapping[str, Any],
         class_names: Sequence[str],
         rows: Sequence[Mapping[str, Any]],
+        epoch: int | None = None,
 ) -> None:
     """Save weights and configuration such that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads them.
 
     Weights and configuration that lie there are replaced. The older weights stay as long as their configuration does:
     whoever loads in between, or after this process was killed in between, finds both of the same save.
 
+    What the model's configuration says of published weights, such as their tag and license, is not of these, and left
+    out. Which ones these come from, the attribute `base_models`, becomes the key 'base_model'.
+
     Args:
-        model: Dynamic-depth model.
+        model: Dynamic-depth model, or the plain net of a depth.
         folder: Folder that exists.
         data_config: Preprocessing of the images, as `timm.data.resolve_data_config` gives it.
         class_names: Name of every class. They are left out if the model has other classes besides.
         rows: Rows of results. They become the key 'depths' of the configuration, which timm passes over.
+        epoch: Epochs that the weights were trained for, if that is known: the key 'epoch'.
     """
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)  # safetensors takes no other format
-    label_names = list(class_names) if len(class_names) == model.num_classes else None
+    for key in ABOUT_WEIGHTS:
+        model.pretrained_cfg.pop(key, None)
+    added = {
+        'label_names': list(class_names) if len(class_names) == model.num_classes else None,
+        'depths': list(rows),
+        'base_model': model.base_models,
+        'epoch': epoch,
+    }
     new = folder / '.saving'
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     new.mkdir()
@@ -49,7 +62,7 @@ def save_model(
             model,
             new,
             safe_serialization=True,
-            model_config={'label_names': label_names, 'depths': list(rows)},
+            model_config={key: value for key, value in added.items() if value not in (None, [])},
             data_config=dict(data_config),
         )
         config = json.loads((new / 'config.json').read_bytes())

@@ -171,7 +171,7 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0, 'interpolation': 'bicubic',
         'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', **kwargs,
+        'first_conv': 'conv1', 'classifier': 'fc', **kwargs,
     }
 
 

@@ -29,7 +29,7 @@ WEIGHTS = Path(__file__).with_name('tags')
 
 def _bundled(name: str) -> dict[str, Any]:
     """Configuration of weights for CIFAR-10 that come with this library."""
-    return cifar_cfg(source='local-dir', file=str(WEIGHTS / name), label_names=(
+    return cifar_cfg(source='local-dir', file=str(WEIGHTS / name), license='apache-2.0', label_names=(
         'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'))
 
 

@@ -243,7 +243,7 @@ class DynamicDepthMixin(StateDictMixin):
 
         Returns:
             A timm ResNet (of the CIFAR family: a `CifarResNet`) with logits equal to `forward(x, depth=depth)`, and
-            with a `pretrained_cfg` under which timm saves and rebuilds it.
+            with a `pretrained_cfg` under which timm saves and rebuilds it, and with the model's `base_models`.
 
         Raises:
             InputError: If the model has no such depth.
@@ -263,9 +263,12 @@ class DynamicDepthMixin(StateDictMixin):
             name, args = self._plain_architecture(depth, net)
             cfg = filter_pretrained_cfg(self.pretrained_cfg, remove_source=True)
             net.pretrained_cfg = {**cfg, 'architecture': name, 'num_classes': net.num_classes}
-            net.pretrained_cfg.pop('tag', None)
+            others = ('label_names', 'label_descriptions') if net.num_classes != cfg.get('num_classes') else ()
+            for key in ('tag', *others):
+                net.pretrained_cfg.pop(key, None)
             net.default_cfg = net.pretrained_cfg
             net._model_args = args
+            net.base_models = list(self.base_models)
         return net
 
     def _plain_architecture(self, depth: int, net: ResNet) -> tuple[str, dict[str, Any]]:

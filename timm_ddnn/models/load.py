@@ -123,6 +123,11 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
             tensors = read_checkpoint(checkpoint_path)
             check_tensors(tensors, model, checkpoint_path)
             model.load_state_dict(tensors)
+            folder, file = os.path.split(checkpoint_path)
+            model.base_models = []
+            if file == 'model.safetensors' and os.path.isfile(os.path.join(folder, 'config.json')):  # of a run
+                config = read_config(f'local-dir:{folder or "."}')
+                model.base_models, model.pretrained_cfg['label_names'] = config.base_models, config.get('label_names')
     return model
 
 
@@ -144,6 +149,9 @@ def load_teacher(name: str) -> nn.Module:
     Args:
         name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run, timm's too.
 
+    Returns:
+        The net. Its attribute `base_models` names the published weights that its own are or come from, see `Weights`.
+
     Raises:
         InputError: If there is no such net, or its weights are missing, damaged or of another net.
     """
@@ -157,6 +165,10 @@ def load_teacher(name: str) -> nn.Module:
         except Exception as e:  # by which timm judges files of its own architectures
             raise InputError(str(e) or type(e).__name__) from e
         check_tensors(dict(net.named_parameters()), net, name, whole=False)
+    if 'pretrained_cfg' in saved:
+        net.base_models = saved['pretrained_cfg'].base_models
+    else:  # a tag of timm, or the folder of its training script
+        net.base_models = [net.pretrained_cfg['hf_hub_id']] if not saved and net.pretrained_cfg.get('hf_hub_id') else []
     return net
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..utils.errors import InputError
+from ..weights.weight_checks import check_values
 from .shared_weights import SharedWeightsMixin
 
 __all__ = ['StateDictMixin']
@@ -118,7 +119,9 @@ class StateDictMixin(SharedWeightsMixin):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        state_dict.update((prefix + k, v) for k, v in self.expand_state_dict(given).items())
+        given = self.expand_state_dict(given)
+        check_values(given, self.state_dict(), 'the state dict')
+        state_dict.update((prefix + k, v) for k, v in given.items())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -1,7 +1,6 @@
 """The parts of a training run, each built from the options of `timm-ddnn train`."""
 import argparse
 import math
-import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -14,24 +13,24 @@ from timm.data import Mixup, create_transform
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, unwrap_model
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.cached import MemoryImages
-from ..data.datasets import ImageData, load_image_data, match_classes
+from ..data.datasets import ImageData, count_classes, load_image_data, match_classes
 from ..data.images import Images, create_train_transform
 from ..data.loader import create_loader
 from ..models.load import create_ddnn, load_teacher, resolve_name
 from ..task import EKDTask
+from ..utils.environment import find_device
 from ..utils.errors import InputError
-from ..weights.download import read_config
 from .progress import print_line
 
 __all__ = [
-    'check_sizes', 'create_accelerator', 'create_ema', 'create_mixup', 'create_model', 'create_optimizer',
-    'create_scheduler', 'create_task', 'create_teacher', 'create_train_loader', 'create_val_loader', 'load_data',
-    'memory_format', 'set_teacher',
+    'check_sizes', 'choose_augmentation', 'create_accelerator', 'create_ema', 'create_mixup', 'create_model',
+    'create_optimizer', 'create_scheduler', 'create_task', 'create_teacher', 'create_train_loader', 'create_val_loader',
+    'load_data', 'memory_format', 'set_teacher',
 ]
 
 
@@ -54,6 +53,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except (ValueError, ImportError, RuntimeError) as e:  # by which accelerate and torch judge their surroundings
         raise InputError(f'accelerate cannot be set up: {e}') from e
+    find_device(accelerator.device.type)  # which the environment may have named
     args.grad_accum_steps = accelerator.gradient_accumulation_steps
     if args.grad_accum_steps < 1:
         raise InputError(f'gradient_accumulation_steps of accelerate must be at least 1, got {args.grad_accum_steps}')
@@ -81,6 +81,7 @@ def load_data(args: argparse.Namespace, accelerator: Accelerator) -> ImageData:
             target_key=args.target_key,
             train_split=args.train_split,
             val_split=args.val_split,
+            val_fraction=args.val_fraction,
             training=not args.evaluate,
         )
 
@@ -124,10 +125,6 @@ def create_model(
         raise InputError(f'--num-classes must be at least {len(data.class_names)} for this data set, got {num_classes}')
     given = {name: value for name, value in options.items() if value is not None}
     model = create_ddnn(args.model, **given, **dict(args.model_kwargs))
-    if args.initial_checkpoint:
-        folder, name = os.path.split(args.initial_checkpoint)
-        if name == 'model.safetensors' and os.path.isfile(os.path.join(folder, 'config.json')):  # of a run
-            model.pretrained_cfg['label_names'] = read_config(f'local-dir:{folder or "."}').get('label_names')
     if args.pretrained or args.initial_checkpoint:
         data = match_classes(data, model, more=bool(args.num_classes))
     elif ':' in resolve_name(args.model):
@@ -194,28 +191,34 @@ def create_train_loader(
     Raises:
         InputError: If an option of the augmentation has no such value.
     """
-    hflip = args.hflip if args.hflip is not None else 0.0 if args.dataset == 'digits' else 0.5
+    augmentation = choose_augmentation(args, data_config)
     if args.in_memory:
         images = MemoryImages(
-            data, 'train', data_config, hflip=hflip, seed=args.seed, num_workers=args.workers, device=device)
+            data, 'train', data_config, hflip=augmentation['hflip'], seed=args.seed, num_workers=args.workers,
+            device=device)
     else:
-        transform = create_train_transform(
-            data_config,
-            crop_mode=args.train_crop_mode,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=hflip,
-            color_jitter=args.color_jitter or None,
-            auto_augment=args.aa,
-            re_prob=args.reprob,
-        )
+        transform = create_train_transform(data_config, **augmentation)
         images = Images(data, 'train', transform, in_chans=data_config['input_size'][0], seed=args.seed)
     return create_loader(images, args.batch_size, training=True, num_workers=args.workers)
+
+
+def choose_augmentation(args: argparse.Namespace, data_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose the arguments of `create_train_transform`: those of the command line, and defaults for the others."""
+    return {
+        'crop_mode': args.train_crop_mode or ('pad' if max(data_config['input_size'][-2:]) <= 64 else 'rrc'),
+        'scale': args.scale,
+        'ratio': args.ratio,
+        'hflip': args.hflip if args.hflip is not None else 0.0 if args.dataset == 'digits' else 0.5,
+        'color_jitter': args.color_jitter or None,
+        'auto_augment': args.aa,
+        're_prob': args.reprob,
+    }
 
 
 def create_task(
         args: argparse.Namespace,
         model: nn.Module,
+        data: ImageData,
         device: torch.device,
         ekd_options: Mapping[str, Any],
         task_type: Callable[..., EKDTask] = EKDTask,
@@ -225,24 +228,23 @@ def create_task(
     Args:
         args: Options of the run.
         model: The model.
-        device: Its device.
+        data: The data set with the labels of the model, for --class-weights.
+        device: Device of the model.
         ekd_options: Arguments of `EKDLoss`.
         task_type: `EKDTask`, or what takes its place.
 
     Raises:
         InputError: If an option has no such value.
     """
-    task = task_type(
-        model,
-        criterion_kwargs=dict(
-            loss_type='bce' if args.bce_loss else 'ce',
-            smoothing=args.smoothing,
-            soft_targets=args.mixup > 0 or args.cutmix > 0,
-        ),
-        device=device,
-        verbose=False,
-        **ekd_options,
-    )
+    soft_targets = args.mixup > 0 or args.cutmix > 0
+    if args.class_weights:
+        counts = torch.from_numpy(count_classes(data, model.num_classes)).float()
+        weight = torch.where(counts > 0, counts.sum() / (counts.count_nonzero() * counts), 0.0)
+        criterion = {'criterion': nn.CrossEntropyLoss(weight, label_smoothing=0.0 if soft_targets else args.smoothing)}
+    else:
+        criterion = {'criterion_kwargs': dict(
+            loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=soft_targets)}
+    task = task_type(model, device=device, verbose=False, **criterion, **ekd_options)
     if args.torchcompile:
         if args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
             known = ', '.join(torch.compiler.list_backends())
@@ -258,7 +260,7 @@ def set_teacher(
         data: ImageData,
         data_config: Mapping[str, Any],
 ) -> None:
-    """Let the net of --teacher teach, if there is one.
+    """Let the net of --teacher teach, if there is one; its weights are then base models of the student's, too.
 
     Args:
         args: Options of the run.
@@ -279,6 +281,8 @@ def set_teacher(
         task.teacher(torch.zeros(1, *data_config['input_size'], device=next(teacher.parameters()).device))
     except InputError as e:
         raise InputError(f'--teacher {args.teacher}: {e}') from e
+    student = unwrap_model(task.trainable_module)
+    student.base_models = list(dict.fromkeys([*student.base_models, *teacher.base_models]))
 
 
 def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
@@ -368,6 +372,8 @@ def check_sizes(
     if not batches:
         most = len(data.train) // accelerator.num_processes
         raise InputError(f'--batch-size must be at most {most} for {len(data.train)} images, got {args.batch_size}')
+    if args.best_by not in (None, *model.depths):
+        raise InputError(f'--best-by must be one of the depths {model.depths}, got {args.best_by}')
     updates = args.epochs * math.ceil(batches / args.grad_accum_steps)
     if args.full_net_updates >= updates:
         raise InputError(

@@ -1,10 +1,12 @@
 """Checkpoints that a training run resumes from.
 
-A checkpoint is a folder `step-<updates>` with what `accelerate` saves (weights as safetensors; optimizer, gradient
-scaler and random states as PyTorch files that are read with `weights_only=True`), the averaged weights, `state.json`
-with the position in the run, and `checksums.json` with size and SHA-256 of all of these. It is written under a
-temporary name, flushed to the disk and renamed: a folder of the final name is complete. With several machines the
-folder must lie on a file system that they share.
+A checkpoint is a folder `step-<updates>`. It is the folder of a model, `config.json` and `model.safetensors`, with the
+averaged weights if there are any, and then those in training in `training.safetensors` and each process's statistics
+of the average in `averaged_<process>.safetensors`. Besides, it has what `accelerate` saves (optimizer, gradient scaler
+and random states as PyTorch files that are read with `weights_only=True`), `state.json` with the position in the run,
+and `checksums.json` with size and SHA-256 of all of these. It is written under a temporary name, flushed to the disk
+and renamed: a folder of the final name is complete. With several machines the folder must lie on a file system that
+they share.
 """
 import errno
 import json
@@ -12,6 +14,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
@@ -43,22 +46,37 @@ class CheckpointError(InputError):
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest ones and the best."""
+    """The newest checkpoints of a run."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path, *, ema: nn.Module | None = None, keep: int = 2) -> None:
+    def __init__(
+            self,
+            accelerator: Accelerator,
+            folder: Path,
+            model: nn.Module,
+            save_net: Callable[[Path, TrainState], None],
+            *,
+            ema: nn.Module | None = None,
+            keep: int = 2,
+    ) -> None:
         """Choose what is saved, and where.
 
         Args:
-            accelerator: Accelerator of the run; what it has prepared is saved.
+            accelerator: Accelerator of the run; optimizer and gradient scaler that it has prepared are saved.
             folder: Folder of the checkpoints, made with the first of them.
+            model: Model in training.
+            save_net: Saves the averaged model, or the one in training if there is none, in a folder.
             ema: Averaged model.
-            keep: How many of the newest to keep, >= 1. The best is kept besides.
+            keep: How many to keep, >= 1.
         """
         self.accelerator = accelerator
         self.folder = folder
+        self.model = model
+        self.save_net = save_net
         self.ema = ema
         self.keep = keep
-        self.current: str | None = None
+        # accelerate would save the task, whose names of weights no model has
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
     def paths(self) -> list[Path]:
         """List the checkpoints, the newest first. They need not be intact.
@@ -78,8 +96,6 @@ class Checkpoints:
             CheckpointError: If it cannot be written. Those before it are left as they are.
         """
         target = self.folder / f'step-{state.updates:08d}'
-        if self.current == target.name:
-            return
         temporary = self.folder / f'.{target.name}.tmp'
         main_process = self.accelerator.is_main_process
         try:
@@ -92,11 +108,13 @@ class Checkpoints:
                 self.accelerator.save_state(str(temporary), safe_serialization=True)
             except RuntimeError as e:  # torch's, when the disk is full
                 raise OSError(str(e)) from e
+            if main_process:
+                self.save_net(temporary, state)
             if self.ema:
                 # Statistics of the averaged model are each process's own between two evaluations
-                tensors = self.ema.state_dict() if main_process else dict(self.ema.named_buffers())
-                tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-                save_file(tensors, temporary / f'ema_{self.accelerator.process_index}.safetensors')
+                _save(dict(self.ema.named_buffers()), temporary / self._averaged)
+                if main_process:
+                    _save(self.model.state_dict(), temporary / 'training.safetensors')
             self.accelerator.wait_for_everyone()
             if main_process:
                 (temporary / 'state.json').write_text(json.dumps(asdict(state)), encoding='utf-8')
@@ -108,16 +126,13 @@ class Checkpoints:
                     self._remove(target)
                 os.replace(temporary, target)
                 _flush(self.folder)
-                kept = [path.name for path in self.paths()[:self.keep]] + [f'step-{state.best_updates or 0:08d}']
-                for path in self.paths():
-                    if path.name not in kept:
-                        self._remove(path)
+                for path in self.paths()[self.keep:]:
+                    self._remove(path)
         except (OSError, SafetensorError) as e:
             shutil.rmtree(temporary, ignore_errors=True)
             intact = ', '.join(path.name for path in self.paths()) or 'none'
             raise CheckpointError(f'checkpoint {target} cannot be written: {e}. Left as they were: {intact}') from e
         self.accelerator.wait_for_everyone()
-        self.current = target.name
 
     def find(self, resume: str | None) -> tuple[Path | None, list[str]]:
         """Find the checkpoint to resume from; damaged ones that are newer are renamed to damaged-*.
@@ -201,19 +216,26 @@ class Checkpoints:
             torch.set_rng_state(states['torch_manual_seed'])
             if torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(states['torch_cuda_manual_seed'])
+            net = load_file(path / 'model.safetensors')
+            self.model.load_state_dict(load_file(path / 'training.safetensors') if self.ema else net)
             if self.ema:
-                tensors = load_file(path / 'ema_0.safetensors')
-                tensors |= load_file(path / f'ema_{self.accelerator.process_index}.safetensors')
-                self.ema.load_state_dict(tensors)
+                self.ema.load_state_dict(net | load_file(path / self._averaged))
         except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError, UnpicklingError) as e:
             raise CheckpointError(f'checkpoint {path} does not fit this run: {type(e).__name__}: {e}') from e
-        self.current = path.name
+
+    @property
+    def _averaged(self) -> str:
+        return f'averaged_{self.accelerator.process_index}.safetensors'
 
     def _remove(self, path: Path) -> None:
         # Renamed first: what is cut short must not look like a checkpoint
         doomed = path.with_name(f'.{path.name}.old.tmp')
         os.replace(path, doomed)
         _remove_tree(doomed)
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _checksum(path: Path) -> dict[str, Any]:

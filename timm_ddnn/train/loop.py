@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from ..data.images import seeded
 from ..data.loader import normalize
 from ..utils.errors import InputError
+from .build import memory_format
 from .checkpoint import Checkpoints
 from .progress import TrainProgress
 from .signals import STOP_INTERVAL, StopRequest
@@ -167,7 +168,7 @@ def train_one_epoch(
         if mixup:
             with seeded(args.seed, state.epoch, state.step, accelerator.process_index + 1):
                 images, target = mixup(images, target)
-        images = images.contiguous(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+        images = images.contiguous(memory_format=memory_format(args))
         depth = model.depths[:1] if state.updates < args.full_net_updates else 'all'
         with accelerator.accumulate(task):
             terms = task(images, target, depth=depth)
@@ -197,7 +198,7 @@ def train_one_epoch(
             meter.check(state.epoch)
         if log:
             means = meter.means()  # waits for the device
-            progress.show(state.step, means)
+            progress.show(means)
             if not last:
                 accelerator.log(loss_record(state, optimizer, means), step=state.updates)
         if save:

@@ -1,49 +1,44 @@
 """The recipe of a training run: data, model, task, optimizer, loop, save.
 
-Its parts are built in `build.py`. The steps of an epoch are in `loop.py`, the position in the run is in `state.py`, and
-what it resumes from in `checkpoint.py`.
+Its parts are built in `build.py`. The steps of an epoch are in `loop.py`, the position in the run is in `state.py`,
+what it writes in `output.py`, and what it resumes from in `checkpoint.py`.
 """
 import argparse
-import json
-import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
-from filelock import FileLock, Timeout
 from rich.console import Console
-from safetensors import SafetensorError
 from timm.data import resolve_input_data_config
-from timm.utils import distribute_bn, get_outdir
+from timm.utils import distribute_bn
 from torch import nn
+from torch.utils.data import DataLoader
 
-from ..data.datasets import ImageData, quiet_datasets
-from ..data.loader import normalize, worker_errors
+from ..data.content import count_duplicates
+from ..data.datasets import quiet_datasets
+from ..data.loader import loading, normalize
 from ..evaluation.metrics import add_accuracies
-from ..evaluation.plots import plot_accuracy, plot_curves
 from ..evaluation.predict import evaluate
-from ..hub.save import save_model
 from ..task import EKDTask
 from ..utils.costs import count_costs
-from ..utils.environment import describe_machine
 from ..utils.errors import InputError
-from ..utils.files import write_json, write_text
+from ..utils.files import write_json
 from . import build
-from .checkpoint import CheckpointError, Checkpoints
+from .checkpoint import Checkpoints
 from .loop import check_weights, loss_record, train_one_epoch
-from .progress import TrainProgress, print_line, start_tracker
+from .output import RunFolder, copy_best, describe_results, describe_run, open_output
+from .progress import TrainProgress, print_banner, print_line, start_tracker
 from .signals import EXIT_STOPPED, stop_signals
 from .state import TrainState, fixed_arguments
 
-__all__ = ['describe_run', 'evaluate_only', 'train']
+__all__ = ['evaluate_only', 'train']
 
 
-@worker_errors()
+@loading()
 def train(
         args: argparse.Namespace,
         ekd_options: Mapping[str, Any],
@@ -77,7 +72,7 @@ def train(
     set_seed(args.seed)
     model, data = build.create_model(args, data, device, console)
     data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
-    task = build.create_task(args, model, device, ekd_options, task_type)
+    task = build.create_task(args, model, data, device, ekd_options, task_type)
     build.set_teacher(args, task, teacher, data, data_config)
     optimizer = build.create_optimizer(args, model)
     train_loader = build.create_train_loader(args, data, data_config, device)
@@ -94,9 +89,13 @@ def train(
     prefix, net = list(nets.items())[-1]  # what is reported and saved
     costs = count_costs(model, data_config['input_size'])
     progress = TrainProgress(console, args.epochs, len(train_loader))
-    with open_output(args.output, name) as output, stop_signals() as request, progress:
+    with open_output(args, name) as output, stop_signals() as request, progress:
+        folder = RunFolder(output, net, prefix, costs, data_config, data.class_names, args.best_by)
         checkpoints = Checkpoints(
-            accelerator, output / 'checkpoints', ema=ema.module if ema else None, keep=args.checkpoint_hist)
+            accelerator, output / 'checkpoints', model, folder.save_net, ema=ema.module if ema else None,
+            keep=args.checkpoint_hist)
+        duplicates = count_duplicates(data) if main_process else None
+        print_banner(console, args, accelerator, model, data, data_config, duplicates)
         state = resume(args, checkpoints, arguments, len(train_loader), console) or TrainState(arguments)
         start_tracker(accelerator, args, output, f'{output.name}-{state.run}')
         scheduler.step_update(state.updates)
@@ -109,22 +108,18 @@ def train(
             if state.step < len(train_loader):  # stopped
                 break
             check_weights(model, state.updates)
-            record = loss_record(state, optimizer, means)
-            for kind, weights in nets.items():
-                if accelerator.num_processes > 1:
-                    distribute_bn(weights, accelerator.num_processes, reduce=True)
-                metrics = evaluate(accelerator, weights, normalize(val_loader, data_config, device))
-                record |= {kind + metric: value for metric, value in metrics.items()}
-            rows = add_accuracies(costs, metrics)
+            record = loss_record(state, optimizer, means) | evaluate_nets(
+                accelerator, nets, val_loader, data_config, progress)
+            rows = folder.rows(record)
             record |= {
-                'top1': sum(row['top1'] for row in rows) / len(rows),
+                'top1': mean(row['top1'] for row in rows),
                 'seconds': state.seconds,
                 'images_per_second': len(train_loader) * train_loader.total_batch_size / state.seconds,
             }
             state.end_epoch(record)
             accelerator.log(record, step=state.updates)
             if main_process:
-                write_epoch(output, net, state.history, rows, data_config, data.class_names)
+                folder.write_epoch(state)
             checkpoints.save(state)  # last: a run that resumes from it has all that the epoch writes
             print_line(console, describe_epoch(args, state, rows))
             request.agree()
@@ -133,27 +128,20 @@ def train(
             print_line(console, f'{request.agreed}: stopped after update {state.updates}, --resume auto resumes')
             sys.exit(EXIT_STOPPED)
 
-        # Plots first: a summary means that the run is complete
         if not main_process:
             return None
-        metrics = {key.removeprefix(prefix): value for key, value in state.history[-1].items() if prefix in key}
-        rows = add_accuracies(costs, metrics)
-        plot_accuracy(output / 'accuracy.png', rows, name)
-        plot_curves(output / 'curves.png', state.history, model.depths, name)
-        summary = {
+        augmentation = {**build.choose_augmentation(args, data_config), 'mixup': args.mixup, 'cutmix': args.cutmix}
+        return folder.write_summary(state, {
             **describe_run(accelerator, vars(args)),
-            **describe_results(args, model, data, rows),
-            'weights': 'averaged' if ema else 'last',
+            **describe_results(args, model, data),
             'training_images': len(data.train),
+            'augmentation': {name: value for name, value in augmentation.items() if value},
+            'duplicates': duplicates,
             'teacher_sha256': arguments['teacher_sha256'],
-            'seconds_per_epoch': _mean(state.history, 'seconds'),
-            'images_per_second': _mean(state.history, 'images_per_second'),
-        }
-        write_json(output / 'summary.json', summary)
-        return summary
+        }, name)
 
 
-@worker_errors()
+@loading()
 def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Evaluate saved weights, and write evaluation.json if there is a folder for it.
 
@@ -178,38 +166,10 @@ def evaluate_only(args: argparse.Namespace, console: Console) -> dict[str, Any] 
         args.output.mkdir(parents=True, exist_ok=True)  # an error better now than after the evaluation
     metrics = evaluate(accelerator, model, normalize(val_loader, data_config, accelerator.device))
     rows = add_accuracies(count_costs(model, data_config['input_size']), metrics)
-    result = {**describe_run(accelerator, vars(args)), **describe_results(args, model, data, rows)}
+    result = {**describe_run(accelerator, vars(args)), **describe_results(args, model, data), 'depths': rows}
     if args.output and accelerator.is_main_process:
         write_json(args.output / 'evaluation.json', result)
     return result if accelerator.is_main_process else None
-
-
-@contextmanager
-def open_output(folder: Path | None, name: str) -> Iterator[Path]:
-    """Make the folder of a run and keep it from other runs, to be called by all processes.
-
-    Args:
-        folder: The folder; a new one in output/ if None.
-        name: Name of the new one.
-
-    Yields:
-        The folder.
-
-    Raises:
-        InputError: If another run is writing to it.
-        OSError: If nothing can be written there.
-    """
-    with ExitStack() as stack:
-        if PartialState().is_main_process:
-            folder = folder or Path(get_outdir('output', name, inc=True))
-            (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(FileLock(folder / 'checkpoints' / '.lock', timeout=0))
-            except Timeout:
-                raise InputError(f'--output {folder} must not be that of another run, which is writing to it') from None
-            for remains in folder.glob('.model-*'):  # of a run that was killed while it saved its model
-                shutil.rmtree(remains, ignore_errors=True)
-        yield Path(broadcast_object_list([str(folder)])[0])
 
 
 def resume(
@@ -243,85 +203,47 @@ def resume(
         raise InputError(f'--resume {path} is at batch {saved["step"]} of an epoch, of which the data have {batches}')
     state = TrainState.from_dict(saved, arguments)
     output = checkpoints.folder.parent
+    if PartialState().is_main_process:
+        copy_best(path.resolve().parent.parent, output, state.epoch)
     if state.epoch == args.epochs and not (output / 'model.safetensors').exists():
         raise InputError(f'--resume {path} is the end of a run, whose model is not in --output {output}')
     checkpoints.load(path)
-    print_line(console, f'resuming from {path}')
+    place = f'batch {state.step}/{batches} of epoch {state.epoch + 1}' if state.epoch < args.epochs else 'its end'
+    print_line(console, f'resuming from {path}: {place}')
     return state
 
 
-def write_epoch(
-        output: Path,
-        net: nn.Module,
-        history: list[dict[str, Any]],
-        rows: list[dict[str, Any]],
+def evaluate_nets(
+        accelerator: Accelerator,
+        nets: Mapping[str, nn.Module],
+        loader: DataLoader,
         data_config: Mapping[str, Any],
-        class_names: list[str],
-) -> None:
-    """Write the metrics and the model after an epoch.
+        progress: TrainProgress,
+) -> dict[str, float]:
+    """Measure the accuracy of every depth of some nets, to be called by all processes.
 
     Args:
-        output: Folder of the run.
-        net: Model to save.
-        history: Metrics of every epoch.
-        rows: Rows of results.
+        accelerator: Accelerator of the run.
+        nets: The nets, by what the names of their metrics begin with. Their statistics become those of all processes.
+        loader: Loader of the validation images.
         data_config: Preprocessing of the images.
-        class_names: Name of every class.
-
-    Raises:
-        CheckpointError: If they cannot be written.
+        progress: Shows how far it is.
     """
-    try:
-        (output / 'summary.json').unlink(missing_ok=True)  # of an earlier run
-        write_text(output / 'metrics.jsonl', ''.join(json.dumps(record, allow_nan=False) + '\n' for record in history))
-        save_model(net, output, data_config=data_config, class_names=class_names, rows=rows)
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(f'{output} cannot be written to: {e}. Checkpoints are intact') from e
+    metrics = {}
+    for prefix, net in nets.items():
+        if accelerator.num_processes > 1:
+            distribute_bn(net, accelerator.num_processes, reduce=True)
+        found = evaluate(accelerator, net, normalize(progress.validate(loader), data_config, accelerator.device))
+        metrics |= {prefix + metric: value for metric, value in found.items()}
+    return metrics
 
 
 def describe_epoch(args: argparse.Namespace, state: TrainState, rows: list[dict[str, Any]]) -> str:
     """Describe what an epoch gave, in a line."""
     record = state.history[-1]
-    tops = ', '.join(f'{row["top1"]:.2f} (depth {row["depth"]})' for row in rows)
+    tops = ' '.join(f'{row["top1"]:.2f} ({row["depth"]})' for row in rows)
     averaged = ' of averaged weights' if args.model_ema else ''
     return (
         f'epoch {state.epoch}/{args.epochs}: loss {record["train_loss"]:.3f}, top-1 {tops}{averaged}, '
         f'{record["images_per_second"]:.0f} images/s'
     )
-
-
-def describe_results(
-        args: argparse.Namespace,
-        model: nn.Module,
-        data: ImageData,
-        rows: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Describe what was evaluated, and the results per depth."""
-    return {
-        'architecture': model.pretrained_cfg['architecture'],
-        'parameters': sum(p.numel() for p in model.parameters()),
-        'validation_images': len(data.validation),
-        'validation_split': str(data.validation.split),
-        'data_on_hub': args.dataset != 'digits' and not os.path.isdir(args.dataset),
-        'depths': rows,
-    }
-
-
-def describe_run(accelerator: Accelerator, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe what a run was started with: arguments, processes, precision, and `describe_machine`.
-
-    Args:
-        accelerator: Accelerator of the run.
-        arguments: Options of the run.
-    """
-    return {
-        'arguments': {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
-        'processes': accelerator.num_processes,
-        'device': str(accelerator.device),
-        'mixed_precision': accelerator.mixed_precision,
-        **describe_machine(),
-    }
-
-
-def _mean(history: list[dict[str, Any]], metric: str) -> float:
-    return sum(record[metric] for record in history) / len(history)

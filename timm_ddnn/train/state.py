@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from ..data.datasets import ImageData, fingerprint
+from ..data.content import fingerprint
+from ..data.datasets import ImageData
 from ..utils.errors import InputError
 from ..utils.modules import state_dict_sha256
 
@@ -48,11 +49,6 @@ class TrainState:
     seconds: float = 0.0
     sums: dict[str, list[float]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def best_updates(self) -> int | None:
-        """Updates at the end of the epoch with the best top-1, mean over depths; None before the first."""
-        return max(self.history, key=lambda record: record['top1'], default={}).get('updates')
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Begin the next epoch.

@@ -78,7 +78,8 @@ def read_json(path: str | Path, check: Check, name: str | None = None) -> Any:
     if len(content) > MAX_BYTES:
         raise InputError(f'{name} must have at most {MAX_BYTES} bytes')
     try:
-        value = json.loads(content.decode('utf-8'))
+        # NaN and infinity are not JSON: as text they are refused where a number is expected
+        value = json.loads(content.decode('utf-8'), parse_constant=str)
     except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, or nested by the thousand
         raise InputError(f'{name} must be JSON in UTF-8: {e}') from None
     judge(value, check, name)

@@ -14,8 +14,11 @@ from .config_checks import check_names, check_size
 from .download import SavedConfig, find_weights, read_config
 from .weight_checks import check_tensors, check_weights
 
-__all__ = ['build_model', 'judge_arguments', 'verify_configs']
+__all__ = ['ABOUT_WEIGHTS', 'build_model', 'judge_arguments', 'verify_configs']
 
+
+# What timm's pretrained configuration says of published weights alone, and not of a model or its classes
+ABOUT_WEIGHTS = 'tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes'
 
 def build_model(
         cls: type[nn.Module],
@@ -42,7 +45,8 @@ def build_model(
 
     Returns:
         The model. Its attribute `saved_results` holds the rows of results, one per depth, that were saved with the
-        weights; it is empty for other weights, and for another number of classes.
+        weights; it is empty for other weights, and for another number of classes. Its attribute `base_models` names
+        the published weights that its own are or come from, see `Weights`.
 
     Raises:
         InputError: If the class does not take the arguments, or the weights cannot be right.
@@ -91,6 +95,7 @@ def build_model(
     )
     model.pretrained_cfg.pop('state_dict', None)
     model.saved_results = []
+    model.base_models = list(weights.base_models) if weights else []
     if weights:
         for key in ('source', 'file'):  # the model says where its weights come from, not where they lie
             model.pretrained_cfg.pop(key, None)
@@ -100,8 +105,9 @@ def build_model(
             model.saved_results = weights.saved.depths
     elif pretrained:  # from a URL
         check_tensors(model.state_dict(), model, cfg.get('url') or 'the weights', whole=False)
-    if not (pretrained or from_config):
-        model.pretrained_cfg.pop('label_names', None)  # of the classes that the default weights know, not this model
+    if not pretrained:
+        for key in ABOUT_WEIGHTS if from_config else (*ABOUT_WEIGHTS, 'label_names'):
+            model.pretrained_cfg.pop(key, None)  # of the default weights, which this model has not
     return model
 
 
@@ -137,5 +143,6 @@ def verify_configs() -> None:
     _factory.load_model_config_from_hf = lambda model_id, cache_dir=None: parse(
         read_config(f'hf-hub:{model_id}', cache_dir))
     _factory.load_model_config_from_path = lambda model_path: parse(read_config(f'local-dir:{model_path}'))
+
 
 verify_configs()

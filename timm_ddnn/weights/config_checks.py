@@ -23,7 +23,7 @@ from ..utils.schema import (
     text,
 )
 
-__all__ = ['CONFIG', 'ROW', 'SAVED', 'check_names', 'check_size']
+__all__ = ['BASE_MODEL', 'CONFIG', 'ROW', 'SAVED', 'check_names', 'check_size']
 
 
 MAX_BLOCKS = 1_000  # of all nets of a model together
@@ -33,6 +33,8 @@ MAX_CLASSES = 1_000_000
 MAX_PARAMETERS = 200_000_000  # of a model without weights
 
 SIZE = items(integer(1, MAX_SIDE), 3, 3)  # channels, height, width
+INTERPOLATIONS = 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'
+CROP_MODES = 'center', 'squash', 'border'
 CROP = number(0.1, 2)
 LABELS = items(text(1_000), most=MAX_CLASSES)
 NAMES = any_of(items(text(1_000)), text(1_000))
@@ -47,10 +49,13 @@ ROW = record({'depth': integer(1, 1_000_000)}, {
     'top1': number(0, 100),
     'top5': number(0, 100),
 })
+BASE_MODEL = items(text(200), most=100)
 # What this library adds to a config.json
 SAVED = record({}, {
     'weights_sha256': text(pattern='[0-9a-fA-F]{64}'),
     'depths': items(ROW),
+    'base_model': BASE_MODEL,
+    'epoch': integer(0),
 })
 MODEL_ARGS = all_of(
     record({}, {
@@ -71,10 +76,10 @@ PRETRAINED_CFG = record({}, {
     'test_input_size': optional(SIZE),
     'min_input_size': optional(SIZE),
     'fixed_input_size': flag,
-    'interpolation': text(100),
+    'interpolation': choice(*INTERPOLATIONS),
     'crop_pct': CROP,
     'test_crop_pct': optional(CROP),
-    'crop_mode': text(100),
+    'crop_mode': choice(*CROP_MODES),
     'mean': items(number(), 1, MAX_SIDE),
     'std': items(number(above=0), 1, MAX_SIDE),
     'num_classes': integer(0, MAX_CLASSES),
@@ -108,6 +113,8 @@ def _check_together(config: Mapping[str, Any]) -> Fault | None:
                 allowed = f'large enough to cut {height} x {width} from at most {MAX_SIDE} pixels'
                 return Fault(f'.pretrained_cfg.{crop}', allowed, cfg[crop])
     num_classes = config.get('num_classes', cfg.get('num_classes', 1000))
+    if args.get('num_classes', num_classes) != num_classes:
+        return Fault('.model_args.num_classes', f'{num_classes} as elsewhere', args['num_classes'])
     labels = config.get('label_names') or cfg.get('label_names')
     if labels and len(labels) != num_classes:
         return Fault('.label_names', f'{num_classes} names, one for each class', labels)

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from timm.models._hub import _parse_model_cfg
 from ..utils.errors import InputError
 from ..utils.files import file_sha256, git_sha1
 from ..utils.schema import judge, read_json, record, text
-from .config_checks import CONFIG
+from .config_checks import BASE_MODEL, CONFIG
 from .weight_checks import read_checkpoint, read_tensors
 
 __all__ = [
@@ -143,6 +143,7 @@ class SavedConfig(dict):
         model_args: Arguments of its entrypoint.
         depths: Rows of results, one per depth, if this library saved it.
         weights_sha256: Checksum of the weights, if this library saved it.
+        base_models: As in `Weights`.
         commit: Commit of the repository, None for a folder.
     """
 
@@ -150,6 +151,7 @@ class SavedConfig(dict):
     model_args: dict[str, Any]
     depths: list[dict[str, Any]]
     weights_sha256: str | None
+    base_models: list[str]
     commit: str | None
 
 
@@ -186,6 +188,8 @@ def read_config(name: str, cache_dir: str | Path | None = None) -> SavedConfig:
     saved.architecture, saved.model_args = architecture, model_args
     saved.depths = config.get('depths', []) if own else []
     saved.weights_sha256 = config.get('weights_sha256', '').lower() or None if own else None
+    base_models = [repo_id] if source == 'hf-hub' else config.get('base_model', [])
+    saved.base_models = base_models if BASE_MODEL(base_models) is None else []
     saved.commit = None if source == 'local-dir' else path.parent.name
     return saved
 
@@ -197,10 +201,13 @@ class Weights(NamedTuple):
         tensors: Tensors by name.
         source: What error messages call the place that they come from.
         saved: The config.json beside them, if there is one.
+        base_models: Names under which others find these weights or, of a folder, what these come from: 'owner/name' on
+            the Hub, or name and tag of weights that come with this library. None for a file.
     """
     tensors: dict[str, torch.Tensor]
     source: str
     saved: SavedConfig | None = None
+    base_models: Sequence[str] = ()
 
 
 def find_weights(
@@ -223,7 +230,10 @@ def find_weights(
         OSError: If there are none, they cannot be reached, or they are damaged.
     """
     if cfg.get('source') == 'local-dir':
-        return _read_folder(Path(cfg['file']), saved or read_config(f'local-dir:{cfg["file"]}'))
+        weights = _read_folder(Path(cfg['file']), saved or read_config(f'local-dir:{cfg["file"]}'))
+        if saved is None and cfg.get('tag'):
+            return weights._replace(base_models=(f'{cfg["architecture"]}.{cfg["tag"]}',))
+        return weights._replace(base_models=weights.saved.base_models)
     if cfg.get('source') != 'hf-hub' and cfg.get('state_dict'):
         return Weights(dict(cfg['state_dict']), 'state_dict')
     if cfg.get('source') != 'hf-hub' and cfg.get('file'):
@@ -249,7 +259,7 @@ def find_weights(
         raise  # not in the cache and not reached
     except EntryNotFoundError as e:
         raise FileNotFoundError(f'{repo_id} has no {filename}, and weights of other formats are not loaded: {e}') from e
-    return Weights(read_tensors(path.read_bytes(), str(path)), str(path), saved)
+    return Weights(read_tensors(path.read_bytes(), str(path)), str(path), saved, (repo_id,))
 
 
 def _read_folder(folder: Path, saved: SavedConfig) -> Weights:

@@ -6,8 +6,8 @@ import yaml
 from timm.models import get_pretrained_cfg, is_model
 
 from ..utils.errors import InputError
-from ..utils.schema import integer, items, judge, mapping, number, optional, record, text
-from .config_checks import CROP, MAX_SIDE, SIZE
+from ..utils.schema import choice, integer, items, judge, mapping, number, optional, record, text
+from .config_checks import CROP, CROP_MODES, INTERPOLATIONS, MAX_SIDE, SIZE
 from .weight_checks import read_checkpoint
 
 __all__ = ['read_timm_run']
@@ -18,9 +18,9 @@ DATA_CONFIG = {
     'input_size': optional(SIZE),
     'mean': optional(items(number(), 1, MAX_SIDE)),
     'std': optional(items(number(above=0), 1, MAX_SIDE)),
-    'interpolation': optional(text(100)),
+    'interpolation': optional(choice('', *INTERPOLATIONS)),
     'crop_pct': optional(CROP),
-    'crop_mode': optional(text(100)),
+    'crop_mode': optional(choice('', *CROP_MODES)),
 }
 ARGS = record({'model': text(200)}, {
     'model_kwargs': optional(mapping(lambda value: None)),

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..utils.errors import InputError
 
-__all__ = ['check_tensors', 'check_weights', 'read_checkpoint', 'read_tensors']
+__all__ = ['check_tensors', 'check_values', 'check_weights', 'read_checkpoint', 'read_tensors']
 
 
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -110,8 +110,8 @@ def check_tensors(
             model itself judges that.
 
     Raises:
-        InputError: If tensors are missing or unknown, or one has another shape than in the model, is of integers or of
-            fewer than 16 bits, has values that are not finite, or is a negative variance.
+        InputError: If tensors are missing or unknown, one has another shape than in the model, or `check_values`
+            refuses them.
     """
     own = model.state_dict()
     missing, unknown = (
@@ -124,19 +124,36 @@ def check_tensors(
             f'{source} must hold the tensors of the model: {len(missing)} are missing{_example(missing)}, '
             f'{len(unknown)} are unknown{_example(unknown)}'
         )
-    for name in (name for name in {**own, **tensors} if name in tensors):  # the first that is wrong is named
-        tensor, expected = tensors[name], own.get(name)
-        module, _, last = name.rpartition('.')
-        if last in ('num_batches_tracked', 'trained') or (expected is not None and not expected.is_floating_point()):
-            continue  # a counter, flags of the sub-nets, indices
-        if expected is not None and module not in adapted and tensor.shape != expected.shape:
+    for name, expected in own.items():
+        shape, fits = tuple(expected.shape), name in tensors and tensors[name].shape == expected.shape
+        if name in tensors and not fits and name.rpartition('.')[0] not in adapted and name != 'subnets.trained':
             raise InputError(
-                f'{name} of {source} must have shape {tuple(expected.shape)} as in the model, '
-                f'got {tuple(tensor.shape)}'
-            )
-        if tensor.dtype not in FLOATS:
+                f'{name} of {source} must have shape {shape} as in the model, got {tuple(tensors[name].shape)}')
+    check_values(tensors, own, source)
+
+
+def check_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], source: str) -> None:
+    """Check types and values of tensors that are to be loaded, whatever their shapes are.
+
+    Args:
+        tensors: Tensors by name.
+        own: State dict of the model that they are for.
+        source: What error messages call the place that they come from.
+
+    Raises:
+        InputError: If one is of integers or of fewer than 16 bits, counters and the like excepted, has values that are
+            not finite in the type of the model, or is a negative variance.
+    """
+    for name in (name for name in {**own, **tensors} if name in tensors):  # the first that is wrong is named
+        tensor, dtype = tensors[name], own[name].dtype if name in own else torch.float32
+        last = name.rpartition('.')[2]
+        if last in ('num_batches_tracked', 'trained') or not dtype.is_floating_point:
+            dtype = torch.float32  # a counter, flags of the sub-nets, indices
+        elif tensor.dtype not in FLOATS:
             raise InputError(f'{name} of {source} must be of type {", ".join(map(str, FLOATS))}, got {tensor.dtype}')
-        if not torch.isfinite(tensor).all():
+        if tensor.is_meta:
+            continue
+        if not torch.isfinite(tensor.to(dtype)).all():
             raise InputError(f'{name} of {source} must have finite values, got NaN or infinity')
         if last == 'running_var' and (tensor < 0).any():
             raise InputError(f'{name} of {source} must be variances of at least 0, got {tensor.min().item()}')

@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--input-key', help='image column, found if not given')
     arg('--target-key', help='label column, found if not given')
     arg('--val-split', help="the first of 'validation', 'val', 'valid' and 'test' if not given")
+    arg('--val-fraction', type=number(float, 0, 1), metavar='SHARE',
+        help='the images that train --val-fraction SHARE did not train on')
     arg('-b', '--batch-size', type=count, default=64, help='images per batch')
     arg('-j', '--workers', type=parse_workers, default=2, help='processes that load data')
     arg('--device', help="'cpu', 'cuda', ...: the GPU if there is one, else the CPU, if not given")
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.model, args.data, batch_size=args.batch_size, num_workers=args.workers, device=args.device,
         precision=args.precision, cascade=cascade, output=args.output,
         input_key=args.input_key, target_key=args.target_key, val_split=args.val_split,
+        val_fraction=args.val_fraction,
     )
     if not args.json:
         print_table(_depth_table(result))

@@ -1,6 +1,7 @@
 """`timm-ddnn train`: all depths at once by embedded knowledge distillation; `train_ekd.py` is the same."""
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ EXAMPLES = """  timm-ddnn train                                                 
   timm-ddnn train --output FOLDER --resume auto --checkpoint-interval 500    # begins, or resumes
   timm-ddnn train --evaluate --pretrained --model FOLDER --dataset FOLDER
 
-several processes: accelerate launch --multi_gpu --num_processes 4 train_scripts/train_ekd.py, with the same options"""
+several processes, with the same options:
+  accelerate launch --config_file train_scripts/configs/gpus.yaml --num_processes 4 train_scripts/train_ekd.py"""
+
+
+# What an option is if it is not given: from random weights, and from trained ones. There the learning rate is a tenth,
+# by which the weights are not lost (arXiv 1311.2524, section 2.3), and fewer epochs do.
+DEFAULTS = {'epochs': (15, 10), 'lr': (0.1, 0.01), 'warmup_epochs': (1, 1)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--subnets', nargs='*', type=parse_blocks, metavar='BLOCKS',
         help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'; of none: the full-net alone")
     arg('--pretrained', action='store_true', help='start from published or saved weights')
-    arg('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in a file, of as many classes')
+    arg('--initial-checkpoint', default='', metavar='PATH',
+        help='start from the weights in a file or the folder of a model, of as many classes')
     arg('--num-classes', type=number(int, 1, 10 ** 6), help='classes of the model, those of the data set if not given')
     arg('--img-size', type=number(int, 1, 8192), help="side of the images in pixels, the model's if not given")
     arg('--drop', type=fraction, default=0.0, help='dropout rate before the classifier')
@@ -40,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--target-key', help='label column, found if not given')
     arg('--train-split', help="'train' if not given")
     arg('--val-split', help="the first of 'validation', 'val', 'valid' and 'test' if not given")
+    arg('--val-fraction', type=number(float, 0, 1), metavar='SHARE',
+        help='share of the training images of every class to validate on, where there is no split for that; the same '
+             'images whatever --seed is')
     arg('-b', '--batch-size', type=count, default=64, help='images per process and step')
     arg('-vb', '--validation-batch-size', type=count, help='the batch size if not given')
     arg('-j', '--workers', type=parse_workers, default=2, help='processes that load data, per process')
@@ -62,18 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--full-net-updates', type=counter, default=0, metavar='N',
         help='train the full-net alone in the first N updates, and all depths in the others')
     arg('--smoothing', type=fraction, default=0.0, help='label smoothing')
+    arg('--class-weights', action='store_true',
+        help='weight the cross-entropy of a class inversely to its number of images')
     arg('--bce-loss', action='store_true', help='binary cross-entropy in the place of cross-entropy')
 
     arg = parser.add_argument_group('optimization').add_argument
-    arg('--epochs', type=count, default=15, help='epochs of training')
+    arg('--epochs', type=count, help=_explain('epochs', 'epochs of training'))
     arg('--opt', default='sgd', help="timm's name of an optimizer; sgd is with Nesterov momentum")
     arg('--momentum', type=fraction, default=0.9, help='momentum')
     arg('--weight-decay', type=amount, default=5e-4, help='weight decay, not on biases and norms')
     arg('--clip-grad', type=amount, help='norm that gradients are clipped to')
     arg('--grad-accum-steps', type=count, help="batches per update, accelerate launch's or 1 if not given")
     arg('--sched', choices=('cosine', 'tanh', 'constant'), default='cosine', help='schedule, stepped per update')
-    arg('--lr', type=amount, default=0.1, help='learning rate')
-    arg('--warmup-epochs', type=counter, default=1, help='epochs of linear warm-up')
+    arg('--lr', type=amount, help=_explain('lr', 'learning rate'))
+    arg('--warmup-epochs', type=counter, help=_explain('warmup_epochs', 'epochs of linear warm-up'))
     arg('--warmup-lr', type=amount, default=1e-5, help='learning rate at the start of the warm-up')
     arg('--min-lr', type=amount, default=0.0, help='learning rate at the end of the cosine')
     arg('--model-ema', action='store_true', help='average the weights; the average is reported and saved')
@@ -83,9 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg = parser.add_argument_group('run').add_argument
     arg('--evaluate', action='store_true', help='report the accuracy of every depth, without training')
     arg('--output', type=Path, help='folder to write to, a new one in output/ if not given')
+    arg('--best-by', type=count, metavar='DEPTH',
+        help='depth whose top-1 chooses the weights in best/, the mean over depths if not given')
     arg('--resume', metavar='auto|PATH', help='resume from the newest checkpoint in --output, if any, or from that one')
     arg('--checkpoint-interval', type=counter, default=0, help='updates between checkpoints within an epoch')
-    arg('--checkpoint-hist', type=count, default=2, help='newest checkpoints to keep, besides the best')
+    arg('--checkpoint-hist', type=count, default=2, help='newest checkpoints to keep')
     arg('--seed', type=number(int, 0, 2 ** 32 - 1), default=0, help='seed of everything random')
     arg('--mixed-precision', choices=('no', 'bf16', 'fp16'), help="accelerate launch's if not given")
     arg('--channels-last', action=argparse.BooleanOptionalAction, default=True, help='memory format')
@@ -96,6 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--report-to', choices=('none', 'tensorboard', 'trackio', 'wandb'), default='none', help='experiment tracker')
 
 
+def _explain(name: str, text: str) -> str:
+    random, trained = DEFAULTS[name]
+    return f'{text}, {random} if not given' + f' ({trained} with --pretrained)' * (random != trained)
+
+
 def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | None:
     """Train or evaluate, and print the accuracy of every depth.
 
@@ -104,6 +124,9 @@ def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | Non
         task_type: What takes the place of `EKDTask`, if anything does.
     """
     _check(args)
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[bool(args.pretrained or args.initial_checkpoint)])
     from rich.console import Console
 
     from timm_ddnn.task import EKDTask
@@ -121,13 +144,31 @@ def run(args: argparse.Namespace, task_type: Any = None) -> dict[str, Any] | Non
     if result and not args.json:
         title = f'{result["architecture"]}-{Path(args.dataset).resolve().name}'
         console.print(result_table(result['depths'], title, result['parameters']))
+        if not args.evaluate:
+            _print_end(options.output, result, args)
     return result
+
+
+def _print_end(folder: Path, result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print what a run wrote, and how to go on."""
+    from ..tables import print_files, print_line
+
+    model = 'config.json', 'model.safetensors', 'summary.json', 'accuracy.png'
+    print_files(folder, (*model, 'metrics.jsonl', 'curves.png', 'checkpoints/'))
+    print_files(folder / 'best', (*model, f'(the best epoch, {result["best_epoch"]} of {args.epochs})'))
+    words = ['timm-ddnn', 'evaluate', str(folder), '--data', args.dataset]
+    for name in ('input_key', 'target_key', 'val_split', 'val_fraction'):
+        value = getattr(args, name)
+        words += [] if value is None else ['--' + name.replace('_', '-'), str(value)]
+    print_line(f'next: {shlex.join(words)}')
 
 
 def _check(args: argparse.Namespace) -> None:
     """End the program if options do not go together."""
     if args.evaluate and not (args.pretrained or args.initial_checkpoint):
         fail('--evaluate needs weights: --pretrained or --initial-checkpoint')
+    if os.path.isdir(args.initial_checkpoint):
+        args.initial_checkpoint = os.path.join(args.initial_checkpoint, 'model.safetensors')
     if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
         fail(f'--initial-checkpoint must be a file, got {args.initial_checkpoint!r}')
     for name in ('scale', 'ratio'):
@@ -140,6 +181,8 @@ def _check(args: argparse.Namespace) -> None:
         for name in filter(other.get, other):
             flag = '--' + name.replace('_', '-')
             fail(f'--in-memory goes with --train-crop-mode pad and --hflip alone, got {flag} {other[name]}')
+    if args.class_weights and args.bce_loss:
+        fail('--class-weights are of cross-entropy, got --bce-loss')
     if args.ema_teacher and not args.model_ema:
         fail('--ema-teacher needs the average: --model-ema')
     if args.evaluate and args.resume:
