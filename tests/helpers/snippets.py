@@ -103,7 +103,8 @@ def run_line(words, slow):
 def run_command(arguments, slow):
     """Run `timm-ddnn`, or parse its arguments."""
     name = arguments[0]
-    if not slow and name in SLOW:
+    untrained = '--calibrate-confidence' in arguments  # what no temperature fits
+    if untrained or (not slow and name in SLOW):
         with mock.patch.object(argparse.ArgumentParser, 'parse_args', parse_and_stop):
             return expect(Parsed, main, arguments)
     arguments = [*arguments, *SHORT.get('evaluate' if '--evaluate' in arguments else name, ())]

@@ -143,7 +143,7 @@ def plot_calibration(path: Path, rows: Sequence[Mapping[str, Any]], title: str) 
 
     Args:
         path: PNG file to write.
-        rows: Rows of `depth_metrics`.
+        rows: Rows of `depth_metrics`, with temperature.
         title: Title.
     """
     columns = min(len(rows), 3)
@@ -153,7 +153,11 @@ def plot_calibration(path: Path, rows: Sequence[Mapping[str, Any]], title: str) 
     panels = [*figure.subplots(math.ceil(len(rows) / columns), columns, squeeze=False).flat]
     for i, (axes, row) in enumerate(zip(panels, rows, strict=False)):
         axes.plot([0, 100], [0, 100], ':', color='black', label='confidence = accuracy')
-        _draw_bins(axes, row['calibration'], f'C{i}', f'calibration error {row["ece"]:.2f} %')
+        before = row['uncalibrated']
+        if before:
+            _draw_bins(axes, before['calibration'], '0.6', f'before: calibration error {before["ece"]:.2f} %')
+        label = f'temperature {row["temperature"]:.2f}: ' if before else ''
+        _draw_bins(axes, row['calibration'], f'C{i}', f'{label}calibration error {row["ece"]:.2f} %')
         axes.set(
             title=f'depth {row["depth"]}', xlabel='confidence (%)', ylabel='accuracy (%)', xlim=(0, 102), ylim=(0, 102))
         axes.grid(alpha=0.3)
