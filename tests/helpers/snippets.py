@@ -68,6 +68,7 @@ def run_shell(text, slow):
     """Run the lines of a snippet; returns what is wrong with one, as Sybil wants it."""
     for line in text.replace('\\\n', ' ').splitlines():
         words = shlex.split(line, comments=True)
+        words = words[:words.index('>')] if '>' in words else words
         while words and re.fullmatch(r'[A-Z_]+=\S*', words[0]):
             words.pop(0)
         if words and (wrong := run_line(words, slow)):
