@@ -83,6 +83,7 @@ def test_sections_from_the_command_line(benchmark, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_figure_is_measured(benchmark):
     """Catches a section that fails on this device. The numbers mean nothing on so small batches."""
     args = Namespace(rounds=3, compiled=False)

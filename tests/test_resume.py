@@ -50,12 +50,12 @@ FULL = [  # of 44 updates
 ]
 
 
-def checkpoints_in(folder):
+def checkpoints_in(folder, **kwargs):
     """Checkpoints of a run that has nothing but a small model."""
     model = torch.nn.Linear(2, 2)
     return Checkpoints(
         Accelerator(cpu=True), folder, model,
-        lambda folder, state: save_file(model.state_dict(), folder / 'model.safetensors'))
+        lambda folder, state: save_file(model.state_dict(), folder / 'model.safetensors'), **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -416,7 +416,7 @@ def test_a_kill_while_a_checkpoint_is_removed(monkeypatch, tmp_path):
         next(path.iterdir()).unlink()
         raise KeyboardInterrupt
 
-    checkpoints = Checkpoints(Accelerator(cpu=True), tmp_path, keep=1)
+    checkpoints = checkpoints_in(tmp_path, keep=1)
     checkpoints.save(TrainState({}, updates=3))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, 'rmtree', rmtree)
