@@ -10,7 +10,7 @@ from helpers.models import create, images, logits_by_depth, narrow, some_at_once
 from helpers.saved_model import failing, files, save
 
 from timm_ddnn.deploy import formats
-from timm_ddnn.deploy.export import ExportMismatchError, export
+from timm_ddnn.deploy.export import ExportMismatchError, describe_net, export
 from timm_ddnn.deploy.formats import open_onnx
 from timm_ddnn.deploy.int8 import Int8Images, Int8LossError, measure_loss
 from timm_ddnn.deploy.onnx_graph import merge_nets, trace_net
@@ -105,6 +105,23 @@ def int8_images(model, labels_of=None):
     with torch.no_grad():
         labels = model(x, depth=labels_of).argmax(1)
     return Int8Images(x[:16], list(zip(x.split(20), labels.split(20), strict=True)))
+
+
+@pytest.mark.parametrize(('format', 'is_int8'), [
+    ('onnx', True), *(pytest.param(format, False, marks=pytest.mark.slow) for format in formats.FORMATS)])
+def test_logits_are_at_the_temperature_of_their_depth(format, is_int8, model, tmp_path):
+    """Catches files whose probabilities are not those of `predict`, and a depth at the temperature of another one."""
+    temperatures = {14: 1.5, 12: 1.0, 10: 0.25}
+    model.saved_results = [{'depth': depth, 'temperature': temperatures[depth]} for depth in (14, 10)]
+    x = images(model, 3)
+    expected = {depth: z / temperatures[depth] for depth, z in logits_by_depth(model, x).items()}
+    int8 = int8_images(model, 12) if is_int8 else None
+    for row in export(model, 'all', tmp_path, format=format, images=x, dynamic_batch=True, int8=int8, max_loss=100):
+        depth = row['depth']
+        logits = formats.FORMATS[format].open(row['file'])(x, depth).detach()
+        tolerance = (0.1 if is_int8 else 1e-5) * float(logits.abs().max())
+        torch.testing.assert_close(logits, expected[depth], atol=tolerance, rtol=0)
+        assert describe_net(model, depth)['temperature'] == temperatures[depth]
 
 
 def test_int8_file_has_its_own_accuracy(model, tmp_path):

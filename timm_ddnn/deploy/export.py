@@ -29,7 +29,7 @@ __all__ = ['ExportMismatchError', 'describe_net', 'export', 'export_model', 'loa
 
 
 _logger = logging.getLogger(__name__)
-_ROW = ('depth', 'blocks', 'macs', 'top1', 'top5', 'float_top1', 'temperature')
+_ROW = ('depth', 'blocks', 'macs', 'top1', 'top5', 'float_top1')
 
 
 class ExportMismatchError(InputError):
@@ -84,8 +84,8 @@ def describe_net(
     Returns:
         input and output in words, timm's preprocessing (input_size, mean, std, interpolation, crop_pct, crop_mode),
         model, num_classes, library, and base_model and label_names if known. Of one depth also depth, blocks, macs (of
-        one image), and top1, top5 (in percent), float_top1 (if top1 is of int8) and temperature as far as they are
-        known; of several depths `depths`, rows of these.
+        one image), temperature (that the logits are divided by), and top1, top5 (in percent) and float_top1 (if top1
+        is of int8) as far as they are known; of several depths `depths`, rows of these.
 
     Raises:
         InputError: If the model has no such depth.
@@ -97,13 +97,14 @@ def describe_net(
     known = {row['depth']: row for row in results}
     rows = [
         {key: value for key, value in {**row, **known.get(row['depth'], {})}.items() if key in _ROW}
+        | {'temperature': model.temperature(row['depth'])}
         for row in count_costs(model, data_config['input_size']) if row['depth'] in depths
     ]
     switch = '' if single else '; depth: int64 [], runs the deepest net that is not deeper, or the shallowest'
     names = model.pretrained_cfg.get('label_names')
     return {
         'input': f'images: float32 [B, {channels}, {height}, {width}], {colours}, (value / 255 - mean) / std{switch}',
-        'output': f'logits: float32 [B, {model.num_classes}], before the softmax',
+        'output': f'logits: float32 [B, {model.num_classes}], before the softmax, divided by the temperature',
         **{key: list(value) if isinstance(value, tuple) else value for key, value in data_config.items()},
         'model': model.pretrained_cfg['architecture'],
         'num_classes': model.num_classes,
@@ -134,7 +135,7 @@ def export(
     In other formats they become a file each, MODEL-DEPTH, as one depth does in every format. The files are written when
     all are right, else none is, and files of an earlier export stay. The description of `describe_net` is in their
     metadata: in ONNX as metadata_props, each value as JSON unless it is text, in the other two as the extra file
-    'metadata.json'.
+    'metadata.json'. Logits are divided by the temperature of their depth, so that their softmax is calibrated.
 
     In int8, MODEL-int8.onnx or MODEL-DEPTH-int8.onnx, a file is judged by its accuracy on held-out images. Logits on
     `images` are those of the model but for what int8 costs, so that their difference is stated alone; that of several
@@ -195,7 +196,7 @@ def export(
     with staged_folder(folder) as temporary:
         for file, content in contents.items():
             inside = model.resolve_depths(content)[0]
-            nets = {d: model.extract(d).eval() for d in inside}
+            nets = _extract(model, inside)
             measured: dict[int, dict[str, Any]] = {}
             if int8 is None:
                 metadata = dict(describe_net(model, content, results), dynamic_batch=dynamic_batch)
@@ -223,6 +224,25 @@ def export(
     return rows
 
 
+class _Scale(nn.Module):
+    def __init__(self, divisor: float, size: int) -> None:
+        super().__init__()
+        self.register_buffer('divisor', torch.full([size], divisor))  # a scalar of 1 would be optimized away
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / self.divisor
+
+
+def _extract(model: nn.Module, depths: Sequence[int]) -> dict[int, nn.Module]:
+    """Copy the plain nets of some depths; where a temperature was fitted, logits are divided by it."""
+    nets = {depth: model.extract(depth).eval() for depth in depths}
+    temperatures = {depth: model.temperature(depth) for depth in depths}
+    if any(temperature != 1 for temperature in temperatures.values()):  # then at all: they are merged node by node
+        for depth, net in nets.items():
+            net.fc = nn.Sequential(net.fc, _Scale(temperatures[depth], net.num_classes))
+    return nets
+
+
 @torch.no_grad()
 def _compare(
         run: Callable[[torch.Tensor, int], torch.Tensor],
@@ -235,7 +255,7 @@ def _compare(
         is_int8: bool,
 ) -> dict[str, Any]:
     """Compare the logits of a file with the model's, see `export`."""
-    expected = model(images, depth=depth)
+    expected = model(images, depth=depth) / model.temperature(depth)
     # 1, and a size that the net was not exported with
     batch_sizes = [1, max(3, len(images))] if dynamic_batch else [1]
     allowed = tolerance * expected.abs().max().item()
