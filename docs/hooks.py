@@ -1,4 +1,4 @@
-"""What mkdocs.yml cannot say: pages that lie outside docs/, and the command reference, made by the parsers."""
+"""What mkdocs.yml cannot say: files that lie outside docs/, and the command reference, made by the parsers."""
 import contextlib
 import io
 import os
@@ -14,12 +14,18 @@ OUTSIDE = (
     'MODEL_CARD.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'benchmarks/README.md', 'results/README.md',
     'results/PROTOCOL.md', 'results/*.png', 'results/*.csv')
 
+ONNXRUNTIME = ROOT / '.venv/node_modules/onnxruntime-web/dist'  # by `make docs`, as docs/demo/package-lock.json says
+ONNXRUNTIME_FILES = ('ort.wasm.bundle.min.mjs', 'ort-wasm-simd-threaded.wasm')
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of the repository that the site shows too, under the paths that they have there."""
     for pattern in OUTSIDE:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for name in ONNXRUNTIME_FILES:
+        path = f'demo/onnxruntime-web/{name}'
+        files.append(File.generated(config, path, abs_src_path=str(ONNXRUNTIME / name)))
     return files
 
 

@@ -1,5 +1,6 @@
 """`timm-ddnn calibrate`: the new depth is added, and nothing else changes."""
 import json
+import shutil
 
 import datasets
 import pytest
@@ -13,6 +14,7 @@ from timm_ddnn.data.datasets import load_image_data
 from timm_ddnn.data.images import Images
 from timm_ddnn.deploy import calibrate
 from timm_ddnn.deploy.calibrate import calibrate_model
+from timm_ddnn.models.load import load_model, save_temperatures
 from timm_ddnn_cli.main import main
 
 
@@ -84,6 +86,16 @@ def test_a_depth_that_is_not_worth_its_cost_is_named(top1, warned, saved, digits
     monkeypatch.setattr(calibrate, 'depth_metrics', lambda predictions: rows)
     calibrate_model(str(saved[1]), (1, 2, 2), str(digits), tmp_path / 'out', num_workers=0)
     assert ('depth 12 is no more accurate than depths [8]' in caplog.text) is warned
+
+
+def test_temperatures_of_the_other_depths_stay(saved, digits, tmp_path):
+    """Catches temperatures that are lost with a depth that is added, or that the new depth takes over."""
+    model = shutil.copytree(saved[1], tmp_path / 'model')
+    path = model / 'config.json'
+    save_temperatures(path, {20: 1.5, 8: 2.0}, path.read_bytes())
+    calibrate_model(str(model), (1, 2, 2), str(digits), tmp_path / 'out', num_workers=0)
+    loaded = load_model(str(tmp_path / 'out'))
+    assert {depth: loaded.temperature(depth) for depth in loaded.depths} == {20: 1.5, 14: 1.0, 12: 1.0, 8: 2.0}
 
 
 def test_calibration_of_few_images(saved, digits, tmp_path):

@@ -355,6 +355,39 @@ def test_bfloat16(folder):
     assert rounded['depths'][0]['top1'] == pytest.approx(exact['depths'][0]['top1'], abs=3)
 
 
+def test_confidence_is_calibrated_on_other_images(folder, logits, digits, tmp_path, capsys):
+    """Catches temperatures of the images that are reported on, errors of others, and a model that lacks them after."""
+    model = shutil.copytree(folder, tmp_path / 'model')
+    args = [model, '--data', 'digits', '-j', 0, '--cascade', 8, 14, '--budget-macs', 2.2e6, '--speed-images', 0]
+    status, out, err = invoke(capsys, *args, '--calibrate-confidence', '--holdout', 0.4, '--output', tmp_path / 'out')
+    assert status == 0 and 'error' not in err
+    result = read(tmp_path / 'out', 'evaluation.json')
+    held_out, reported = split_images(360, 0.4)
+    labels, kept = digits[2], {row['depth']: row['temperature'] for row in read(model, 'config.json')['depths']}
+    for row in result['depths']:
+        z, temperature = logits[row['depth']], row['temperature']
+        assert kept[row['depth']] == temperature != 1
+        loss = {scale: torch.nn.functional.cross_entropy(z[held_out] / (scale * temperature), labels[held_out])
+                for scale in (0.98, 1, 1.02)}
+        assert min(loss, key=loss.get) == 1
+        for found, scaled in ((row, z / temperature), (row['uncalibrated'], z)):
+            expected = expected_metrics(scaled[reported], z[reported], labels[reported])
+            assert found['ece'] == pytest.approx(expected['ece'], abs=1e-3)
+        assert row['top1'] == pytest.approx(expected['top1'], abs=1e-3)
+        assert f'{temperature:.3f}  {row["uncalibrated"]["ece"]:14.2f}' in out
+    assert (result['temperature_images'], result['images'], result['cascade']['images']) == (144, 216, 216)
+    assert {mistake['row'] for mistake in result['mistakes']} <= set(reported.tolist())
+    sure = (logits[8] / kept[8]).softmax(1).amax(1)[held_out]
+    threshold = result['cascade']['threshold']
+    assert threshold > 0 and (sure - threshold).abs().min() < 1e-5
+
+    again = evaluate_model(str(model), 'digits')
+    assert [row['temperature'] for row in again['depths']] == [kept[14], kept[8]]
+    assert again['temperature_images'] is None and again['images'] == 360
+    status, out, err = invoke(capsys, 'ddnn_resnet20', '--data', 'digits', '--calibrate-confidence')
+    assert status == 2 and 'must be a folder with a config.json to store temperatures in' in err
+
+
 @pytest.mark.parametrize(('args', 'message'), [
     (['--cascade', '8', '50'], 'two or more of the depths (8, 14), the shallowest first, got (8, 50)'),
     (['--cascade', '14', '8'], 'the shallowest first, got (14, 8)'),

@@ -1,6 +1,8 @@
 """The examples run offline and show what they say."""
+import random
 import re
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform, resolve_input_data_config
 
+from timm_ddnn.deploy.controller import DepthController
+from timm_ddnn.deploy.export import export
 from timm_ddnn.hub.save import save_model
 from timm_ddnn.models.load import load_model
 
@@ -104,3 +108,41 @@ def test_feature_pyramid_with_wrong_input(args, message, folder, monkeypatch, ca
         run(monkeypatch, 'feature_pyramid.py', *args)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_device(folder, monkeypatch, capsys):
+    """Catches an example that needs the library, prepares images otherwise, or moves the depth by other rules."""
+    model = load_model(str(folder / 'model'))
+    file, = {row['file'] for row in export(model, 'all', folder, format='onnx', images=torch.randn(2, 3, 32, 32))}
+    photograph = Image.fromarray(load_sample_image('china.jpg'))
+    photograph.save(folder / 'photo.png')
+    code = 'import sys, runpy; sys.modules |= dict.fromkeys(("torch", "timm", "timm_ddnn")); ' \
+           'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")'
+
+    def device(*args):
+        return subprocess.run(
+            [sys.executable, '-c', code, ROOT / 'examples/device.py', *map(str, args)], capture_output=True, text=True)
+
+    result = device(file, folder / 'photo.png', '--depth', 14)
+    with torch.no_grad():
+        image = create_transform(**resolve_input_data_config(model))(photograph)[None]
+        probabilities = model(image, depth=14).softmax(-1)[0]
+    best = probabilities.argmax().item()
+    assert f'photo.png: {NAMES[best]} {100 * probabilities[best]:.1f} %, depth 14,' in result.stdout, result.stderr
+    for args in ([folder / 'none.onnx', folder / 'photo.png'], [file, folder / 'model/config.json']):
+        result = device(*args)
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+    example = runpy.run_path(str(ROOT / 'examples/device.py'))
+    costs, depths = {20: 4.0, 14: 2.5, 8: 1.0}, set()
+    options = dict(window=4, headroom=0.8, patience=6)
+    controllers = example['Controller'](costs, 10, **options), DepthController(costs, 10, **options)
+    generator = random.Random(0)
+    for i in range(2000):
+        load = generator.uniform(1, 3) if i // 200 % 2 else generator.uniform(2, 12)
+        latency = load * costs[controllers[0].depth]
+        for controller in controllers:
+            controller.record(latency)
+        assert controllers[0].depth == controllers[1].depth
+        depths.add(controllers[0].depth)
+    assert depths == {20, 14, 8}

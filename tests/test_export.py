@@ -45,9 +45,12 @@ left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
 pixels = np.asarray(photograph.crop((left, top, left + width, top + height)))
 image = ((pixels / 255 - about['mean']) / about['std']).astype(np.float32).transpose(2, 0, 1)[None]
 
-np.save('y.npy', np.concatenate([session.run(None, {{'images': x[i:j]}})[0] for i, j in ((0, 1), (1, 6))]))
+for depth in {depths}:
+    switch = {{'depth': np.array(depth)}} if {one_file} else {{}}
+    y = [session.run(None, {{'images': x[i:j], **switch}})[0] for i, j in ((0, 1), (1, 6))]
+    np.save(f'y{{depth}}.npy', np.concatenate(y))
 np.save('image.npy', image)
-print(json.dumps([meta, session.get_inputs()[0].shape, session.get_outputs()[0].shape]))
+print(json.dumps([meta, [(put.name, put.shape) for put in (*session.get_inputs(), *session.get_outputs())]]))
 """
 TORCH = """
 import torch
@@ -69,48 +72,58 @@ def wrap_writer(monkeypatch, format, wrap):
     """Let a format write another net than it is given: wrap(file, net)."""
     kind = formats.FORMATS[format]
 
-    def write(file, net, *args):
-        kind.write(file, wrap(file, net).eval(), *args)
+    def write(file, nets, *args):
+        kind.write(file, {depth: wrap(file, net).eval() for depth, net in nets.items()}, *args)
     monkeypatch.setitem(formats.FORMATS, format, kind._replace(write=write))
 
 
-def check_description(about, depth):
+TEXT = ('input', 'output', 'interpolation', 'crop_mode', 'model', 'library')
+
+
+def check_description(about, depths):
     assert {key: about[key] for key in CONFIG} == json.loads(json.dumps(CONFIG))
-    assert (about['model'], about['depth'], about['blocks']) == ('ddnn_resnet20', depth, [(depth - 2) // 6] * 3)
+    assert about['model'] == 'ddnn_resnet20'
+    for depth, row in zip(depths, about.get('depths', [about]), strict=True):
+        assert (row['depth'], row['blocks'], row['macs'] > 0) == (depth, [(depth - 2) // 6] * 3, True)
+        assert (row['top1'], row['top5']) == (depth + 0.5, depth + 1.5)
     assert about['label_names'] == [f'class {i}' for i in range(10)]
-    assert (about['top1'], about['top5']) == (depth + 0.5, depth + 1.5)
     assert about['dynamic_batch'] is True
     assert 'before the softmax' in about['output']
     assert f'torch {torch.__version__}' in about['library']
 
 
-def test_onnx_is_read_without_torch(tmp_path, capsys):
+@pytest.mark.parametrize('depth', ['all', 8])
+def test_onnx_is_read_without_torch(depth, tmp_path, capsys):
     """Catches logits of another depth or after a softmax, a batch that is not free, and preprocessing wrongly stated.
 
-    A process with onnxruntime alone prepares a photograph by the metadata.
+    A process with onnxruntime alone prepares a photograph by the metadata. Of all depths there is one file, which runs
+    the deepest net that is not deeper than asked, or the shallowest.
     """
     model = save(tmp_path / 'model', layers=(2, 2, 2), subnets=((1, 1, 1),), channels=(4, 8, 16))
-    args = ['--depth', 'all', '--format', 'onnx', '--dynamic-batch', '--json']
+    args = ['--depth', str(depth), '--format', 'onnx', '--dynamic-batch', '--json']
     main(['export', str(tmp_path / 'model'), *args, '--output', str(tmp_path / 'out')])
     rows = json.loads(capsys.readouterr().out)
-    assert [Path(row['file']) for row in rows] == [tmp_path / 'out' / f'ddnn_resnet20-{d}.onnx' for d in (14, 8)]
-    assert files(tmp_path / 'out').keys() == {Path(row['file']) for row in rows}
+    file = str(tmp_path / 'out' / ('ddnn_resnet20.onnx' if depth == 'all' else 'ddnn_resnet20-8.onnx'))
+    depths, run_by = ((14, 8), {99: 14, 14: 14, 13: 8, 8: 8, 1: 8}) if depth == 'all' else ((8,), {8: 8})
+    assert [(row['file'], row['depth']) for row in rows] == [(file, d) for d in depths]
+    assert files(tmp_path / 'out').keys() == {Path(file)}
+    onnx.checker.check_model(file, full_check=True)
     photograph().save(tmp_path / 'photograph.png')
-    logits = {}
+    code = ONNX.format(file=file, depths=[*run_by], one_file=depth == 'all')
+    meta, puts = child(tmp_path, code, 'torch', 'timm', 'timm_ddnn')
+    switch = [['depth', []]] * (depth == 'all')
+    assert puts == [['images', ['batch', 3, 24, 24]], *switch, ['logits', ['batch', 10]]]
+    check_description({k: v if k in TEXT else json.loads(v) for k, v in meta.items()}, depths)
+    assert np.abs(np.load(tmp_path / 'image.npy') - TRANSFORM(photograph()).numpy()).max() < 1e-6
     for row in rows:
-        depth = row['depth']
         assert (row['images'], row['batch_sizes'], row['top1_agreement']) == (4, [1, 4], 100)
-        assert row['bytes'] == Path(row['file']).stat().st_size
+        assert row['bytes'] == Path(file).stat().st_size
         assert 0 < row['max_difference'] < row['allowed'] < 1e-2
-        onnx.checker.check_model(row['file'], full_check=True)
-        meta, inputs, outputs = child(tmp_path, ONNX.format(file=row['file']), 'torch', 'timm', 'timm_ddnn')
-        assert (inputs, outputs) == (['batch', 3, 24, 24], ['batch', 10])
-        text = ('input', 'output', 'interpolation', 'crop_mode', 'model', 'library')
-        check_description({k: v if k in text else json.loads(v) for k, v in meta.items()}, depth)
-        assert np.abs(np.load(tmp_path / 'image.npy') - TRANSFORM(photograph()).numpy()).max() < 1e-6
-        logits[depth], expected = arrays(tmp_path, model, depth)
-        assert np.abs(logits[depth] - expected).max() < row['allowed']
-    assert np.abs(logits[14] - logits[8]).max() > 0.05
+    logits = {}
+    for asked, ran in run_by.items():
+        logits[ran], expected = arrays(tmp_path, model, ran, f'y{asked}.npy')
+        assert np.abs(logits[ran] - expected).max() < 1e-4
+    assert depth == 8 or np.abs(logits[14] - logits[8]).max() > 0.05
 
 
 def test_formats_of_torch_are_read_without_timm(saved, tmp_path, caplog):
@@ -122,7 +135,7 @@ def test_formats_of_torch_are_read_without_timm(saved, tmp_path, caplog):
         assert ('deprecated' in caplog.text) is (format == 'torchscript')
     paths = [row['file'] for row in rows]
     for row, about in zip(rows, child(tmp_path, TORCH.format(files=paths), 'timm', 'timm_ddnn'), strict=True):
-        check_description(about, 14)
+        check_description(about, (14,))
         mine, expected = arrays(tmp_path, model, 14, f'{row["file"]}.npy')
         assert np.abs(mine - expected).max() < row['allowed'] < 1e-2
 
@@ -159,7 +172,8 @@ def test_file_that_computes_something_else_is_removed(format, fault, saved, tmp_
     before = files(tmp_path)
     model, images = load_model(str(saved[1])), exporting.load_images(load_model(str(saved[1])))
     with pytest.raises(exporting.ExportMismatchError, match=r'ddnn_resnet20-8.* differs from depth 8') as error:
-        exporting.export(model, (20, 8), tmp_path, format=format, images=images, overwrite=True)
+        depth = 8 if format == 'onnx' else (20, 8)
+        exporting.export(model, depth, tmp_path, format=format, images=images, overwrite=True)
     assert ('nan' in str(error.value)) is (fault == 'nan')
     assert files(tmp_path) == before
 

@@ -4,6 +4,7 @@ import os
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from timm_ddnn.version import __version__
 from timm_ddnn_cli import commands
 from timm_ddnn_cli.commands import NAMES, export, profile
 from timm_ddnn_cli.commands import list as list_command
-from timm_ddnn_cli.main import _create_parser, main
+from timm_ddnn_cli.main import SHELLS, _create_parser, main
 from timm_ddnn_cli.tables import format_count
 
 CHILD = """
@@ -68,6 +69,44 @@ def test_help_of_a_command_has_examples_that_parse(name, capsys):
     assert lines
     for line in lines:
         assert _create_parser().parse_args(shlex.split(line)).command == name
+
+
+COMPLETE = """
+source /dev/stdin
+for line in "$@"; do
+    read -ra COMP_WORDS <<< "$line"
+    COMP_CWORD=$(( ${#COMP_WORDS[@]} - 1 )) COMPREPLY=()
+    $(complete -p timm-ddnn | grep -o '_shtab\\w*')
+    echo "${COMPREPLY[@]}"
+done
+"""
+
+
+@pytest.mark.skipif(not shutil.which('bash'), reason='bash is not installed')
+def test_bash_completes_commands_options_choices_and_files(tmp_path, capsys):
+    """Catches a script that the shell does not take, and values that are offered nothing or the wrong things."""
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'profile.json').touch()
+    expected = {
+        'timm-ddnn ev': 'evaluate', 'timm-ddnn evaluate --cal': '--calibrate-confidence',
+        'timm-ddnn export RUN --format o': 'onnx', 'timm-ddnn profile RUN --runtimes eager o': 'onnxruntime',
+        'timm-ddnn predict ph': 'photos', 'timm-ddnn predict RUN ph': 'photos', 'timm-ddnn choose --batch-size p': '',
+        'timm-ddnn choose --profile pr': 'profile.json',
+    }
+    main(['--print-completion', 'bash'])
+    run = subprocess.run(
+        ['bash', '-c', COMPLETE, 'bash', *expected], input=capsys.readouterr().out, cwd=tmp_path, capture_output=True,
+        text=True)
+    assert (run.returncode, run.stderr) == (0, '')
+    assert dict(zip(expected, run.stdout.splitlines(), strict=True)) == expected
+
+
+@pytest.mark.parametrize('shell', SHELLS)
+def test_completion_names_every_command(shell, capsys):
+    """Catches a shell that is offered and not known, and commands without completion."""
+    main(['--print-completion', shell])
+    out, err = capsys.readouterr()
+    assert not err and all(name in out for name in NAMES)
 
 
 def test_literal_choices_are_the_librarys():

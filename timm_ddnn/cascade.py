@@ -57,8 +57,8 @@ class Cascade:
         Args:
             model: Dynamic-depth model, in eval mode when the cascade runs.
             depths: Two or more of its depths, the shallowest first.
-            threshold: An image goes on to the next net where its `confidence` is not above this, [0, 1]: at 0 none
-                does, at 1 all do.
+            threshold: An image goes on to the next net where its `confidence`, at the temperature of the depth, is not
+                above this, [0, 1]: at 0 none does, at 1 all do.
 
         Raises:
             InputError: If these are not depths of the model in this order, or the threshold is out of range.
@@ -74,6 +74,7 @@ class Cascade:
             raise InputError(f'threshold of a cascade must be from 0 to 1, got {threshold!r}')
         self.model = model
         self.threshold = threshold
+        self._temperatures = [model.temperature(depth) for depth in self.depths]
         # A net parts from the first of the earlier ones that it shares most blocks with: that one ran the last of them
         self._starts, self._sources = [0], [0]
         for i, depth in enumerate(self.depths[1:], start=1):
@@ -88,7 +89,8 @@ class Cascade:
             x: Images, [B, C, H, W].
 
         Returns:
-            Logits [B, num_classes], and for every image the index in `depths` of the net that they are of, [B].
+            Logits [B, num_classes], divided by the `temperature` of the depth that they are of, and for every image the
+            index of that depth in `depths`, [B].
 
         Raises:
             InputError: If the model is in training mode.
@@ -119,7 +121,7 @@ class Cascade:
         stops = {len(path), *(self._starts[j] for j in later)}
         computed = self.model.run_blocks(maps.pop(i), path, self._starts[i], stops)
         maps |= {j: computed[self._starts[j]] for j in later}
-        return self.model.forward_head(computed[len(path)])
+        return self.model.forward_head(computed[len(path)]) / self._temperatures[i]
 
     def count_macs(self, input_size: Sequence[int]) -> list[StepCost]:
         """Count the multiply-accumulates of every step, by running all of them on one image.

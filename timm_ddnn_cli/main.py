@@ -7,7 +7,9 @@ import importlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from .arguments import ArgumentParser, fail, run
 from .commands import NAMES
@@ -15,6 +17,7 @@ from .commands import NAMES
 __all__ = ['main']
 
 
+SHELLS = 'bash', 'zsh', 'fish', 'tcsh', 'powershell'
 EXIT_STATUSES = 'exit status: 0 done, 1 an error in this program, 2 wrong input, 3 nothing is within the limits'
 
 
@@ -34,6 +37,9 @@ def _main(arguments: Sequence[str] | None) -> None:
         from importlib.metadata import version
 
         print(f'timm-ddnn {version("timm-ddnn")}')
+    elif args.print_completion:
+        with _naming_packages():
+            _print_completion(parser, args.print_completion)
     elif args.command is None:
         parser.print_help()
     else:
@@ -51,6 +57,8 @@ def _create_parser() -> ArgumentParser:
         'Dynamic-depth networks for timm: train, evaluate, bring to a device, publish.', prog='timm-ddnn',
         epilog=EXIT_STATUSES)
     parser.add_argument('--version', action='store_true', help='print the version')
+    parser.add_argument('--print-completion', choices=SHELLS, metavar='SHELL',
+                        help=f'print a script that completes words in a shell: {", ".join(SHELLS)}')
     subparsers = parser.add_subparsers(dest='command', metavar='COMMAND')
     for name in NAMES:
         module = importlib.import_module(f'.commands.{name}', __package__)
@@ -62,17 +70,35 @@ def _create_parser() -> ArgumentParser:
     return parser
 
 
-def _run_command(args: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s', handlers=[_StderrHandler()])
-    logging.getLogger('huggingface_hub').propagate = False  # it writes to stderr itself
-    # where CUDA is installed and there is no GPU, it warns when something imports it
-    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
+def _print_completion(parser: ArgumentParser, shell: str) -> None:
+    import shtab
+
+    subparsers, = (action for action in parser._actions if isinstance(action.choices, dict))
+    for command in subparsers.choices.values():
+        for action in command._actions:
+            if action.type in (None, Path) and action.nargs != 0 and not action.choices:  # text, which may be a file
+                action.complete = shtab.FILE
+    print(shtab.complete(parser, shell))
+
+
+@contextmanager
+def _naming_packages() -> Iterator[None]:
+    """Name the extra that has a package which is missing."""
     try:
-        result = args.run(args)
+        yield
     except ModuleNotFoundError as e:
         if e.name and e.name.split('.')[0] in ('timm_ddnn', 'timm_ddnn_cli'):
             raise
         extra = 'train' if e.name and e.name.startswith('sklearn') else 'cli,export'
         fail(f"timm-ddnn needs the package {e.name} for this: pip install 'timm-ddnn[{extra}]'")
+
+
+def _run_command(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s: %(message)s', handlers=[_StderrHandler()])
+    logging.getLogger('huggingface_hub').propagate = False  # it writes to stderr itself
+    # where CUDA is installed and there is no GPU, it warns when something imports it
+    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
+    with _naming_packages():
+        result = args.run(args)
     if args.json and result is not None:  # one of several processes prints
         print(json.dumps(result, indent=2, allow_nan=False))

@@ -68,6 +68,7 @@ def run_shell(text, slow):
     """Run the lines of a snippet; returns what is wrong with one, as Sybil wants it."""
     for line in text.replace('\\\n', ' ').splitlines():
         words = shlex.split(line, comments=True)
+        words = words[:words.index('>')] if '>' in words else words
         while words and re.fullmatch(r'[A-Z_]+=\S*', words[0]):
             words.pop(0)
         if words and (wrong := run_line(words, slow)):
@@ -103,7 +104,8 @@ def run_line(words, slow):
 def run_command(arguments, slow):
     """Run `timm-ddnn`, or parse its arguments."""
     name = arguments[0]
-    if not slow and name in SLOW:
+    untrained = '--calibrate-confidence' in arguments  # what no temperature fits
+    if untrained or (not slow and name in SLOW):
         with mock.patch.object(argparse.ArgumentParser, 'parse_args', parse_and_stop):
             return expect(Parsed, main, arguments)
     arguments = [*arguments, *SHORT.get('evaluate' if '--evaluate' in arguments else name, ())]

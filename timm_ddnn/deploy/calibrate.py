@@ -14,7 +14,7 @@ from ..evaluation.batches import load_batches
 from ..evaluation.metrics import depth_metrics
 from ..evaluation.predict import predict
 from ..hub.save import save_model
-from ..models.load import load_model
+from ..models.load import load_model, saved_results
 from ..utils.costs import count_costs
 from ..utils.environment import find_device
 from ..utils.files import staged_folder
@@ -81,8 +81,9 @@ def calibrate_model(
         metrics = depth_metrics(predict(model, load_batches(
             image_data, 'validation', model, batch_size, num_workers=num_workers, progress=progress)))
         data_config = resolve_input_data_config(model)
+        known = {row['depth']: row for row in saved_results(model)}  # a temperature stays as it is
         rows = [
-            {**cost, 'top1': row['top1'], 'top5': row['top5']}
+            {**known.get(cost['depth'], {}), **cost, 'top1': row['top1'], 'top5': row['top5']}
             for cost, row in zip(count_costs(model, data_config['input_size']), metrics, strict=True)
         ]
         names = model.pretrained_cfg.get('label_names') or image_data.class_names

@@ -1,18 +1,22 @@
 """The formats of exported files: how each is written, and how it is opened as its users will."""
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..utils.errors import InputError
 
-__all__ = ['FORMATS', 'Format', 'require_packages']
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ['FORMATS', 'Format', 'example_of', 'open_onnx', 'require_packages', 'save_onnx']
 
 
 METADATA = 'metadata.json'  # name of the extra file in the formats of torch
@@ -24,14 +28,17 @@ class Format(NamedTuple):
 
     Attributes:
         suffix: Suffix of the files.
-        write: Writes a net: file, net, example images [N, C, H, W], whether the number of images is free, metadata.
-        open: Loads a file as a function from images [B, C, H, W] to logits [B, num_classes].
+        write: Writes plain nets, given by depth: file, nets, example images [N, C, H, W], whether the number of images
+            is free, metadata. Several nets, the deepest first, become one file only where `has_depths`.
+        open: Loads a file as a function from images [B, C, H, W] and a depth to logits [B, num_classes].
         packages: What it needs besides torch.
+        has_depths: Whether a file may hold several depths.
     """
     suffix: str
-    write: Callable[[Path, nn.Module, torch.Tensor, bool, dict[str, Any]], None]
-    open: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]
+    write: Callable[[Path, Mapping[int, nn.Module], torch.Tensor, bool, dict[str, Any]], None]
+    open: Callable[[Path], Callable[[torch.Tensor, int], torch.Tensor]]
     packages: tuple[str, ...] = ()
+    has_depths: bool = False
 
 
 def require_packages(what: str, packages: tuple[str, ...]) -> None:
@@ -49,40 +56,71 @@ def require_packages(what: str, packages: tuple[str, ...]) -> None:
         raise InputError(f"{what} needs the packages {', '.join(missing)}: pip install 'timm-ddnn[export]'")
 
 
-def _example(images: torch.Tensor, dynamic_batch: bool) -> tuple[torch.Tensor]:
-    return (images[[0, -1]] if dynamic_batch else images[:1],)  # torch.export takes a size of 1 for a constant
+def example_of(images: torch.Tensor, dynamic_batch: bool) -> tuple[tuple[torch.Tensor], tuple[dict[int, Any]] | None]:
+    """Choose an input to trace a net with, and the shapes that stay free, both as `torch.export` takes them.
 
-
-def _shapes(dynamic_batch: bool) -> tuple[dict[int, Any]] | None:
-    return ({0: torch.export.Dim('batch')},) if dynamic_batch else None
+    Args:
+        images: Images, [N, C, H, W].
+        dynamic_batch: Whether any number of images is to run at once, and not one alone.
+    """
+    example = images[[0, -1]] if dynamic_batch else images[:1]  # a free size of 1 would be taken for a constant
+    # of images with channels last, torch.export makes a graph that gathers their mean element by element
+    return (example.contiguous(),), ({0: torch.export.Dim('batch')},) if dynamic_batch else None
 
 
 def _write_onnx(
-        file: Path, net: nn.Module, images: torch.Tensor, dynamic_batch: bool, metadata: dict[str, Any]) -> None:
-    program = torch.onnx.export(
-        net, _example(images, dynamic_batch), dynamo=True, dynamic_shapes=_shapes(dynamic_batch),
-        input_names=['images'], output_names=['logits'], verbose=False,
-    )
-    program.model.metadata_props.update(
-        {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()})
-    program.save(file, external_data=False)
+        file: Path, nets: Mapping[int, nn.Module], images: torch.Tensor, dynamic_batch: bool, metadata: dict[str, Any],
+) -> None:
+    from .onnx_graph import merge_nets, trace_net  # need the packages of this format
+
+    if len(nets) == 1:
+        net, = nets.values()
+        graph = trace_net(net, images, dynamic_batch)
+    else:
+        graph = merge_nets({d: trace_net(net, images, dynamic_batch, fold_norms=False) for d, net in nets.items()})
+    save_onnx(file, graph, metadata)
 
 
-def _open_onnx(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def save_onnx(file: Path, graph: 'onnx.ModelProto', metadata: dict[str, Any]) -> None:
+    """Write an ONNX file.
+
+    Args:
+        file: The file.
+        graph: Its graph.
+        metadata: What stands in its metadata_props, each value as JSON unless it is text.
+    """
+    import onnx
+
+    onnx.helper.set_model_props(
+        graph, {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()})
+    onnx.save(graph, file)
+
+
+def open_onnx(file: Path | bytes) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Open an ONNX file, or what it would hold, as a function from images and a depth to logits."""
     from onnxruntime import InferenceSession
 
     session = InferenceSession(file, providers=['CPUExecutionProvider'])
-    return lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
+    has_depth = len(session.get_inputs()) > 1
+
+    def run(images: torch.Tensor, depth: int) -> torch.Tensor:
+        inputs = {'images': images.numpy()} | ({'depth': np.array(depth)} if has_depth else {})
+        return torch.from_numpy(session.run(None, inputs)[0])
+    return run
 
 
 def _write_torch_export(
-        file: Path, net: nn.Module, images: torch.Tensor, dynamic_batch: bool, metadata: dict[str, Any]) -> None:
-    program = torch.export.export(net, _example(images, dynamic_batch), dynamic_shapes=_shapes(dynamic_batch))
+        file: Path, nets: Mapping[int, nn.Module], images: torch.Tensor, dynamic_batch: bool, metadata: dict[str, Any],
+) -> None:
+    net, = nets.values()
+    example, shapes = example_of(images, dynamic_batch)
+    program = torch.export.export(net, example, dynamic_shapes=shapes)
     torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
 
 
-def _open_torch_export(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    return torch.export.load(file).module()
+def _open_torch_export(file: Path) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    net = torch.export.load(file).module()
+    return lambda images, depth: net(images)
 
 
 @contextmanager
@@ -94,19 +132,22 @@ def _torchscript_is_deprecated() -> Iterator[None]:
 
 
 def _write_torchscript(
-        file: Path, net: nn.Module, images: torch.Tensor, dynamic_batch: bool, metadata: dict[str, Any]) -> None:
+        file: Path, nets: Mapping[int, nn.Module], images: torch.Tensor, dynamic_batch: bool, metadata: dict[str, Any],
+) -> None:
+    net, = nets.values()
     with _torchscript_is_deprecated():
-        traced = torch.jit.trace(net, _example(images, dynamic_batch))
+        traced = torch.jit.trace(net, example_of(images, dynamic_batch)[0])
         traced.save(str(file), _extra_files={METADATA: json.dumps(metadata)})
 
 
-def _open_torchscript(file: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def _open_torchscript(file: Path) -> Callable[[torch.Tensor, int], torch.Tensor]:
     with _torchscript_is_deprecated():
-        return torch.jit.load(file)
+        net = torch.jit.load(file)
+    return lambda images, depth: net(images)
 
 
 FORMATS = {
-    'onnx': Format('.onnx', _write_onnx, _open_onnx, ONNX_PACKAGES),
+    'onnx': Format('.onnx', _write_onnx, open_onnx, ONNX_PACKAGES, has_depths=True),
     'torch-export': Format('.pt2', _write_torch_export, _open_torch_export),
     'torchscript': Format('.pt', _write_torchscript, _open_torchscript),
 }

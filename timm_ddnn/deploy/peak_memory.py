@@ -1,4 +1,4 @@
-"""Peak memory of the plain net of one depth, in a process that does nothing else.
+"""Peak memory of the plain net of one depth, or of an ONNX file, in a process that does nothing else.
 
 A profile runs this module once for a net and a runtime: what a process has ever held says nothing of the nets that come
 second. The memory of a GPU is counted by PyTorch's allocator, and needs no process of its own.
@@ -22,7 +22,7 @@ from torch import nn
 
 from ..utils.errors import InputError
 
-__all__ = ['is_out_of_memory', 'measure_memory', 'measure_memory_cuda', 'onnx_function']
+__all__ = ['is_out_of_memory', 'measure_memory', 'measure_memory_cuda', 'measure_memory_file', 'onnx_function']
 
 
 _CALLS = 3  # the caches of the allocators are full after two
@@ -73,6 +73,47 @@ def measure_memory(
         raise InputError(
             f'memory is measured of models built with numbers, strings and lists of them, got {net._model_args}'
         ) from e
+    return _run_process(task_text, task['architecture'], input_size, batch_sizes, threads)
+
+
+def measure_memory_file(
+        path: Path,
+        depths: Sequence[int],
+        *,
+        input_size: Sequence[int],
+        batch_sizes: Sequence[int],
+        threads: int,
+) -> dict[int, int]:
+    """Measure the peak resident memory of an ONNX file as `measure_memory` does; -> bytes by batch size.
+
+    Args:
+        path: The file.
+        depths: Depths to run one after another; none if the file has no input `depth`.
+        input_size: Size of an image, (C, H, W).
+        batch_sizes: Batch sizes, each in a session of its own.
+        threads: Threads.
+
+    Raises:
+        InputError: If memory is too small.
+        RuntimeError: If the process ends with another error.
+    """
+    task = {
+        'runtime': 'onnxruntime',
+        'threads': threads,
+        'inputs': [[batch_size, *input_size] for batch_size in sorted(batch_sizes)],
+        'files': [str(path)] * len(batch_sizes),
+        'depths': list(depths),
+    }
+    return _run_process(json.dumps(task), str(path), input_size, batch_sizes, threads)
+
+
+def _run_process(
+        task_text: str,
+        name: str,
+        input_size: Sequence[int],
+        batch_sizes: Sequence[int],
+        threads: int,
+) -> dict[int, int]:
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get('PYTHONPATH')]
     with tempfile.TemporaryDirectory() as cache:  # else memory would depend on whether it was compiled before
         run = subprocess.run(
@@ -89,8 +130,7 @@ def measure_memory(
         )
     if run.returncode in (_EXIT_NO_MEMORY, -signal.SIGKILL):  # the kernel kills where memory runs out
         raise InputError(
-            f'memory must be larger for {task["architecture"]} with batches of {max(batch_sizes)} images '
-            f'{list(input_size)} under {runtime}')
+            f'memory must be larger for {name} with batches of {max(batch_sizes)} images {list(input_size)}')
     if run.returncode:
         raise RuntimeError(f'the process that measures memory ended with status {run.returncode}:\n{run.stderr}')
     return dict(zip(sorted(batch_sizes), json.loads(run.stdout.splitlines()[-1]), strict=True))
@@ -141,8 +181,8 @@ def _prepare(net: nn.Module, runtime: str) -> Callable[[Any], Any]:
     return torch.compile(net, fullgraph=True, dynamic=False) if runtime == 'compiled' else net
 
 
-def onnx_function(path: str | Path, threads: int) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Open an ONNX file as a function of images, [B, C, H, W] in float32, on the CPU.
+def onnx_function(path: str | Path, threads: int) -> Callable[..., list[np.ndarray]]:
+    """Open an ONNX file as a function of images, [B, C, H, W] in float32, and a depth if it has several, on the CPU.
 
     Args:
         path: The file.
@@ -153,13 +193,15 @@ def onnx_function(path: str | Path, threads: int) -> Callable[[np.ndarray], list
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    return lambda images: session.run(None, {session.get_inputs()[0].name: images})
+    names = [value.name for value in session.get_inputs()]
+    return lambda *values: session.run(None, dict(zip(names, map(np.asarray, values), strict=True)))
 
 
 @torch.inference_mode()
-def _run(function: Callable[[Any], Any], images: Any) -> None:
-    for _ in range(_CALLS):
-        function(images)
+def _run(function: Callable[..., Any], images: Any, depths: Sequence[int] = ()) -> None:
+    for arguments in [(depth,) for depth in depths] or [()]:
+        for _ in range(_CALLS):
+            function(images, *arguments)
 
 
 def _peak_memory(reset: bool = False) -> int:
@@ -193,7 +235,7 @@ def _main(task: Mapping[str, Any]) -> list[int]:
             function = None  # the session before, whose weights would count as well
             gc.collect()
             function, images = onnx_function(task['files'][i], task['threads']), images.numpy()
-        _run(function, images)
+        _run(function, images, task.get('depths', ()))
         peaks.append(_peak_memory() - before)
     return peaks
 

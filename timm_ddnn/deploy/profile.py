@@ -51,7 +51,7 @@ from .choose import percentile_90, read_accuracies
 from .formats import ONNX_PACKAGES, require_packages
 from .peak_memory import is_out_of_memory, measure_memory, measure_memory_cuda, onnx_function
 
-__all__ = ['RUNTIMES', 'compare_machines', 'profile_model', 'profile_saved']
+__all__ = ['RUNTIMES', 'check_settings', 'compare_machines', 'profile_model', 'profile_saved']
 
 
 RUNTIMES = ('eager', 'compiled', 'onnxruntime')
@@ -121,6 +121,17 @@ def profile_model(
     }
 
 
+def check_settings(batch_sizes: Sequence[int], threads: Sequence[int], rounds: int) -> None:
+    """Check how often and in what ways something is to be measured, see `profile_model`.
+
+    Raises:
+        InputError: If a number is out of its range, or there is none.
+    """
+    judge(batch_sizes, items(_COUNT, least=1), 'batch_sizes')
+    judge(threads, items(integer(1, os.cpu_count()), least=1), 'threads')
+    judge(rounds, _COUNT, 'rounds')
+
+
 def _check_arguments(
         batch_sizes: Sequence[int],
         threads: Sequence[int],
@@ -129,9 +140,7 @@ def _check_arguments(
         img_size: int | None,
         device: str | None,
 ) -> torch.device:
-    judge(batch_sizes, items(_COUNT, least=1), 'batch_sizes')
-    judge(threads, items(integer(1, os.cpu_count()), least=1), 'threads')
-    judge(rounds, _COUNT, 'rounds')
+    check_settings(batch_sizes, threads, rounds)
     if img_size is not None:
         judge(img_size, integer(1, 4096), 'img_size')
     unknown = [runtime for runtime in runtimes if runtime not in RUNTIMES]

@@ -72,9 +72,10 @@ def calibration_bins(confidences: torch.Tensor, correct: torch.Tensor) -> dict[s
     return {'images': count.long().tolist(), 'confidence': means(confidence_sum), 'accuracy': means(correct_sum)}
 
 
-def _calibration_error(bins: Mapping[str, list]) -> float:
+def _calibration(confidences: torch.Tensor, correct: torch.Tensor) -> dict[str, Any]:
+    bins = calibration_bins(confidences, correct)
     errors = [n * abs(a - c) for n, c, a in zip(*bins.values(), strict=True) if n]
-    return 100 * sum(errors) / sum(bins['images'])
+    return {'ece': round(100 * sum(errors) / len(correct), 4), 'calibration': bins}
 
 
 def depth_metrics(predictions: Predictions) -> list[dict[str, Any]]:
@@ -88,19 +89,21 @@ def depth_metrics(predictions: Predictions) -> list[dict[str, Any]]:
         calibration (as `calibration_bins`). `ece` is the expected calibration error of the predicted class over these
         bins: the mean difference of confidence and accuracy, weighted by images ('On Calibration of Modern Neural
         Networks', arXiv 1706.04599, equation 3). `agreement` is the share of images with the same prediction as the
-        first depth's, the full-net's.
+        first depth's, the full-net's. `uncalibrated` has ece and calibration at a temperature of 1, None if that is the
+        temperature of the depth.
     """
     rows = []
     for i, depth in enumerate(predictions.depths):
-        bins = calibration_bins(predictions.confidences[i], predictions.correct[i])
+        confidences, uncalibrated = predictions.confidences[i], predictions.uncalibrated[i]
         rows.append({
             'depth': depth,
             'top1': percent(predictions.correct[i]),
             'top1_interval': interval(predictions.correct[i]),
             'top5': percent(predictions.top5[i]),
-            'ece': round(_calibration_error(bins), 4),
             'agreement': percent(predictions.classes[i] == predictions.classes[0]),
-            'calibration': bins,
+            **_calibration(confidences, predictions.correct[i]),
+            'uncalibrated': None if torch.equal(confidences, uncalibrated) else _calibration(
+                uncalibrated, predictions.correct[i]),
         })
     return rows
 

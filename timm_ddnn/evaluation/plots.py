@@ -147,22 +147,26 @@ def plot_calibration(path: Path, rows: Sequence[Mapping[str, Any]], title: str) 
 
     Args:
         path: PNG file to write.
-        rows: Rows of `depth_metrics`.
+        rows: Rows of `depth_metrics`, with temperature.
         title: Title.
     """
     columns = min(len(rows), 3)
     figure = Figure(figsize=(4 * columns + 0.5, 4.8 * math.ceil(len(rows) / columns)), layout='constrained')
     figure.suptitle(
         f'{title}\npoints: {LEAST_IMAGES} images or more, bars: 95 % intervals of their accuracy', parse_math=False)
-    panels = figure.subplots(math.ceil(len(rows) / columns), columns, squeeze=False).flat
+    panels = [*figure.subplots(math.ceil(len(rows) / columns), columns, squeeze=False).flat]
     for i, (axes, row) in enumerate(zip(panels, rows, strict=False)):
         axes.plot([0, 100], [0, 100], ':', color='black', label='confidence = accuracy')
-        _draw_bins(axes, row['calibration'], f'C{i}', f'calibration error {row["ece"]:.2f} %')
+        before = row['uncalibrated']
+        if before:
+            _draw_bins(axes, before['calibration'], '0.6', f'before: calibration error {before["ece"]:.2f} %')
+        label = f'temperature {row["temperature"]:.2f}: ' if before else ''
+        _draw_bins(axes, row['calibration'], f'C{i}', f'{label}calibration error {row["ece"]:.2f} %')
         axes.set(
             title=f'depth {row["depth"]}', xlabel='confidence (%)', ylabel='accuracy (%)', xlim=(0, 102), ylim=(0, 102))
         axes.grid(alpha=0.3)
         axes.legend(fontsize='small', loc='upper center', bbox_to_anchor=(0.5, -0.17))
-    for axes in panels:  # those without a depth
+    for axes in panels[len(rows):]:
         axes.set_axis_off()
     save_figure(figure, path)
 

@@ -1,5 +1,5 @@
 """The one pass of all depths over images; what is computed from it is in `metrics.py`."""
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +12,7 @@ from ..utils.errors import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['Predictions', 'autocast', 'evaluate', 'predict']
+__all__ = ['Predictions', 'autocast', 'collect_logits', 'evaluate', 'predict']
 
 
 class Predictions(NamedTuple):
@@ -22,13 +22,15 @@ class Predictions(NamedTuple):
         depths: The depths, the full-net's first.
         target: Labels, [N].
         classes: Classes with the greatest logits, [D, N].
-        confidences: Probabilities of these classes, [D, N], float32.
+        confidences: Probabilities of these classes, calibrated if the model has temperatures, [D, N], float32.
+        uncalibrated: The same at a temperature of 1.
         top5: Whether the label is among the best five (best k if there are k < 5 classes), [D, N].
     """
     depths: tuple[int, ...]
     target: torch.Tensor
     classes: torch.Tensor
     confidences: torch.Tensor
+    uncalibrated: torch.Tensor
     top5: torch.Tensor
 
     @property
@@ -41,9 +43,8 @@ class Predictions(NamedTuple):
         depths = self.depths if depths is None else tuple(depths)
         rows = torch.tensor([self.depths.index(depth) for depth in depths])[:, None]
         return Predictions(
-            depths, self.target[images], self.classes[rows, images], self.confidences[rows, images],
-            self.top5[rows, images],
-        )
+            depths, self.target[images], *(values[rows, images] for values in (
+                self.classes, self.confidences, self.uncalibrated, self.top5)))
 
 
 @torch.inference_mode()
@@ -69,24 +70,68 @@ def predict(
     Raises:
         InputError: If the model gives logits that are not finite.
     """
+    temperatures = torch.tensor([model.temperature(depth) for depth in model.depths])[:, None]             # [D, 1]
+    parts = []
+    for logits, target in _run(model, batches, autocast):
+        best = logits.topk(min(5, logits.shape[-1])).indices
+        calibrated = confidence(logits / temperatures.to(logits.device))
+        sure = confidence(logits).where(logits.isfinite().all(-1), torch.nan)
+        parts.append(gather([target, logits.argmax(-1), calibrated, sure, (best == target[:, None, None]).any(-1)]))
+    # moved at the end: a copy waits for all the work that was queued on the device
+    target, *values = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    classes, confidences, uncalibrated, top5 = (value.T.contiguous() for value in values)
+    _check_finite(model.depths, uncalibrated)
+    return Predictions(model.depths, target, classes, confidences, uncalibrated, top5)
+
+
+@torch.inference_mode()
+def collect_logits(
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run all depths on images, each batch once for all of them.
+
+    Args:
+        model: Dynamic-depth model. It is left in eval mode.
+        batches: Images [B, C, H, W] and labels [B].
+        autocast: As for `predict`.
+
+    Returns:
+        Logits [D, N, classes], float32, and labels [N], on the CPU.
+
+    Raises:
+        InputError: If the model gives logits that are not finite.
+    """
+    parts = [(logits.cpu(), target.cpu()) for logits, target in _run(model, batches, autocast)]
+    logits, target = (torch.cat(part) for part in zip(*parts, strict=True))
+    logits = logits.transpose(0, 1)
+    _check_finite(model.depths, logits)
+    return logits, target
+
+
+def _run(
+        model: nn.Module,
+        batches: Iterable[Any],
+        autocast: Callable[[], AbstractContextManager],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Give the logits of all depths, [B, D, classes] in float32, and the labels [B], on the device of the model."""
     model.eval()
     device = next(model.parameters()).device
-    parts = []
     for images, target in batches:
         with autocast():
             outputs = model(images.to(device, non_blocking=True), depth='all')
-        logits = torch.stack([output.logits.float() for output in outputs.values()], dim=1)          # [B, D, classes]
-        target = target.to(device, non_blocking=True)
-        best = logits.topk(min(5, logits.shape[-1])).indices
-        sure = confidence(logits).where(logits.isfinite().all(-1), torch.nan)
-        parts.append(gather([target, logits.argmax(-1), sure, (best == target[:, None, None]).any(-1)]))
-    # moved at the end: a copy waits for all the work that was queued on the device
-    target, *values = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    classes, confidences, top5 = (value.T.contiguous() for value in values)
-    for depth, sure in zip(model.depths, confidences, strict=True):
-        if sure.isnan().any():
+        yield (
+            torch.stack([output.logits.float() for output in outputs.values()], dim=1),
+            target.to(device, non_blocking=True),
+        )
+
+
+def _check_finite(depths: Sequence[int], values: torch.Tensor) -> None:
+    for depth, own in zip(depths, values, strict=True):
+        if not own.isfinite().all():
             raise InputError(f'the model gives logits at depth {depth} that are not finite')
-    return Predictions(model.depths, target, classes, confidences, top5)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -40,7 +40,7 @@ class Prediction(NamedTuple):
         depth: The depth, in a cascade the one at which the image ended. None if the image cannot be read.
         labels: Names of the most probable classes, the best first; their indices as text if the model has no names.
         classes: Indices of these classes.
-        probabilities: Their probabilities, [0, 1].
+        probabilities: Their probabilities, [0, 1], calibrated if the model has temperatures.
         error: Why the image cannot be read, None if it was.
     """
     image: str | int
@@ -177,7 +177,8 @@ def _classify(
         logits, steps = net(x)
         logits, depths = logits[:, None], [(net.depths[i],) for i in steps.tolist()]
     else:
-        logits = torch.stack([output.logits for output in net(x, depth=depths).values()], dim=1)     # [B, D, classes]
+        outputs = net(x, depth=depths)
+        logits = torch.stack([output.logits.float() / net.temperature(d) for d, output in outputs.items()], dim=1)
         depths = [depths] * len(x)
     if not logits.isfinite().all():
         raise InputError('the model gives logits that are not finite')

@@ -3,11 +3,13 @@
 Whatever is wrong with a name, its configuration, its weights or the arguments is an `InputError` here.
 """
 import difflib
+import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,14 +18,17 @@ from torch import nn
 
 from ..utils.costs import count_costs
 from ..utils.errors import InputError
+from ..utils.files import write_json
+from ..utils.schema import judge
 from ..weights.build import judge_arguments
+from ..weights.config_checks import CONFIG
 from ..weights.download import ARCHITECTURES, read_config
 from ..weights.timm_runs import read_timm_run
 from ..weights.weight_checks import check_tensors, read_checkpoint
 
 __all__ = [
-    'class_names', 'create_ddnn', 'list_models', 'load_model', 'load_teacher', 'resolve_name', 'saved_results',
-    'warn_of_untrained',
+    'add_temperatures', 'class_names', 'create_ddnn', 'find_config', 'list_models', 'load_model', 'load_teacher',
+    'resolve_name', 'save_temperatures', 'saved_results', 'warn_of_untrained',
 ]
 
 
@@ -133,7 +138,7 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
             check_tensors(tensors, model, checkpoint_path)
             model.load_state_dict(tensors)
             folder, file = os.path.split(checkpoint_path)
-            model.base_models = []
+            model.base_models, model.saved_results = [], []
             if file == 'model.safetensors' and os.path.isfile(os.path.join(folder, 'config.json')):  # of a run
                 config = read_config(f'local-dir:{folder or "."}')
                 model.base_models, model.pretrained_cfg['label_names'] = config.base_models, config.get('label_names')
@@ -198,9 +203,53 @@ def saved_results(model: nn.Module) -> list[dict[str, Any]]:
         model: What `load_model` returned.
 
     Returns:
-        Rows with depth, blocks, parameters, macs and accuracies, for depths of the model.
+        Rows for depths of the model: depth, and what is known of blocks, parameters, macs, accuracies and temperature.
     """
     return [dict(row) for row in getattr(model, 'saved_results', []) if row['depth'] in model.depths]
+
+
+def add_temperatures(rows: Iterable[Mapping[str, Any]], temperatures: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Add the temperatures of depths to rows of results; a depth without a row gets one."""
+    rows = {row['depth']: dict(row) for row in rows}
+    for depth, temperature in temperatures.items():
+        rows.setdefault(depth, {'depth': depth})['temperature'] = temperature
+    return list(rows.values())
+
+
+def find_config(name: str) -> Path:
+    """Find the config.json of a model in a folder, where what is measured of it can be stored.
+
+    Args:
+        name: As for `load_model`.
+
+    Raises:
+        InputError: If the model is not in a folder, or in one without a config.json, as timm's training script leaves.
+    """
+    source, _, place = resolve_name(name).partition(':')
+    path = Path(place, 'config.json')
+    if source != 'local-dir' or not path.is_file():
+        raise InputError(f'model must be a folder with a config.json to store temperatures in, got {name!r}')
+    return path
+
+
+def save_temperatures(path: Path, temperatures: Mapping[int, float], content: bytes) -> None:
+    """Save temperatures in the config.json of a model, where `temperature` of the loaded model finds them.
+
+    Args:
+        path: What `find_config` gives.
+        temperatures: Temperature by depth.
+        content: What stood in the file before the model was loaded.
+
+    Raises:
+        InputError: If another model was saved there since.
+        OSError: If the file cannot be written.
+    """
+    if path.read_bytes() != content:
+        raise InputError(f'another model was saved in {path.parent} while this one was measured: measure it again')
+    config = json.loads(content)
+    config['depths'] = add_temperatures(config.get('depths', []), temperatures)
+    judge(config, CONFIG, str(path))
+    write_json(path, config)
 
 
 def warn_of_untrained(model: nn.Module, depths: Sequence[int]) -> None:

@@ -233,6 +233,18 @@ class SharedWeightsMixin:
         """
         return self._blocks[self.resolve_depth(depth)]
 
+    def temperature(self, depth: int | None) -> float:
+        """Temperature that was fitted to a depth of these very weights and saved with them, 1.0 if none was.
+
+        `(model(x, depth=26) / model.temperature(26)).softmax(-1)` are calibrated probabilities.
+
+        Raises:
+            InputError: If the model has no such depth.
+        """
+        depth = self.resolve_depth(depth)
+        results = getattr(self, 'saved_results', ())
+        return next((row['temperature'] for row in results if row['depth'] == depth and 'temperature' in row), 1.0)
+
     def resolve_depth(self, depth: int | None) -> int:
         """Resolve one depth, None being the default.
 

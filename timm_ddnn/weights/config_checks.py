@@ -48,6 +48,7 @@ ROW = record({'depth': integer(1, 1_000_000)}, {
     'macs': integer(0),
     'top1': number(0, 100),
     'top5': number(0, 100),
+    'temperature': number(0.01, 100),
 })
 BASE_MODEL = items(text(200), most=100)
 # What this library adds to a config.json

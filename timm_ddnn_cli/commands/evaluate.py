@@ -9,11 +9,13 @@ from ..arguments import fail, number, parse_workers
 HELP = 'Evaluate every depth on the same images: accuracy, calibration, agreement; and cascades of depths.'
 EXAMPLES = """  timm-ddnn evaluate output/ddnn_resnet50-food --data FOLDER --per-class
   timm-ddnn evaluate output/ddnn_resnet50-food --data FOLDER --cascade 14 26 50 --threshold auto --output evaluation
+  timm-ddnn evaluate output/ddnn_resnet50-food --data FOLDER --calibrate-confidence
   timm-ddnn evaluate hf-hub:OWNER/NAME --data FOLDER --cascade 14 50 --budget-macs 2e9 --json"""
 
 
 AUTO = 'auto'
-FILES = 'evaluation.json', 'evaluation.png', 'calibration.png'
+FILES = (
+    'evaluation.json', 'evaluation.png', 'calibration.png', 'confusion.csv', 'confusion.png', 'mistakes.png')
 
 
 def parse_threshold(text: str) -> float | str:
@@ -43,13 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--device', help="'cpu', 'cuda', ...: the GPU if there is one, else the CPU, if not given")
     arg('--precision', choices=('no', 'bf16'), default='no', help='bf16 for autocast to bfloat16')
     arg('--per-class', action='store_true', help='print top-1 of every class')
-    arg('--output', type=Path, help='folder for evaluation.json and plots of accuracy and calibration')
+    arg('--calibrate-confidence', action='store_true',
+        help="fit a temperature per depth to held-out images, report on the others, and store it in the model's "
+        'config.json: probabilities of predict, cascades and exported files then agree with accuracies')
+    arg('--holdout', type=number(float, 0, 1), default=0.5, metavar='SHARE',
+        help='share of the images to hold out, at random and always the same, for a threshold or for temperatures')
+    arg('--output', type=Path, help='folder for evaluation.json, plots of accuracy and calibration, confusion '
+        'matrices (CSV and plot) and a sheet of the surest mistakes')
     group = parser.add_argument_group('cascade')
     arg = group.add_argument
     arg('--cascade', nargs='+', type=int, metavar='DEPTH',
         help='depths to run, the shallowest first, each where the one before is unsure: 14 26 50')
-    arg('--holdout', type=number(float, 0, 1), default=0.5, metavar='SHARE',
-        help='share of the images that the threshold is chosen on; the cascade is reported on the others')
     arg('--speed-images', type=number(int, 0), default=256, metavar='N', help='images to time, 0 for none')
     arg = group.add_mutually_exclusive_group().add_argument
     arg('--threshold', type=parse_threshold, metavar='auto|P', default=AUTO,
@@ -75,15 +81,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         quiet_datasets()
         cascade = args.cascade and CascadeOptions(
             args.cascade, threshold=threshold, target_top1=args.target_top1, budget_macs=args.budget_macs,
-            holdout=args.holdout, speed_images=args.speed_images)
+            speed_images=args.speed_images)
         result = evaluate_model(
             args.model, args.data, batch_size=args.batch_size, num_workers=args.workers, device=args.device,
-            precision=args.precision, cascade=cascade, output=args.output,
-            input_key=args.input_key, target_key=args.target_key, val_split=args.val_split,
-            val_fraction=args.val_fraction, progress=show_progress,
+            precision=args.precision, cascade=cascade, calibrate_confidence=args.calibrate_confidence,
+            holdout=args.holdout, output=args.output, input_key=args.input_key, target_key=args.target_key,
+            val_split=args.val_split, val_fraction=args.val_fraction, progress=show_progress,
         )
     if not args.json:
         print_table(_depth_table(result))
+        if any(row['uncalibrated'] for row in result['depths']):
+            print_table(_confidence_table(result))
         if args.per_class:
             print_table(_class_table(result))
         if result['cascade']:
@@ -107,6 +115,19 @@ def _depth_table(result: Mapping[str, Any]) -> Any:
         table.add_row(
             *cost_cells(row), f'{row["top1"]:.2f}', format_interval(row['top1_interval']),
             *(f'{row[name]:.2f}' for name in ('top5', 'ece', 'agreement')))
+    return table
+
+
+def _confidence_table(result: Mapping[str, Any]) -> Any:
+    from ..tables import create_table
+
+    fitted = result['temperature_images']
+    table = create_table(
+        ('depth', 'temperature', 'ECE before (%)', 'ECE (%)'), title='calibration of the confidence',
+        caption='stored with the model' + (f', fitted to {fitted:,} other images' if fitted else ''))
+    for row in result['depths']:
+        before = (row['uncalibrated'] or row)['ece']
+        table.add_row(str(row['depth']), f'{row["temperature"]:.3f}', f'{before:.2f}', f'{row["ece"]:.2f}')
     return table
 
 

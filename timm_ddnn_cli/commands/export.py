@@ -1,4 +1,4 @@
-"""`timm-ddnn export`: files of plain nets for other programs."""
+"""`timm-ddnn export`: files for other programs."""
 import argparse
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 from ..arguments import number, parse_depth
 
 HELP = 'Write one depth, or every depth, as ONNX, torch.export or TorchScript, compared with the model on real images.'
-EXAMPLES = """  timm-ddnn export output/ddnn_resnet50-food --depth 26 --format onnx --data FOLDER
+EXAMPLES = """  timm-ddnn export output/ddnn_resnet50-food --depth all --format onnx --data FOLDER --int8
+  timm-ddnn export output/ddnn_resnet50-food --depth 26 --format onnx --data FOLDER
   timm-ddnn export output/ddnn_resnet50-food --depth all --format torch-export --dynamic-batch --output files"""
 FORMATS = ('onnx', 'torch-export', 'torchscript')
 
@@ -14,17 +15,25 @@ FORMATS = ('onnx', 'torch-export', 'torchscript')
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument('model', help="folder of a training run, timm's name, local-dir:FOLDER or hf-hub:ID")
-    parser.add_argument('--depth', type=parse_depth, required=True, help="depth to write, or 'all': a file for each")
+    parser.add_argument('--depth', type=parse_depth, required=True,
+                        help="depth to write, or 'all': in ONNX one file with an input `depth`, else a file for each")
     parser.add_argument('--format', choices=FORMATS, required=True, help='format of the files')
-    parser.add_argument('--dynamic-batch', action='store_true', help='any number of images at once, not one alone')
+    parser.add_argument('--dynamic-batch', action='store_true', help='any number of images at once, not one alone; a '
+                        'file of every depth and one in int8 always take them')
     parser.add_argument('--output', type=Path, default=Path('.'), metavar='FOLDER',
-                        help='folder to write to, a file MODEL-DEPTH with the suffix of the format for each depth')
+                        help='folder to write to, a file MODEL or MODEL-DEPTH with the suffix of the format')
     parser.add_argument('--overwrite', action='store_true', help='replace files of these names')
     parser.add_argument('--data', metavar='PATH', help='data set with images to compare with, a folder or an id on the '
                         'Hub; if not given, two photographs of scikit-learn and their mirror images')
     parser.add_argument('--images', type=number(int, 1), default=16, metavar='N', help='images to take from it')
     parser.add_argument('--tolerance', type=number(float, 0), default=1e-4,
                         help='difference of logits allowed, in parts of the greatest logit')
+    group = parser.add_argument_group('int8')
+    group.add_argument('--int8', action='store_true', help='an ONNX file with weights of 8 bits that all depths share, '
+                       'quantized on 512 training images of --data')
+    group.add_argument('--max-loss', type=number(float, 0, 100), default=0.5, metavar='POINTS',
+                       help='top-1 accuracy that a depth may lose on validation images of --data')
+    group.add_argument('--held-out', type=number(int, 1), default=5000, metavar='N', help='validation images for that')
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -39,16 +48,22 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows = export_model(
             args.model, args.depth, args.format, args.output, data=args.data, num_images=args.images,
             dynamic_batch=args.dynamic_batch, tolerance=args.tolerance, overwrite=args.overwrite,
+            int8=args.int8, max_loss=args.max_loss, num_held_out=args.held_out,
         )
     if not args.json:
-        table = create_table(
-            ('file', 'MB', 'batch', 'difference', 'allowed', 'top-1 (%)'), fold=('file',),
-            caption=f'{rows[0]["images"]} images; difference of logits, top-1 that agree')
+        columns = ['depth', 'MB', 'batch', 'difference', 'allowed', 'agree (%)']
+        caption = f'{rows[0]["images"]} images; difference of logits, top-1 that agree'
+        if args.int8:
+            columns += ['float (%)', 'int8 (%)']
+            caption += f'\ntop-1 accuracy on {rows[0]["held_out_images"]} validation images'
+        table = create_table(columns, caption=caption)
         for row in rows:
-            table.add_row(
-                Path(row['file']).name, f'{row["bytes"] / 1e6:.2f}', ', '.join(map(str, row['batch_sizes'])),
-                f'{row["max_difference"]:.1e}', f'{row["allowed"]:.1e}', f'{row["top1_agreement"]:.1f}',
-            )
+            cells = [str(row['depth']), f'{row["bytes"] / 1e6:.2f}', ', '.join(map(str, row['batch_sizes']))]
+            cells.append(f'{row["max_difference"]:.1e}')
+            cells += ['' if row['allowed'] is None else f'{row["allowed"]:.1e}', f'{row["top1_agreement"]:.1f}']
+            if args.int8:
+                cells += [f'{row["float_top1"]:.2f}', f'{row["top1"]:.2f}']
+            table.add_row(*cells)
         print_table(table)
-        print_files(args.output, (Path(row['file']).name for row in rows))
+        print_files(args.output, dict.fromkeys(Path(row['file']).name for row in rows))
     return rows

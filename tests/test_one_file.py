@@ -1,0 +1,206 @@
+"""One ONNX file for several depths, in float and in int8: what it stores once, what it computes, what it refuses."""
+import json
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers.models import create, images, logits_by_depth, narrow, some_at_once
+from helpers.saved_model import failing, files, save
+
+from timm_ddnn.deploy import formats
+from timm_ddnn.deploy.export import ExportMismatchError, describe_net, export
+from timm_ddnn.deploy.formats import open_onnx
+from timm_ddnn.deploy.int8 import Int8Images, Int8LossError, measure_loss
+from timm_ddnn.deploy.onnx_graph import merge_nets, trace_net
+from timm_ddnn.deploy.quantize import quantize_nets
+from timm_ddnn.utils.errors import InputError
+from timm_ddnn_cli.main import main
+
+NOT_NESTED = dict(layers=(2, 2, 2), subnets=((2, 1, 2), (1, 2, 1)), channels=(4, 8, 16))
+
+
+def walk(graph):
+    """All nodes, those in branches too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField('g'):
+                yield from walk(attribute.g)
+
+
+def run(graph):
+    return open_onnx(graph.SerializeToString())
+
+
+def trace(model, x, fold_norms):
+    return {d: trace_net(model.extract(d), x, True, fold_norms) for d in model.depths}
+
+
+def check_both(model, x):
+    """Merge all depths in float and in int8; return the graphs."""
+    expected = logits_by_depth(model, x)
+    merged = merge_nets(trace(model, x, fold_norms=False))
+    compute = run(merged)
+    for depth in model.depths:
+        torch.testing.assert_close(compute(x, depth), expected[depth], atol=1e-5, rtol=1e-4)
+    nets = quantize_nets(trace(model, x, fold_norms=True), x)
+    merged_int8 = merge_nets(nets)
+    compute = run(merged_int8)
+    for depth, net in nets.items():
+        logits = compute(x, depth)
+        assert torch.equal(logits, run(net)(x, depth))
+        assert 0 < (logits - expected[depth]).abs().max() < 0.1 * expected[depth].abs().max()
+    return merged, merged_int8
+
+
+def test_every_convolution_stands_once():
+    """Catches weights that are stored for each depth, and a mixture of depths, of which none includes all others.
+
+    Some channels are switched off or turned over by their norm: a division by zero, and signs that are lost.
+    """
+    model = create('ddnn_resnet20', **NOT_NESTED)
+    with torch.no_grad():
+        model.layer2[1].bn1.weight[:2] = 0
+        model.layer1[0].bn2.weight[1] *= -1
+        model.layer3[0].bn2.weight[1] *= -1
+    graphs = check_both(model, images(model, 4))
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    for graph, kind, size in zip(graphs, ('Conv', 'QLinearConv'), (4, 1), strict=True):
+        counts = Counter(node.op_type for node in walk(graph.graph))
+        assert (counts[kind], counts['If']) == (len(weights) - 1, 3) == (13, 3)
+        stored = sum(len(t.raw_data) for t in graph.graph.initializer if len(t.dims) > 1 and 'pick' not in t.name)
+        assert stored == size * sum(p.numel() for p in weights)
+        # in branches they would be kept twice by onnxruntime
+        assert not any(a.g.initializer for n in walk(graph.graph) for a in n.attribute if a.HasField('g'))
+    onnx.checker.check_model(graphs[0], full_check=True)
+
+
+@pytest.mark.parametrize('name', some_at_once())  # all slow
+def test_every_entrypoint(name):
+    """Catches a kind of block, or an operator of it, that a file of several depths cannot hold."""
+    model = create(name, **narrow(name))
+    check_both(model, images(model, 4))
+
+
+def test_channels_last_images_give_the_same_graph():
+    """Catches a mean that is gathered element by element, which torch.export makes of such an example."""
+    model = create('ddnn_resnet20', **NOT_NESTED)
+    x = images(model, 4)
+    kinds = [
+        [node.op_type for node in trace_net(model.extract(), example, True).graph.node]
+        for example in (x, x.contiguous(memory_format=torch.channels_last))]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.fixture
+def model():
+    return create('ddnn_resnet20', **NOT_NESTED)
+
+
+def int8_images(model, labels_of=None):
+    """Images to calibrate on, and batches whose labels are the classes that one depth says."""
+    x = torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        labels = model(x, depth=labels_of).argmax(1)
+    return Int8Images(x[:16], list(zip(x.split(20), labels.split(20), strict=True)))
+
+
+@pytest.mark.parametrize(('format', 'is_int8'), [
+    ('onnx', True), *(pytest.param(format, False, marks=pytest.mark.slow) for format in formats.FORMATS)])
+def test_logits_are_at_the_temperature_of_their_depth(format, is_int8, model, tmp_path):
+    """Catches files whose probabilities are not those of `predict`, and a depth at the temperature of another one."""
+    temperatures = {14: 1.5, 12: 1.0, 10: 0.25}
+    model.saved_results = [{'depth': depth, 'temperature': temperatures[depth]} for depth in (14, 10)]
+    x = images(model, 3)
+    expected = {depth: z / temperatures[depth] for depth, z in logits_by_depth(model, x).items()}
+    int8 = int8_images(model, 12) if is_int8 else None
+    for row in export(model, 'all', tmp_path, format=format, images=x, dynamic_batch=True, int8=int8, max_loss=100):
+        depth = row['depth']
+        logits = formats.FORMATS[format].open(row['file'])(x, depth).detach()
+        tolerance = (0.1 if is_int8 else 1e-5) * float(logits.abs().max())
+        torch.testing.assert_close(logits, expected[depth], atol=tolerance, rtol=0)
+        assert describe_net(model, depth)['temperature'] == temperatures[depth]
+
+
+def test_int8_file_has_its_own_accuracy(model, tmp_path):
+    """Catches an accuracy of float weights in an int8 file, or one of another depth."""
+    x = images(model, 3)
+    args = dict(format='onnx', images=x, int8=int8_images(model, 12), max_loss=100)
+    rows = export(model, 'all', tmp_path, **args, results=[{'depth': 20, 'top1': 1.0, 'top5': 2.0}])
+    assert [row['depth'] for row in rows] == [*model.depths] == [14, 12, 10]
+    meta = {entry.key: entry.value for entry in onnx.load(rows[0]['file']).metadata_props}
+    run_file = open_onnx(tmp_path / 'ddnn_resnet20-int8.onnx')
+    for row, about in zip(rows, json.loads(meta['depths']), strict=True):
+        hits = [run_file(x, row['depth']).argmax(1) == y for x, y in args['int8'].held_out]
+        assert row['top1'] == about['top1'] == round(100 * torch.cat(hits).float().mean().item(), 4)
+        assert (row['float_top1'] == 100) is (row['depth'] == 12) and row['held_out_images'] == 48
+        assert about['float_top1'] == row['float_top1'] and 'top5' not in about
+        assert row['allowed'] is None and row['max_difference'] > 0 and row['batch_sizes'] == [1, 3]
+    one, = export(model, 12, tmp_path, **args)
+    assert one['file'] == str(tmp_path / 'ddnn_resnet20-12-int8.onnx')
+    assert not torch.equal(open_onnx(one['file'])(x, 12), run_file(x, 12))  # ranges are of one depth
+    assert one['top1'] >= 90
+
+
+def test_int8_that_loses_too_much_is_refused():
+    """Catches a limit that nobody looks at, and a loss of one depth hidden by the others."""
+    batches = [(torch.eye(4)[[0, 1, 2]], torch.tensor([0, 1, 2])), (torch.eye(4)[[3, 3]], torch.tensor([3, 0]))]
+    nets = {20: torch.nn.Identity(), 8: torch.nn.Identity()}  # 4 of 5 right
+
+    def run(images, depth):
+        return images if depth == 20 else images.roll(len(images) - 2, 0)
+
+    rows = measure_loss(run, nets, batches, max_loss=60)
+    assert rows[8] == {'depth': 8, 'top1': 20.0, 'float_top1': 80.0, 'held_out_images': 5}
+    assert (rows[20]['top1'], rows[20]['float_top1']) == (80, 80)
+    with pytest.raises(Int8LossError, match=r'more than 59.9 .* depth 8 has 20.00 % in place of 80.00 %') as error:
+        measure_loss(run, nets, batches, max_loss=59.9)
+    assert error.value.exit_status == 1
+
+
+def test_signs_that_differ_by_depth_are_refused_in_int8_alone(tmp_path):
+    """Catches wrong integers where norms have scales of their own: one channel of one depth has another sign."""
+    model = create('ddnn_resnet20', layers=(2, 1, 1), subnets=((1, 1, 1),), channels=(4, 8, 16), shared_affine=False)
+    x = images(model, 4)
+    with torch.no_grad():
+        model.path_norms(8)[-1].weight[3] *= -1
+    compute = run(merge_nets(trace(model, x, fold_norms=False)))
+    for depth, logits in logits_by_depth(model, x).items():
+        torch.testing.assert_close(compute(x, depth), logits, atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match='with shared_affine=True, got other signs in layer3'):
+        quantize_nets(trace(model, x, fold_norms=True), x)
+
+
+def test_int8_that_mixes_images_of_a_batch_is_refused(model, tmp_path, monkeypatch):
+    """Catches a file in int8 that is right one image at a time alone."""
+    def open_mixing(file):
+        compute = open_onnx(file)
+
+        def mixing(images, depth):
+            logits = compute(images, depth)
+            return logits + (logits - logits.mean(0))
+        return mixing
+
+    monkeypatch.setitem(formats.FORMATS, 'onnx', formats.FORMATS['onnx']._replace(open=open_mixing))
+    with pytest.raises(ExportMismatchError, match=r'ddnn_resnet20-10-int8.onnx is not written'):
+        export(model, 10, tmp_path, format='onnx', images=images(model), int8=int8_images(model), max_loss=100)
+    assert not files(tmp_path)
+
+
+def test_command_writes_int8(tmp_path, capsys):
+    """Catches training images that accuracy is measured on, and options that are not handed on."""
+    save(tmp_path / 'model', **NOT_NESTED, in_chans=1)
+    args = ['export', tmp_path / 'model', '--depth', 'all', '--format', 'onnx', '--int8', '--output', tmp_path / 'out']
+    assert 'data must be given for int8' in failing(capsys, *args)
+    assert "format must be 'onnx' for int8" in failing(
+        capsys, *['torchscript' if arg == 'onnx' else arg for arg in args], '--data', 'digits')
+    assert not (tmp_path / 'out').exists()
+    more = ['--data', 'digits', '--max-loss', '100', '--held-out', '30', '--images', '3']
+    main([*map(str, args), *more])
+    assert 'top-1 accuracy on 30 validation images' in capsys.readouterr().out
+    assert [path.name for path in files(tmp_path / 'out')] == ['ddnn_resnet20-int8.onnx']
+    graph = onnx.load(tmp_path / 'out' / 'ddnn_resnet20-int8.onnx').graph
+    integers = [onnx.numpy_helper.to_array(t) for t in graph.initializer if len(t.dims) == 4]
+    assert all(w.dtype == np.int8 and np.abs(w).max() <= 64 for w in integers) and len(integers) == 13
