@@ -93,6 +93,7 @@ class _Merger:
         self.initializers: list[onnx.TensorProto] = []
         self.vectors: dict[str, list[tuple[str, list[np.ndarray]]]] = defaultdict(list)  # by type
         self.scalars: dict[tuple, str] = {}  # name by type and values by depth
+        self.small: dict[tuple, str] = {}  # name of a constant by type, shape and content
 
     def merge(self) -> onnx.ModelProto:
         graph = self.full.graph
@@ -131,6 +132,10 @@ class _Merger:
     def _add_constant(self, name: str, values: list[np.ndarray | None]) -> str:
         known = [value for value in values if value is not None]
         if all(np.array_equal(value, known[0]) for value in known):
+            if known[0].ndim <= 1:  # scales and zero points are often the same
+                key = known[0].dtype.name, known[0].shape, known[0].tobytes()
+                if self.small.setdefault(key, name) != name:
+                    return self.small[key]
             # always in the outermost graph: of weights that stand in a branch, onnxruntime keeps a second copy
             self.initializers.append(numpy_helper.from_array(known[0], name))
             return name
