@@ -1,6 +1,9 @@
 """What the benchmarks compare is the same work, and the figures that are published are those that were measured."""
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from contextlib import nullcontext
 
@@ -12,6 +15,7 @@ from helpers.training import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ddnn import EKDTask
+from timm_ddnn.deploy.export import export
 
 
 @pytest.fixture
@@ -102,3 +106,25 @@ def test_the_table_is_that_of_the_results(benchmark):
     for path in results:
         table = benchmark.table(json.loads(path.read_text(encoding='utf-8')))
         assert f'<!-- {path.stem} -->\n{table}<!-- end of {path.stem} -->' in readme
+
+
+@pytest.mark.slow
+def test_replay_of_a_load(tmp_path):
+    """Catches servers that are not asked the same, latency that leaves the queue out, and a depth that stays."""
+    model = create('ddnn_resnet20', layers=(6, 6, 6), subnets=((1, 1, 1),))
+    row, *_ = export(model, 'all', tmp_path, format='onnx', images=images(model))
+    command = [sys.executable, ROOT / 'benchmarks/server.py', row['file'], '--data', 'digits', '--seconds', '12']
+    run = subprocess.run(
+        [*command, '--images', '32', '--output', tmp_path], capture_output=True, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / 'server.json').read_text())
+    controller, full, shallow = result['servers'].values()
+    assert len({server['requests'] for server in result['servers'].values()}) == 1
+    assert (set(full['depths']), set(shallow['depths'])) == ({'38'}, {'8'})
+    assert set(controller['depths']) == {'38', '8'}
+    for server in result['servers'].values():
+        late = [row['latency_ms'] > result['budget_ms'] for row in server['rows']]
+        assert server['late'] == pytest.approx(100 * sum(late) / len(late))
+    assert controller['late'] < full['late']
+    assert (tmp_path / 'server.png').stat().st_size > 10_000

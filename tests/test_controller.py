@@ -39,6 +39,20 @@ def switches(depths):
     return sum(a != b for a, b in pairwise(depths))
 
 
+def test_a_queue_is_answered_in_time():
+    """Catches a queue whose end is late, a prediction by another depth or load, and late calls that stay deep."""
+    controller = DepthController({50: 40.0, 26: 25.0, 14: 10.0}, 100, headroom=0.8, window=10)
+    assert [controller.choose([left]) for left in (50, 49, 31, 0, -5)] == [50, 26, 14, 14, 14]
+    assert controller.choose([]) == 50
+    assert [controller.choose([50, last]) for last in (100, 62.5, 60)] == [50, 26, 14]
+    for _ in range(10):
+        controller.record(20, 14)  # twice the cost, at a depth that is not the present one
+    assert [controller.choose([left]) for left in (100, 99, 62)] == [50, 26, 14]
+    for i in range(100):
+        controller.record((10 if i % 20 else 1000) * 4, 50)  # the load is over but for single calls
+    assert controller.choose([50]) == 50
+
+
 def test_load_that_comes_and_goes():
     """Catches a controller that reacts late, not at all or to a wrong depth, and one that does not come back."""
     controller = DepthController(COSTS, 25, window=20, patience=50)

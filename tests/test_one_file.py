@@ -191,7 +191,7 @@ def test_int8_that_mixes_images_of_a_batch_is_refused(model, tmp_path, monkeypat
 
 def test_command_writes_int8(tmp_path, capsys):
     """Catches training images that accuracy is measured on, and options that are not handed on."""
-    save(tmp_path / 'model', **NOT_NESTED, in_chans=1)
+    save(tmp_path / 'model', **NOT_NESTED)
     args = ['export', tmp_path / 'model', '--depth', 'all', '--format', 'onnx', '--int8', '--output', tmp_path / 'out']
     assert 'data must be given for int8' in failing(capsys, *args)
     assert "format must be 'onnx' for int8" in failing(

@@ -5,16 +5,19 @@ import subprocess
 import time
 import weakref
 
+import onnx
 import pytest
 import timm
 import torch
 from helpers.models import create, images
+from helpers.saved_model import failing
 from PIL import Image
 from torch import nn
 
-from timm_ddnn.deploy import peak_memory, plots
+from timm_ddnn.deploy import peak_memory, plots, profile_file
 from timm_ddnn.deploy import profile as profiling
 from timm_ddnn.deploy.choose import read_profile, select_depth
+from timm_ddnn.deploy.export import export
 from timm_ddnn.deploy.peak_memory import measure_memory
 from timm_ddnn.deploy.plots import plot_profile
 from timm_ddnn.deploy.profile import profile_model
@@ -412,3 +415,69 @@ def test_picture_has_the_latency_of_every_depth(known_memory, tiny, tmp_path, mo
     for row in profile['depths']:
         del row['top1']
     assert points(tmp_path / 'b.png', profile, monkeypatch)[1] == ['20', '14', '8']
+
+
+# A file
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """Files of all depths and of one, and the model."""
+    model = create('ddnn_resnet20', layers=(2, 1, 1), subnets=((1, 1, 1),), channels=(4, 8, 16))
+    folder = tmp_path_factory.mktemp('files')
+    x, results = images(model), [{'depth': 10, 'top1': 61.5}]
+    return model, [
+        export(model, depth, folder, format='onnx', images=x, results=results)[0]['file'] for depth in ('all', 8)]
+
+
+def test_profile_of_a_file(exported, tmp_path, capsys, monkeypatch):
+    """Catches latency of another depth or a mixture, memory of less than it runs, and a profile that choose refuses."""
+    model, (several, one) = exported
+    calls = []
+    function = profile_file.onnx_function
+
+    def slow(path, threads):
+        compute = function(path, threads)
+
+        def run(images, *depth):
+            calls.append((len(images), *depth))
+            time.sleep(sum(depth) / 1000)
+            return compute(images, *depth)
+        return run
+    monkeypatch.setattr(profile_file, 'onnx_function', slow)
+    main(['profile', '--file', several, '--batch-sizes', '2', '--rounds', '3', '--output', str(tmp_path)])
+    assert calls == [(2, depth) for _ in range(5) for depth in (10, 10, 8, 8)]
+    printed = capsys.readouterr().out
+    assert 'switch' in printed and 'profile.png' in printed
+    profile = read_profile(tmp_path / 'profile.json')
+    assert [(m['depth'], m['runs'], m['batch_size']) for m in profile['measurements']] == [(10, 3, 2), (8, 3, 2)]
+    for m in profile['measurements']:
+        assert m['depth'] < min(m['median_ms'], m['switch_ms']) and m['median_ms'] <= m['p90_ms'] < 1000
+        assert 0 < m['memory_mb'] <= 1.5 * m['memory_all_mb']
+    macs = [count_macs(model.extract(depth), 32) for depth in (10, 8)]
+    assert [row['macs'] for row in profile['depths']] == macs and profile['depths'][0]['top1'] == 61.5
+    assert select_depth(profile, macs=macs[1]).depth == 8
+    profile = profile_file.profile_file(one, rounds=2)
+    assert [(m['depth'], m['switch_ms']) for m in profile['measurements']] == [(8, None)]
+    assert calls[-1] == (1,)
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    ([], 'either a model or --file must be given, got neither'),
+    (['ddnn_resnet20', '--file', '{all}'], 'got both'),
+    (['--file', '{all}', '--runtimes', 'eager'], '--runtimes is for a model'),
+    (['--file', '{all}', '--depths', '14'], 'depths must be of [10, 8], got [14]'),
+    (['--file', '{one}', '--batch-sizes', '2'], 'of one image, got [2]'),
+    (['--file', '{t}/none.onnx'], 'there must be an ONNX file'),
+    (['--file', '{t}/text.onnx'], 'must be an ONNX file: '),
+    (['--file', '{t}/other.onnx'], 'as `timm-ddnn export --format onnx` writes them must be'),
+])
+def test_wrong_input_of_a_profile_of_a_file(args, message, exported, tmp_path, capsys):
+    """Catches tracebacks, options that are passed over, and a file of another producer that is measured."""
+    several, one = exported[1]
+    (tmp_path / 'text.onnx').write_text('none')
+    graph = onnx.load(one)
+    del graph.metadata_props[:]
+    onnx.save(graph, tmp_path / 'other.onnx')
+    words = [arg.format(all=several, one=one, t=tmp_path) for arg in args]
+    assert message in failing(capsys, 'profile', *words, '--output', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()

@@ -5,7 +5,7 @@ It does not know models: a program asks it for a depth and reports latencies.
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..utils.errors import InputError
@@ -41,6 +41,8 @@ class DepthController:
     The predicted latency of another depth is the rolling latency, which has the present load in it, times the ratio of
     the two costs. So a load that is constant up to a factor of 1 / headroom causes no move up and down. Nothing but
     the recorded latencies enters a decision, so that equal latencies give equal depths.
+
+    Where calls wait in a queue, `choose` looks ahead instead: it is told the time that each of them has left.
 
     Threads may share a controller. A call that began before a move does not count for the depth after it.
     """
@@ -83,6 +85,7 @@ class DepthController:
         self._patience = patience
         self._lock = threading.Lock()
         self._latencies: deque[float] = deque(maxlen=window)
+        self._ratios: deque[float] = deque(maxlen=window)  # of latency and cost, at any depth
         self._depth = self.depths[0]
         self._calm = 0  # calls in a row for which the next deeper net was predicted to fit
         self._failures = dict.fromkeys(costs, 0)  # moves up to a depth that did not last, since the last that did
@@ -111,12 +114,31 @@ class DepthController:
         yield depth
         self.record(1000 * (time.perf_counter() - start), depth)
 
+    def choose(self, remaining_ms: Sequence[float]) -> int:
+        """Choose a depth for a queue: the deepest at which all calls are predicted to end in time, or the shallowest.
+
+        The predicted latency of a depth is its cost times the 90th percentile of latency over cost in the last `window`
+        calls; before the first call it is the cost itself, in milliseconds. `headroom` is the part of the remaining
+        time that may be used.
+
+        Args:
+            remaining_ms: Milliseconds that each call has left, in the order in which they will run, one after another.
+        """
+        with self._lock:
+            ratio = percentile_90(self._ratios) if self._ratios else 1.0
+        for depth in self.depths[:-1]:
+            latency = ratio * self._costs[depth]
+            if all(place * latency <= self._headroom * left for place, left in enumerate(remaining_ms, 1)):
+                return depth
+        return self.depths[-1]
+
     def record(self, latency_ms: float, depth: int | None = None) -> int:
         """Take note of a call, and move the depth if it is time to.
 
         Args:
             latency_ms: Time of the call in milliseconds.
-            depth: Depth of the call, the present one if None. A call at another than the present depth is passed over.
+            depth: Depth of the call, the present one if None. A call at another than the present depth counts for
+                `choose` alone.
 
         Returns:
             The depth of the next call.
@@ -128,6 +150,7 @@ class DepthController:
         if depth is not None and depth not in self._costs:
             raise InputError(f'depth must be one of {self.depths}, got {depth!r}')
         with self._lock:
+            self._ratios.append(latency_ms / self._costs[self._depth if depth is None else depth])
             if depth in (None, self._depth):
                 self._latencies.append(latency_ms)
                 if self._since_up is not None:

@@ -26,7 +26,7 @@ __all__ = ['merge_nets', 'trace_net']
 
 _SCOPES = 'pkg.torch.onnx.name_scopes'  # names of the modules that a node comes from, the outermost first
 _BLOCK = re.compile(r'layer\d+\.\d+(?=\.)')
-_TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+_TO_NHWC, _TO_NCHW, _SAME = (0, 2, 3, 1), (0, 3, 1, 2), None
 
 
 def trace_net(net: nn.Module, images: torch.Tensor, dynamic_batch: bool, fold_norms: bool = True) -> onnx.ModelProto:
@@ -89,10 +89,12 @@ class _Merger:
                 assert [node.op_type for node in version] == [node.op_type for node in nodes], block
             for i, node in enumerate(nodes):
                 self.same[node.name] = [version and version[i] for version in versions]
+        self.is_int8 = any(node.op_type == 'QLinearConv' for node in self.full.graph.node)
         self.values = {name for node in self.full.graph.node for name in node.output} | {'images'}
         self.initializers: list[onnx.TensorProto] = []
         self.vectors: dict[str, list[tuple[str, list[np.ndarray]]]] = defaultdict(list)  # by type
         self.scalars: dict[tuple, str] = {}  # name by type and values by depth
+        self.small: dict[tuple, str] = {}  # name of a constant by type, shape and content
 
     def merge(self) -> onnx.ModelProto:
         graph = self.full.graph
@@ -131,6 +133,10 @@ class _Merger:
     def _add_constant(self, name: str, values: list[np.ndarray | None]) -> str:
         known = [value for value in values if value is not None]
         if all(np.array_equal(value, known[0]) for value in known):
+            if known[0].ndim <= 1:  # scales and zero points are often the same
+                key = known[0].dtype.name, known[0].shape, known[0].tobytes()
+                if self.small.setdefault(key, name) != name:
+                    return self.small[key]
             # always in the outermost graph: of weights that stand in a branch, onnxruntime keeps a second copy
             self.initializers.append(numpy_helper.from_array(known[0], name))
             return name
@@ -151,23 +157,25 @@ class _Merger:
         produced = {name for node in nodes for name in node.output}
         source, = {name for node in nodes for name in node.input if name in self.values} - produced
         target, = produced & used_later
-        # Channels stand last outside the branches, as in onnxruntime's int8 kernels: its optimizer then finds pairs of
-        # transpositions that cancel, on both sides of a branch, and else would make 4 that stay
-        outside, inside, result = f'{target}/source', f'{target}/in', f'{target}/out'
+        inside, result = f'{target}/in', f'{target}/out'
         for node in nodes:
             node.input[:] = [{source: inside, target: result}.get(name, name) for name in node.input]
             node.output[:] = [result if name == target else name for name in node.output]
+        # onnxruntime's int8 kernels take channels last. With channels last outside the branches, its optimizer finds
+        # pairs of transpositions that cancel on both sides of a branch, and else would make 4 that stay
+        to_branch, from_branch = (_TO_NHWC, _TO_NCHW) if self.is_int8 else (_SAME, _SAME)
         then = helper.make_graph(
-            [_transpose(outside, inside, _TO_NCHW), *nodes, _transpose(result, f'{target}/then', _TO_NHWC)],
+            [_transpose(f'{target}/source', inside, from_branch), *nodes,
+             _transpose(result, f'{target}/then', to_branch)],
             'run', [], [helper.make_empty_tensor_value_info(f'{target}/then')])
         otherwise = helper.make_graph(
-            [helper.make_node('Identity', [outside], [f'{target}/else'])],
+            [helper.make_node('Identity', [f'{target}/source'], [f'{target}/else'])],
             'leave_out', [], [helper.make_empty_tensor_value_info(f'{target}/else')])
         condition = self._add_constant(f'{target}/run', [np.array(value) for value in present])
-        yield _transpose(source, outside, _TO_NHWC)
+        yield _transpose(source, f'{target}/source', to_branch)
         yield helper.make_node(
-            'If', [condition], [f'{target}/nhwc'], name=f'{target}/if', then_branch=then, else_branch=otherwise)
-        yield _transpose(f'{target}/nhwc', target, _TO_NCHW)
+            'If', [condition], [f'{target}/if'], name=f'{target}/if', then_branch=then, else_branch=otherwise)
+        yield _transpose(f'{target}/if', target, from_branch)
 
     def _pick_rows(self) -> Iterator[onnx.NodeProto]:
         """Pick what differs by depth: a Gather for each scalar, a Gather and a Split for all vectors of a type."""
@@ -190,7 +198,9 @@ class _Merger:
             yield helper.make_node('Split', [f'pick/{dtype}', sizes], names)
 
 
-def _transpose(source: str, target: str, order: Sequence[int]) -> onnx.NodeProto:
+def _transpose(source: str, target: str, order: Sequence[int] | None) -> onnx.NodeProto:
+    if order is None:
+        return helper.make_node('Identity', [source], [target])
     return helper.make_node('Transpose', [source], [target], perm=order)
 
 
