@@ -25,6 +25,18 @@ EXPECTED_DEPTHS = {
     'ddnn_cifar_resnet50': (50, 26, 14),
 }
 
+# Of other families of timm
+FAMILY_DEPTHS = {
+    'ddnn_convnext_atto': (12, 7, 5),
+    'ddnn_convnext_nano': (14, 8, 6),
+    'ddnn_convnext_tiny': (18, 12, 6),
+    'ddnn_convnext_small': (36, 24, 12),
+    'ddnn_vit_tiny_patch16_224': (12, 8, 4),
+    'ddnn_vit_small_patch16_224': (12, 8, 4),
+    'ddnn_vit_base_patch16_224': (12, 8, 4),
+    'ddnn_deit_small_patch16_224': (12, 8, 4),
+}
+
 
 def randomize_norms(model, seed=0):
     """Give every norm its own weights and statistics: timm's initial ones make all depths compute the same."""

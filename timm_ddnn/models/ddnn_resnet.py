@@ -10,8 +10,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from ..utils.errors import InputError
-from ..weights.build import build_model
 from .cifar_resnet import CIFAR100_ARGS, CifarResNet, cifar100_cfg, cifar_cfg, feature_cfg
+from .create import create_dynamic
 from .dynamic_depth import DynamicDepthMixin
 
 __all__ = ['DynamicDepthCifarResNet', 'DynamicDepthResNet']
@@ -44,10 +44,12 @@ class _ResNetFamily(DynamicDepthMixin):
         Raises:
             InputError: If a classifier has no pooling before it, or as for `DynamicDepthMixin`.
         """
-        net = self.plain_cls(block, layers, **kwargs)
+        super().__init__(self.plain_cls(block, layers, **kwargs), subnets, depth, shared_affine)
+
+    def check(self, net: nn.Module) -> None:
+        """Refuse a classifier without pooling before it, which classifies pixels."""
         if net.num_classes and net.global_pool.is_identity():
             raise InputError("global_pool must not be '' where there is a classifier, num_classes of at least 1")
-        super().__init__(net, subnets, depth, shared_affine)
 
     def stage_names(self) -> list[tuple[str, ...]]:
         """Name the stages; of three, timm's methods need a `layer4`, which has no block."""
@@ -114,26 +116,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_ddnn(cls: type[DynamicDepthMixin], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    if not kwargs.get('features_only', False):
-        return build_model(cls, variant, pretrained, **kwargs)
-
-    # timm's extractors take a net apart and rebuild it from its children, so each gets the plain net of one depth
-    model = None
-
-    def construct(**model_args: Any) -> ResNet:
-        nonlocal model
-        model = cls(**model_args)
-        return model.extract()
-
-    return build_model(
-        cls,
-        variant,
-        pretrained,
-        construct=construct,
-        pretrained_filter_fn=lambda state_dict, _: model.extract_state_dict(state_dict),
-        feature_cfg=feature_cfg(kwargs['layers']),
-        **kwargs,
-    )
+    return create_dynamic(cls, variant, pretrained, feature_cfg=feature_cfg(kwargs['layers']), **kwargs)
 
 
 @register_model

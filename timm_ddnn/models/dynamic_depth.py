@@ -17,7 +17,7 @@ from torch import nn
 from .shared_weights import Blocks, count_shared_blocks
 from .state_dict import StateDictMixin
 
-__all__ = ['DynamicDepthMixin', 'SubNetOutput']
+__all__ = ['FAMILIES', 'DynamicDepthMixin', 'SubNetOutput']
 
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class SubNetOutput(NamedTuple):
     """
     logits: torch.Tensor
     features: list[torch.Tensor]
+
+
+FAMILIES: dict[type[nn.Module], type['DynamicDepthMixin']] = {}  # by the plain class, which nets must be of exactly
 
 
 class DynamicDepthMixin(StateDictMixin):
@@ -57,8 +60,8 @@ class DynamicDepthMixin(StateDictMixin):
 
     Attributes:
         plain_cls: X, the class of which nets are made dynamic and extracted.
-        tail: Modules of X that run between the last block and the head, in order.
-        head: Modules of X that `X.forward_head` runs and that may hold norms.
+        tail_names: Modules of X that run between the last block and the head, in order.
+        head_names: Modules of X that `X.forward_head` runs and that may hold norms.
         unit: By how many blocks the default sub-nets of `make_dynamic` differ.
         depth_argument: Argument of X's entrypoints for the number of blocks per stage, None if there is none.
         feature_cfg: How X's entrypoints build extractors, as `feature_cfg` of timm's `build_model_with_cfg`.
@@ -66,10 +69,15 @@ class DynamicDepthMixin(StateDictMixin):
     """
 
     plain_prefix: ClassVar[str] = ''  # 'ddnn_resnet20' is 'cifar_resnet20' made dynamic
-    unit: ClassVar[int] = 1
     depth_argument: ClassVar[str | None] = None
     feature_cfg: ClassVar[Mapping[str, Any]] = {}
     filter_fn: ClassVar[Callable[..., dict[str, torch.Tensor]] | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make the nets of a family's `plain_cls` known to `make_dynamic`."""
+        super().__init_subclass__(**kwargs)
+        if 'plain_cls' in vars(cls):
+            FAMILIES[cls.plain_cls] = cls
 
     # What a family defines
 
@@ -86,7 +94,8 @@ class DynamicDepthMixin(StateDictMixin):
         """
         return x
 
-    def blocks_argument(self, blocks: Blocks) -> list[int] | int:
+    @staticmethod
+    def blocks_argument(blocks: Blocks) -> list[int] | int:
         """Return the value of `depth_argument` for these blocks per stage."""
         return list(blocks)
 
@@ -293,7 +302,7 @@ class DynamicDepthMixin(StateDictMixin):
         return 'shallow_timm', {**self._plain_args(), 'base': self.base_name, 'blocks': list(self._blocks[depth])}
 
     def _plain_args(self) -> dict[str, Any]:
-        own = ('base', 'subnets', 'depth', 'shared_affine', self.depth_argument)
+        own = ('base', 'blocks', 'subnets', 'depth', 'shared_affine', self.depth_argument)
         return {k: v for k, v in getattr(self, '_model_args', {}).items() if k not in own}
 
     @property

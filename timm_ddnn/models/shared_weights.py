@@ -5,7 +5,7 @@ State dicts are in `state_dict.py`, the forward and the extraction of plain nets
 import copy
 import reprlib
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -161,13 +161,14 @@ class SharedWeightsMixin:
     """Gives a timm class sub-nets in its own weights, see `DynamicDepthMixin`, which says what a family must define."""
 
     plain_cls: ClassVar[type[nn.Module]]
-    tail: ClassVar[tuple[str, ...]] = ()
-    head: ClassVar[tuple[str, ...]] = ()
+    tail_names: ClassVar[tuple[str, ...]] = ()
+    head_names: ClassVar[tuple[str, ...]] = ()
+    unit: ClassVar[int] = 1
 
     def __init__(
             self,
             net: nn.Module,
-            subnets: Sequence[Sequence[int]] = (),
+            subnets: Sequence[Sequence[int]] | None = (),
             depth: int | None = None,
             shared_affine: bool = True,
     ) -> None:
@@ -175,7 +176,7 @@ class SharedWeightsMixin:
 
         Args:
             net: Net of the class `plain_cls`.
-            subnets: Number of blocks per stage of every sub-net, between 1 and the full-net's.
+            subnets: Number of blocks per stage of every sub-net, from 1 to the full-net's. `default_subnets` if None.
             depth: The depth that `forward` runs when it is given none. The full-net's when None.
             shared_affine: Whether a norm with statistics of its own still shares scale and shift with the full-net.
                 If so, the model has exactly the parameters of the full-net.
@@ -184,6 +185,7 @@ class SharedWeightsMixin:
             InputError: If a layer has no channels, the blocks of a sub-net are not within the full-net's, two nets have
                 the same depth, or no net has the default depth asked for.
         """
+        self.check(net)
         nn.Module.__init__(self)
         vars(self).update({k: v.copy() if k in vars(self) and hasattr(v, 'copy') else v for k, v in vars(net).items()})
         empty = [name for name, p in self.named_parameters() if not p.numel()]
@@ -197,12 +199,22 @@ class SharedWeightsMixin:
         self._blocks: dict[int, Blocks] = {self.depth_of(full): full}
         self._places: dict[Node, str] = {}
         self._arrange(self._blocks)
-        for blocks in subnets:
+        for blocks in self.default_subnets() if subnets is None else subnets:
             self.add_subnet(blocks)
         self.default_depth = self.depths[0]
         self.default_depth = self.resolve_depth(depth)
 
+    @classmethod
+    def from_net(cls, net: nn.Module, *args: Any, **kwargs: Any) -> 'SharedWeightsMixin':
+        """Make a plain net dynamic, by the arguments of `SharedWeightsMixin` whatever the class itself takes."""
+        model = object.__new__(cls)
+        SharedWeightsMixin.__init__(model, net, *args, **kwargs)
+        return model
+
     # What a family defines
+
+    def check(self, net: nn.Module) -> None:
+        """Refuse plain nets that cannot be of several depths, by an InputError."""
 
     def stage_names(self) -> list[tuple[str, ...]]:
         """Name, for every stage, the modules that it runs before its blocks, and last the module that holds these."""
@@ -302,6 +314,20 @@ class SharedWeightsMixin:
         """
         return count_shared_blocks(self.blocks(depth), self.blocks(other))
 
+    def default_subnets(self) -> list[Blocks]:
+        """Choose two thirds and one third of the blocks of each stage, rounded, at least one.
+
+        Raises:
+            InputError: If every stage has one block alone.
+        """
+        full, unit = self._blocks[self.depths[0]], self.unit
+        subnets = [
+            tuple(min(n, unit * max(1, round(n / unit * thirds / 3))) for n in full) for thirds in (2, 1)]
+        distinct = {self.depth_of(blocks): blocks for blocks in subnets if blocks != full}
+        if not distinct:
+            raise InputError(f'a net must have a stage of more than one block to have a sub-net, got {full}')
+        return list(distinct.values())
+
     def add_subnet(self, blocks: Sequence[int]) -> int:
         """Add a sub-net, its statistics beginning as copies of the full-net's.
 
@@ -361,7 +387,7 @@ class SharedWeightsMixin:
         self._steps = {d: [[self._places[n] for n in step] for step in self._block_nodes(d)] for d in blocks}
         self._ends = {
             d: tuple([self._places[blocks[d], n] for n in names if n in self._modules] for names in (
-                self.tail, self.head)) for d in blocks}
+                self.tail_names, self.head_names)) for d in blocks}
 
     def _block_nodes(self, depth: int) -> list[list[Node]]:
         """The blocks of a depth in order, those that begin a stage after what stands before them."""
@@ -374,7 +400,7 @@ class SharedWeightsMixin:
 
     def _nodes(self, depth: int) -> list[Node]:
         """All that differs or may differ between depths, in the order in which it runs."""
-        ends = [(self._blocks[depth], name) for name in (*self.tail, *self.head) if name in self._modules]
+        ends = [(self._blocks[depth], name) for name in (*self.tail_names, *self.head_names) if name in self._modules]
         return [node for step in self._block_nodes(depth) for node in step] + ends
 
     def _find(self, name: str) -> nn.Module:

@@ -55,6 +55,8 @@ SAVED = record({}, {
 })
 MODEL_ARGS = all_of(
     record({}, {
+        'base': text(100),
+        'blocks': BLOCKS,
         'layers': BLOCKS,
         'subnets': items(BLOCKS),
         'channels': items(integer(1, 100_000), 1, 8),
