@@ -1,14 +1,16 @@
-"""Families of timm other than ResNet: what `make_dynamic` makes of a small net of each, at every depth."""
+"""Families of timm: what `make_dynamic` makes of a small net of each, at every depth, and of timm's names."""
 import copy
+from collections import Counter
 from functools import cache
 
 import pytest
 import timm
 import torch
 
-from timm_ddnn import EKDTask, make_dynamic
+from timm_ddnn import EKDTask, calibrate_bn, make_dynamic
 from timm_ddnn.hub.save import save_model
 from timm_ddnn.models.load import load_model
+from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.modules import find_norms
 
 # Small nets: name, arguments that make them narrow, px
@@ -20,6 +22,18 @@ SMALL = {
         'vit_small_patch14_reg4_dinov2', dict(img_size=56, embed_dim=24, num_heads=3, depth=6, num_classes=10), 56),
     'vit_pooled': ('vit_base_patch16_gap_224', dict(img_size=32, embed_dim=24, num_heads=3, depth=6), 32),
     'deit3': ('deit3_small_patch16_224', dict(img_size=32, embed_dim=24, num_heads=3, depth=6), 32),
+    'swin': (
+        'swin_tiny_patch4_window7_224',
+        dict(img_size=64, window_size=2, depths=(2, 2, 4, 2), embed_dim=12, num_heads=(1, 1, 2, 2)), 64),
+    'regnet': ('regnety_002', {}, 64),
+    'regnetz': ('regnetz_005', {}, 64),
+    'efficientnet': ('efficientnet_b0', {}, 64),
+    'mobilenetv3': ('mobilenetv3_large_100', {}, 64),
+    'mobilenetv4': ('mobilenetv4_conv_small', {}, 64),
+    'resnetv2': ('resnetv2_50', dict(layers=(2, 1, 3, 1), channels=(32, 32, 48, 64)), 64),
+    'bit': ('resnetv2_50x1_bit', dict(channels=(128, 128, 128, 128)), 64),
+    'wide_resnet': ('wide_resnet50_2', dict(channels=(8, 8, 8, 8)), 64),
+    'resnet_gn': ('resnet50_gn', dict(channels=(32, 32, 32, 32)), 64),
 }
 FAMILIES = list(SMALL)
 
@@ -160,3 +174,82 @@ def test_compilers_take_every_depth(family):
         program = torch.export.export(model.extract(shallow), (x,))
         assert torch.allclose(program.module()(x), model(x, depth=shallow), atol=1e-5)
         assert torch.equal(torch.jit.script(model.extract(shallow))(x), model(x, depth=shallow))
+
+
+# Names of timm that are tried on the meta device, but for the largest of them
+PATTERNS = (
+    'convnext*', 'vit_*_patch*', 'deit*', 'swin_*', 'regnet*', 'efficientnet_b*', 'efficientnetv2*', 'tf_efficientnet*',
+    'mobilenetv*', 'resnetv2*', 'resnet*', 'tinynet*', 'lcnet*', 'mixnet*', 'fbnet*', 'mnasnet*')
+LARGE = 'large', 'huge', 'giant', 'gigantic', 'xlarge', 'so150m', 'so400m', '_l', '1280', '2560', '640', 'x4', 'x3'
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_names_of_timm_on_the_meta_device():
+    """At least 200 names of at least 6 families: depths, equal shapes of maps and weights, and a plain net of timm."""
+    made, refused = Counter(), {}
+    for name in sorted({n for pattern in PATTERNS for n in timm.list_models(pattern)}):
+        if any(part in name for part in LARGE):
+            continue
+        try:
+            model = make_dynamic(name, device='meta').eval()
+        except InputError as e:
+            refused[name] = str(e)
+            continue
+        cfg = model.pretrained_cfg
+        px = cfg['input_size'][-1] if cfg.get('fixed_input_size') else 64
+        outputs = model(torch.empty(1, 3, px, px, device='meta'), depth='all')
+        assert tuple(outputs) == model.depths and len(outputs) > 1
+        maps = [[f.shape for f in output.features] for output in outputs.values()]
+        assert all(m == maps[0] for m in maps)
+        shallow = model.depths[-1]
+        plain = model.extract(shallow)
+        assert {k: v.shape for k, v in plain.state_dict().items()} == {
+            k: v.shape for k, v in model.extract_state_dict(model.state_dict(), shallow).items()}
+        made[type(model).__name__] += 1
+    assert sum(made.values()) >= 200 and len(made) >= 6, made
+    reasons = 'nets of several depths are made of', 'more than one block that may be left out', 'patch_drop_rate'
+    assert all(any(reason in message for reason in reasons) for message in refused.values()), refused
+
+
+def test_what_cannot_be_made_is_one_line_that_says_why():
+    for name, message in (
+            ('deit_tiny_distilled_patch16_224', 'made of .*VisionTransformer, not of VisionTransformerDistilled'),
+            ('vgg11', 'not of VGG'), ('resnet10t', 'more than one block'), ('no_such_net', "got 'no_such_net'"),
+            ('vit_tiny_patch16_224.none', 'with or without one of its tags')):
+        with pytest.raises(InputError, match=message):
+            make_dynamic(name, device='meta')
+    net = timm.create_model('mobilenetv4_conv_small', device='meta')
+    with pytest.raises(InputError, match=r'blocks\.1\.1 changes the shape .* at least 2 blocks, got 1'):
+        make_dynamic(net, ((1, 1, 1, 1, 1),))
+    with pytest.raises(InputError, match=r'arguments must be of .* where a net is given'):
+        make_dynamic(net, num_classes=10)
+
+
+def test_statistics_of_a_new_sub_net_are_calibrated_alone():
+    """Tail and head norms, as those of MobileNetV4, are kept per depth too."""
+    model, x = small('mobilenetv4')
+    with torch.no_grad():
+        before = {d: model(x, depth=d) for d in model.depths}
+        depth = model.add_subnet((1, 2, 3, 3, 1))
+        uncalibrated = model(x, depth=depth)
+        assert calibrate_bn(model, [x], depth) == 2
+        assert not torch.equal(model(x, depth=depth), uncalibrated)
+        assert torch.equal(model.extract(depth)(x), model(x, depth=depth))
+        assert all(torch.equal(model(x, depth=d), logits) for d, logits in before.items())
+    assert any(k.startswith(f'subnets.{depth}.norm_head.') for k in model.state_dict())
+
+
+def test_pruning_and_gradient_checkpointing_at_every_depth():
+    for family in ('convnext', 'vit', 'regnet'):
+        model, x = small(family)
+        expected = model(x, depth='all')
+        model.set_grad_checkpointing(True)
+        for depth, output in model.train()(x, depth='all').items():
+            if not find_norms(model):
+                assert torch.allclose(output.logits, expected[depth].logits, atol=1e-5)
+        model.eval().set_grad_checkpointing(False)
+        taps = {d: model.forward_intermediates(x, [1], depth=d, intermediates_only=True)[0] for d in model.depths}
+        model.prune_intermediate_layers([1])
+        for depth, tap in taps.items():
+            assert torch.equal(model.forward_intermediates(x, [1], depth=depth, intermediates_only=True)[0], tap)

@@ -35,6 +35,12 @@ FAMILY_DEPTHS = {
     'ddnn_vit_small_patch16_224': (12, 8, 4),
     'ddnn_vit_base_patch16_224': (12, 8, 4),
     'ddnn_deit_small_patch16_224': (12, 8, 4),
+    'ddnn_swin_tiny_patch4_window7_224': (12, 10, 8),
+    'ddnn_regnety_004': (16, 11, 6),
+    'ddnn_regnety_016': (27, 17, 10),
+    'ddnn_efficientnet_b0': (16, 11, 7),
+    'ddnn_mobilenetv3_large_100': (16, 11, 7),
+    'ddnn_resnetv2_50': (50, 35, 17),
 }
 
 

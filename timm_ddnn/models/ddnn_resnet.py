@@ -13,6 +13,7 @@ from ..utils.errors import InputError
 from .cifar_resnet import CIFAR100_ARGS, CifarResNet, cifar100_cfg, cifar_cfg, feature_cfg
 from .create import create_dynamic
 from .dynamic_depth import DynamicDepthMixin
+from .shared_weights import count_resnet_layers
 
 __all__ = ['DynamicDepthCifarResNet', 'DynamicDepthResNet']
 
@@ -57,7 +58,7 @@ class _ResNetFamily(DynamicDepthMixin):
 
     def depth_of(self, blocks: Sequence[int]) -> int:
         """Count the layers: those of the blocks, the stem and the classifier."""
-        return sum(blocks) * (3 if hasattr(self.layer1[0], 'conv3') else 2) + 2
+        return count_resnet_layers(self.layer1[0], blocks)
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the map that the first block takes, [B, C, H', W'], from images [B, C, H, W]."""

@@ -67,6 +67,12 @@ default_cfgs = generate_default_cfgs({
         'vit_small_patch16_224.augreg_in21k_ft_in1k',
         'vit_base_patch16_224.augreg2_in21k_ft_in1k',
         'deit_small_patch16_224.fb_in1k',
+        'swin_tiny_patch4_window7_224.ms_in1k',
+        'regnety_004.tv2_in1k',
+        'regnety_016.tv2_in1k',
+        'efficientnet_b0.ra_in1k',
+        'mobilenetv3_large_100.ra_in1k',
+        'resnetv2_50.a1h_in1k',
     )
 })
 
@@ -146,3 +152,39 @@ def ddnn_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Mod
 def ddnn_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Construct a dynamic DeiT-Small, without distillation token, of 12, 8 and 4 blocks."""
     return create_of_base('ddnn_deit_small_patch16_224', 'deit_small_patch16_224', pretrained, **kwargs)
+
+
+@register_model
+def ddnn_swin_tiny_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Construct a dynamic Swin-Tiny of 12, 10 and 8 blocks."""
+    return create_of_base('ddnn_swin_tiny_patch4_window7_224', 'swin_tiny_patch4_window7_224', pretrained, **kwargs)
+
+
+@register_model
+def ddnn_regnety_004(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Construct a dynamic RegNetY-400MF of 16, 11 and 6 blocks."""
+    return create_of_base('ddnn_regnety_004', 'regnety_004', pretrained, **kwargs)
+
+
+@register_model
+def ddnn_regnety_016(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Construct a dynamic RegNetY-1.6GF of 27, 17 and 10 blocks."""
+    return create_of_base('ddnn_regnety_016', 'regnety_016', pretrained, **kwargs)
+
+
+@register_model
+def ddnn_efficientnet_b0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Construct a dynamic EfficientNet-B0 of 16, 11 and 7 blocks."""
+    return create_of_base('ddnn_efficientnet_b0', 'efficientnet_b0', pretrained, **kwargs)
+
+
+@register_model
+def ddnn_mobilenetv3_large_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Construct a dynamic MobileNetV3-Large of 16, 11 and 7 blocks."""
+    return create_of_base('ddnn_mobilenetv3_large_100', 'mobilenetv3_large_100', pretrained, **kwargs)
+
+
+@register_model
+def ddnn_resnetv2_50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Construct a dynamic pre-activation ResNet-50 of depths 50, 35 and 17."""
+    return create_of_base('ddnn_resnetv2_50', 'resnetv2_50', pretrained, **kwargs)

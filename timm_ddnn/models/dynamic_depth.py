@@ -62,6 +62,8 @@ class DynamicDepthMixin(StateDictMixin):
         plain_cls: X, the class of which nets are made dynamic and extracted.
         tail_names: Modules of X that run between the last block and the head, in order.
         head_names: Modules of X that `X.forward_head` runs and that may hold norms.
+        blocks_keep_shape: Whether every block but the first of a stage returns the shape that it takes; it is found out
+            otherwise, and blocks that do not are in every sub-net.
         unit: By how many blocks the default sub-nets of `make_dynamic` differ.
         depth_argument: Argument of X's entrypoints for the number of blocks per stage, None if there is none.
         feature_cfg: How X's entrypoints build extractors, as `feature_cfg` of timm's `build_model_with_cfg`.
@@ -315,6 +317,8 @@ class DynamicDepthMixin(StateDictMixin):
         if self.depth_argument:
             yield self.base_name, {
                 **self._plain_args(), self.depth_argument: self.blocks_argument(self._blocks[depth])}
+        if depth == self.depths[0]:
+            yield self.base_name, self._plain_args()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Let TorchScript, which has no type for `depth`, compile the plain net of the default depth."""

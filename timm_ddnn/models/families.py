@@ -7,16 +7,24 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from timm.models import convnext, vision_transformer
+from timm.models import convnext, regnet, swin_transformer, vision_transformer
 from timm.models.convnext import ConvNeXt
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.regnet import RegNet
+from timm.models.resnetv2 import ResNetV2
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..utils.errors import InputError
 from .dynamic_depth import DynamicDepthMixin
-from .shared_weights import Blocks
+from .shared_weights import Blocks, count_resnet_layers
 
-__all__ = ['DynamicDepthConvNeXt', 'DynamicDepthVisionTransformer']
+__all__ = [
+    'DynamicDepthConvNeXt', 'DynamicDepthEfficientNet', 'DynamicDepthMobileNetV3', 'DynamicDepthRegNet',
+    'DynamicDepthResNetV2', 'DynamicDepthSwinTransformer', 'DynamicDepthVisionTransformer',
+]
 
 
 class DynamicDepthConvNeXt(DynamicDepthMixin, ConvNeXt):
@@ -106,3 +114,108 @@ class DynamicDepthVisionTransformer(_BlocksFamily, VisionTransformer):
         """Lay out the tokens of patches, those after class and register tokens, as [B, C, H', W']."""
         height, width = self.patch_embed.dynamic_feat_size(tuple(size))
         return x[:, self.num_prefix_tokens:].transpose(1, 2).unflatten(2, (height, width))
+
+
+class DynamicDepthSwinTransformer(DynamicDepthMixin, SwinTransformer):
+    """timm's `SwinTransformer` that holds shallower ones, see `DynamicDepthMixin`.
+
+    Its blocks come in pairs, the second with shifted windows, so that default sub-nets keep pairs; any other number is
+    timm's class as well.
+    """
+
+    plain_cls = SwinTransformer
+    tail_names = ('norm',)
+    head_names = ('head',)
+    unit = 2
+    depth_argument = 'depths'
+    feature_cfg = MappingProxyType(dict(out_indices=(0, 1, 2, 3), flatten_sequential=True))
+    filter_fn = staticmethod(swin_transformer.checkpoint_filter_fn)
+
+    def stage_names(self) -> list[tuple[str, ...]]:
+        """Name the stages, which begin with a downsampling."""
+        return [(f'layers.{s}.downsample', f'layers.{s}.blocks') for s in range(len(self.layers))]
+
+    def trim(self, net: nn.Module, blocks: Blocks) -> None:
+        """Correct the number of blocks that a stage knows."""
+        for stage, count in zip(net.layers, blocks, strict=True):
+            stage.depth = count
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the map that the first stage takes, [B, H', W', C], from images [B, C, H, W]."""
+        return self.patch_embed(x)
+
+    def to_map(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """Put the channels of a map [B, H', W', C] first."""
+        return x.permute(0, 3, 1, 2)
+
+
+class DynamicDepthRegNet(DynamicDepthMixin, RegNet):
+    """timm's `RegNet` that holds shallower ones, see `DynamicDepthMixin`."""
+
+    plain_cls = RegNet
+    tail_names = ('final_conv',)
+    head_names = ('head',)
+
+    @staticmethod
+    def filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        """Adapt pretrained weights of other libraries, as timm."""
+        return regnet._filter_fn(state_dict)
+
+    def stage_names(self) -> list[tuple[str, ...]]:
+        """Name the stages that are there."""
+        return [(name,) for name in ('s1', 's2', 's3', 's4') if getattr(self, name)._modules]
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the map that the first stage takes, [B, C, H', W'], from images [B, C, H, W]."""
+        return self.stem(x)
+
+
+class _EfficientNetFamily(_BlocksFamily):
+    """What timm's `EfficientNet` and `MobileNetV3` have in common."""
+
+    blocks_keep_shape = False  # a stage is any list of blocks
+    feature_cfg = MappingProxyType(dict(feature_cls='getter'))
+
+    def stage_names(self) -> list[tuple[str, ...]]:
+        """Name the stages."""
+        return [(f'blocks.{s}',) for s in range(len(self.blocks))]
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the map that the first stage takes, [B, C, H', W'], from images [B, C, H, W]."""
+        return self.bn1(self.conv_stem(x))
+
+
+class DynamicDepthEfficientNet(_EfficientNetFamily, EfficientNet):
+    """timm's `EfficientNet`, of MobileNetV2 and others too, that holds shallower ones, see `DynamicDepthMixin`."""
+
+    plain_cls = EfficientNet
+    tail_names = ('conv_head', 'bn2')
+
+
+class DynamicDepthMobileNetV3(_EfficientNetFamily, MobileNetV3):
+    """timm's `MobileNetV3`, of MobileNetV4 too, that holds shallower ones, see `DynamicDepthMixin`."""
+
+    plain_cls = MobileNetV3
+    head_names = ('norm_head',)
+
+
+class DynamicDepthResNetV2(DynamicDepthMixin, ResNetV2):
+    """timm's `ResNetV2`, with BatchNorm or GroupNorm, that holds shallower ones, see `DynamicDepthMixin`."""
+
+    plain_cls = ResNetV2
+    tail_names = ('norm',)
+    head_names = ('head',)
+    depth_argument = 'layers'
+    feature_cfg = MappingProxyType(dict(flatten_sequential=True))
+
+    def stage_names(self) -> list[tuple[str, ...]]:
+        """Name the stages."""
+        return [(f'stages.{s}.blocks',) for s in range(len(self.stages))]
+
+    def depth_of(self, blocks: Sequence[int]) -> int:
+        """Count the layers: those of the blocks, the stem and the classifier."""
+        return count_resnet_layers(self.stages[0].blocks[0], blocks)
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the map that the first stage takes, [B, C, H', W'], from images [B, C, H, W]."""
+        return self.stem(x)

@@ -13,7 +13,9 @@ from torch import nn
 from ..utils.errors import InputError
 from ..utils.modules import find_norms
 
-__all__ = ['Blocks', 'Node', 'SharedWeightsMixin', 'SubNetModule', 'SubNets', 'count_shared_blocks']
+__all__ = [
+    'Blocks', 'Node', 'SharedWeightsMixin', 'SubNetModule', 'SubNets', 'count_resnet_layers', 'count_shared_blocks',
+]
 
 
 Blocks = tuple[int, ...]
@@ -157,6 +159,16 @@ def count_shared_blocks(blocks: Blocks, other: Blocks) -> int:
     return count
 
 
+def count_resnet_layers(block: nn.Module, blocks: Sequence[int]) -> int:
+    """Count the layers of a ResNet as the field does: those of the blocks, the stem and the classifier.
+
+    Args:
+        block: One of its blocks.
+        blocks: Number of blocks in every stage.
+    """
+    return sum(blocks) * (3 if hasattr(block, 'conv3') else 2) + 2
+
+
 class SharedWeightsMixin:
     """Gives a timm class sub-nets in its own weights, see `DynamicDepthMixin`, which says what a family must define."""
 
@@ -164,6 +176,7 @@ class SharedWeightsMixin:
     tail_names: ClassVar[tuple[str, ...]] = ()
     head_names: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[int] = 1
+    blocks_keep_shape: ClassVar[bool] = True
 
     def __init__(
             self,
@@ -197,6 +210,7 @@ class SharedWeightsMixin:
         self._stages = self.stage_names()
         full = tuple(len(self._find(container)._modules) for *_, container in self._stages)
         self._blocks: dict[int, Blocks] = {self.depth_of(full): full}
+        self._least = (1,) * len(full) if self.blocks_keep_shape else self._find_least(net)
         self._places: dict[Node, str] = {}
         self._arrange(self._blocks)
         for blocks in self.default_subnets() if subnets is None else subnets:
@@ -314,6 +328,25 @@ class SharedWeightsMixin:
         """
         return count_shared_blocks(self.blocks(depth), self.blocks(other))
 
+    @torch.no_grad()
+    def _find_least(self, net: nn.Module) -> Blocks:
+        """Count the blocks of every stage up to the last that changes the shape: by a run on the meta device."""
+        containers = [self._find(container) for *_, container in self._stages]
+        changing = [{0} for _ in containers]
+        handles = [
+            block.register_forward_hook(
+                lambda _, args, out, s=s, i=i: changing[s].add(i if args[0].shape != out.shape else 0))
+            for s, container in enumerate(containers) for i, block in enumerate(container._modules.values())]
+        tensors = {
+            name: torch.empty_like(t, device='meta') for name, t in (*net.named_parameters(), *net.named_buffers())}
+        images = torch.empty(2, net.in_chans, 128, 128, device='meta', dtype=next(net.parameters()).dtype)
+        try:
+            torch.func.functional_call(net, tensors, (images,))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tuple(max(places) + 1 for places in changing)
+
     def default_subnets(self) -> list[Blocks]:
         """Choose two thirds and one third of the blocks of each stage, rounded, at least one.
 
@@ -322,10 +355,13 @@ class SharedWeightsMixin:
         """
         full, unit = self._blocks[self.depths[0]], self.unit
         subnets = [
-            tuple(min(n, unit * max(1, round(n / unit * thirds / 3))) for n in full) for thirds in (2, 1)]
+            tuple(
+                min(n, max(least, unit * max(1, round(n / unit * thirds / 3))))
+                for n, least in zip(full, self._least, strict=True))
+            for thirds in (2, 1)]
         distinct = {self.depth_of(blocks): blocks for blocks in subnets if blocks != full}
         if not distinct:
-            raise InputError(f'a net must have a stage of more than one block to have a sub-net, got {full}')
+            raise InputError(f'a net must have a stage of more than one block that may be left out, got {full}')
         return list(distinct.values())
 
     def add_subnet(self, blocks: Sequence[int]) -> int:
@@ -348,6 +384,12 @@ class SharedWeightsMixin:
         if not valid:
             raise InputError(
                 f'blocks of a sub-net must be {len(full)} integers, from 1 up to {full}, got {reprlib.repr(blocks)}')
+        for n, least, (*_, container) in zip(blocks, self._least, self._stages, strict=False):
+            if n < least:
+                name = list(self._find(container)._modules)[least - 1]
+                raise InputError(
+                    f'{container}.{name} changes the shape of what it is given, and cannot be left out: its stage must '
+                    f'have at least {least} blocks, got {n} in {tuple(blocks)}')
         blocks, depth = tuple(blocks), self.depth_of(blocks)
         if depth in self._blocks:
             raise InputError(
@@ -446,7 +488,8 @@ class SharedWeightsMixin:
         return net
 
     _OWN: ClassVar[frozenset[str]] = frozenset({
-        '_blocks', '_ends', '_places', '_stages', '_steps', 'default_depth', 'saved_results', 'shared_affine'})
+        '_blocks', '_ends', '_least', '_places', '_stages', '_steps', 'default_depth', 'saved_results', 'shared_affine',
+    })
 
 
 def _shallow(module: nn.Module) -> nn.Module:
