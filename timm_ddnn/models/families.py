@@ -22,7 +22,7 @@ from .dynamic_depth import DynamicDepthMixin
 from .shared_weights import Blocks, count_resnet_layers
 
 __all__ = [
-    'DynamicDepthConvNeXt', 'DynamicDepthEfficientNet', 'DynamicDepthMobileNetV3', 'DynamicDepthRegNet',
+    'BlocksFamily', 'DynamicDepthConvNeXt', 'DynamicDepthEfficientNet', 'DynamicDepthMobileNetV3', 'DynamicDepthRegNet',
     'DynamicDepthResNetV2', 'DynamicDepthSwinTransformer', 'DynamicDepthVisionTransformer',
 ]
 
@@ -69,7 +69,7 @@ class _BlocksAndCounts:
         return self._module[index]
 
 
-class _BlocksFamily(DynamicDepthMixin):
+class BlocksFamily(DynamicDepthMixin):
     """What nets have in common in which timm calls a module `blocks`, the name that counts them here."""
 
     @property
@@ -78,7 +78,7 @@ class _BlocksFamily(DynamicDepthMixin):
         return _BlocksAndCounts(self._modules['blocks'], super().blocks)
 
 
-class DynamicDepthVisionTransformer(_BlocksFamily, VisionTransformer):
+class DynamicDepthVisionTransformer(BlocksFamily, VisionTransformer):
     """timm's `VisionTransformer`, of DeiT too, that holds shallower ones, see `DynamicDepthMixin`. It is one stage."""
 
     plain_cls = VisionTransformer
@@ -170,7 +170,7 @@ class DynamicDepthRegNet(DynamicDepthMixin, RegNet):
         return self.stem(x)
 
 
-class _EfficientNetFamily(_BlocksFamily):
+class _EfficientNetFamily(BlocksFamily):
     """What timm's `EfficientNet` and `MobileNetV3` have in common."""
 
     blocks_keep_shape = False  # a stage is any list of blocks
