@@ -35,7 +35,8 @@ SMALL = {
     'wide_resnet': ('wide_resnet50_2', dict(channels=(8, 8, 8, 8)), 64),
     'resnet_gn': ('resnet50_gn', dict(channels=(32, 32, 32, 32)), 64),
 }
-FAMILIES = list(SMALL)
+MORE = 'convnextv2', 'vit_pooled', 'deit3', 'regnetz', 'mobilenetv3', 'bit', 'wide_resnet'  # in `make test-all`
+FAMILIES = [pytest.param(family, marks=pytest.mark.slow) if family in MORE else family for family in SMALL]
 
 
 def randomize(model):
