@@ -91,7 +91,7 @@ def test_depth_that_was_not_trained_is_extracted_with_a_warning(tmp_path, caplog
     (['{m}', '--depth', '14', '--output', '{m}/config.json/out'], 'must be a folder'),
     (['{t}', '--depth', '14', '--output', '{t}/out'], 'cannot be created'),
     (['{t}/damaged', '--depth', '14', '--output', '{t}/out'], 'cannot be created'),
-    (['resnet50', '--depth', '14', '--output', '{t}/out'], 'must be a dynamic-depth model'),
+    (['vgg11', '--depth', '14', '--output', '{t}/out'], 'nets of several depths are made of'),
 ])
 def test_wrong_input_of_extract(args, message, saved, tmp_path, capsys):
     """Catches tracebacks, and a folder that stays behind."""

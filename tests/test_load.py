@@ -42,7 +42,8 @@ def test_a_folder_goes_before_a_model_of_its_name(folder, caplog):
 
 @pytest.mark.parametrize(('name', 'kwargs', 'message'), [
     ('ddnn_resnet21', {}, r'must be a dynamic-depth model such as ddnn_resnet\d+, .*'),
-    ('resnet18', {}, 'must be a dynamic-depth model'),
+    ('vgg11', {}, r'nets of several depths are made of CifarResNet, ConvNeXt, .*, not of VGG'),
+    ('resnet10t', {}, 'a net must have a stage of more than one block that may be left out'),
     ('net/none', {}, "must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got 'net/none'"),
     ('ddnn_resnet20.none', {}, r"tag of ddnn_resnet20 must be one of \['.*'\], got 'none'"),
     ('ddnn_resnet110', {'pretrained': True}, 'No pretrained weights exist for ddnn_resnet110'),

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from helpers.models import EXPECTED_DEPTHS, create, images, logits_by_depth, narrow, some_at_once
+from helpers.models import EXPECTED_DEPTHS, FAMILY_DEPTHS, create, images, logits_by_depth, narrow, some_at_once
 from timm.layers import BlurPool2d, DropBlock2d, SelectiveKernel, SEModule
 from timm.models._manipulate import group_parameters
 
@@ -23,7 +23,7 @@ ONE_OF_EACH_KIND = some_at_once('ddnn_resnet18', 'ddnn_resnet50', 'ddnn_resnet20
 
 
 def test_registry_lists_all_entrypoints():
-    assert sorted(timm.list_models('ddnn_*')) == sorted(NAMES)
+    assert sorted(timm.list_models('ddnn_*')) == sorted([*NAMES, *FAMILY_DEPTHS])
     assert len(timm.list_models('cifar_resnet*')) == 10
     assert timm.models.is_model_in_modules('ddnn_resnet50', ['ddnn_resnet'])
     assert 'ddnn_resnet50' not in timm.list_models(module='resnet'), 'registered among the models of timm itself'

@@ -20,12 +20,12 @@ from timm_ddnn.utils.modules import find_norms
 
 def assert_shared(model):
     """Every module and tensor is registered once, and a sub-net has for itself the statistics of its norms alone."""
-    full = set(model._nodes(model.depths[0]))
+    full = model.blocks(model.depths[0])
     for depth in model.depths[1:]:
-        for (path, stage, place), block in zip(model._nodes(depth), model.path(depth), strict=True):
-            same = path == model.blocks(model.depths[0])[:stage]
-            original = getattr(model, f'layer{stage + 1}')[place]
-            assert (block is original) == same == ((path, stage, place) in full)
+        for (path, name), block in zip(model._nodes(depth), model.path(depth), strict=True):
+            same = path == full[:len(path)]
+            original = model.get_submodule(name)
+            assert (block is original) == same == ((path, name) in model._nodes(model.depths[0]))
             assert same or block.original is original
     for named in (model.named_modules, model.named_parameters, model.named_buffers):
         assert len(list(named(remove_duplicate=False))) == len(list(named()))

@@ -45,7 +45,7 @@ def files(tmp_path_factory):
 
 WRONG = [
     ('--model ddnn_resnet21', 'dynamic-depth model such as .*ddnn_resnet20.*, got .ddnn_resnet21'),
-    ('--model resnet50', 'dynamic-depth model such as ddnn_resnet50.*, got .resnet50'),
+    ('--model vgg11', 'nets of several depths are made of CifarResNet, .*, not of VGG'),
     ('--model local-dir:nowhere', "'local-dir:nowhere' cannot be created: nowhere is not the folder of a model"),
     ('--pretrained --model ddnn_resnet110', 'No pretrained weights exist for ddnn_resnet110'),
     ('--model-kwargs foo=1', 'arguments of DynamicDepthCifarResNet must be of .* got .*foo'),

@@ -1,4 +1,4 @@
-"""Dynamic-depth ResNets for timm, trained by embedded knowledge distillation; the import registers the models."""
+"""Dynamic-depth networks for timm, trained by embedded knowledge distillation; the import registers the models."""
 from .calibration import calibrate_bn
 from .cascade import Cascade
 from .deploy.choose import select_depth
@@ -8,7 +8,8 @@ from .hub.publish import push_to_hub
 from .loss import EKDLoss, attention_map, attention_transfer, kl_divergence
 from .models.cifar_resnet import CifarResNet
 from .models.ddnn_resnet import DynamicDepthCifarResNet, DynamicDepthResNet
-from .models.dynamic_depth import SubNetOutput
+from .models.ddnn_timm import make_dynamic
+from .models.dynamic_depth import DynamicDepthMixin, SubNetOutput
 from .task import EKDTask
 from .teacher import Teacher
 from .version import __version__
@@ -18,6 +19,7 @@ __all__ = [
     'CifarResNet',
     'DepthController',
     'DynamicDepthCifarResNet',
+    'DynamicDepthMixin',
     'DynamicDepthResNet',
     'EKDLoss',
     'EKDTask',
@@ -28,6 +30,7 @@ __all__ = [
     'attention_transfer',
     'calibrate_bn',
     'kl_divergence',
+    'make_dynamic',
     'predict',
     'push_to_hub',
     'select_depth',

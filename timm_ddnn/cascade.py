@@ -116,12 +116,14 @@ class Cascade:
 
     def _run(self, i: int, maps: dict[int, torch.Tensor]) -> torch.Tensor:
         """Run net i from `maps[i]`, and add the maps that later nets start from."""
-        path = self.model.path(self.depths[i])
+        depth = self.depths[i]
+        end = sum(self.model.blocks(depth))
         later = [j for j in range(i + 1, len(self.depths)) if self._sources[j] == i]
-        stops = {len(path), *(self._starts[j] for j in later)}
-        computed = self.model.run_blocks(maps.pop(i), path, self._starts[i], stops)
+        stops = {end, *(self._starts[j] for j in later)}
+        computed = self.model.run_blocks(maps.pop(i), depth, self._starts[i], stops)
         maps |= {j: computed[self._starts[j]] for j in later}
-        return self.model.forward_head(computed[len(path)]) / self._temperatures[i]
+        logits = self.model.forward_head(self.model.forward_tail(computed[end], depth), depth=depth)
+        return logits / self._temperatures[i]
 
     def count_macs(self, input_size: Sequence[int]) -> list[StepCost]:
         """Count the multiply-accumulates of every step, by running all of them on one image.

@@ -25,6 +25,24 @@ EXPECTED_DEPTHS = {
     'ddnn_cifar_resnet50': (50, 26, 14),
 }
 
+# Of other families of timm
+FAMILY_DEPTHS = {
+    'ddnn_convnext_atto': (12, 7, 5),
+    'ddnn_convnext_nano': (14, 8, 6),
+    'ddnn_convnext_tiny': (18, 12, 6),
+    'ddnn_convnext_small': (36, 24, 12),
+    'ddnn_vit_tiny_patch16_224': (12, 8, 4),
+    'ddnn_vit_small_patch16_224': (12, 8, 4),
+    'ddnn_vit_base_patch16_224': (12, 8, 4),
+    'ddnn_deit_small_patch16_224': (12, 8, 4),
+    'ddnn_swin_tiny_patch4_window7_224': (12, 10, 8),
+    'ddnn_regnety_004': (16, 11, 6),
+    'ddnn_regnety_016': (27, 17, 10),
+    'ddnn_efficientnet_b0': (16, 11, 7),
+    'ddnn_mobilenetv3_large_100': (16, 11, 7),
+    'ddnn_resnetv2_50': (50, 35, 17),
+}
+
 
 def randomize_norms(model, seed=0):
     """Give every norm its own weights and statistics: timm's initial ones make all depths compute the same."""

@@ -5,9 +5,9 @@ from typing import Any
 from timm.data import resolve_input_data_config
 
 from ..hub.save import save_model
-from ..models.cifar_resnet import CifarResNet
 from ..models.load import load_model, saved_results, warn_of_untrained
 from ..utils.files import staged_folder
+from ..weights.download import ARCHITECTURES
 
 __all__ = ['extract_model']
 
@@ -38,12 +38,13 @@ def extract_model(name: str, depth: int, output: str | Path) -> dict[str, Any]:
         rows = [row for row in saved_results(model) if row['depth'] == depth]
         names = model.pretrained_cfg.get('label_names') or ()
         save_model(net, folder, data_config=resolve_input_data_config(model), class_names=list(names), rows=rows)
+    architecture = net.pretrained_cfg['architecture']
     return {
         'output': str(output),
-        'architecture': net.pretrained_cfg['architecture'],
+        'architecture': architecture,
         'depth': depth,
         'blocks': list(model.blocks(depth)),
         'trained': depth in model.trained_depths,
         'top1': rows[0].get('top1') if rows else None,
-        'imports': ['timm', 'timm_ddnn'] if isinstance(net, CifarResNet) else ['timm'],
+        'imports': ['timm', 'timm_ddnn'] if architecture.startswith(ARCHITECTURES) else ['timm'],
     }

@@ -1,23 +1,83 @@
 """Dynamic-depth ResNets: the classes, their default configurations and their entrypoints in timm's registry."""
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
+import torch
+from timm.models import generate_default_cfgs, get_pretrained_cfg, is_model, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from ..weights.build import build_model
+from ..utils.errors import InputError
 from .cifar_resnet import CIFAR100_ARGS, CifarResNet, cifar100_cfg, cifar_cfg, feature_cfg
+from .create import create_dynamic
 from .dynamic_depth import DynamicDepthMixin
+from .shared_weights import count_resnet_layers
 
 __all__ = ['DynamicDepthCifarResNet', 'DynamicDepthResNet']
 
 
-class DynamicDepthResNet(DynamicDepthMixin, ResNet):
+class _ResNetFamily(DynamicDepthMixin):
+    """What timm's `ResNet` and `CifarResNet` have in common."""
+
+    depth_argument = 'layers'
+
+    def __init__(
+            self,
+            block: type[nn.Module],
+            layers: Sequence[int],
+            subnets: Sequence[Sequence[int]] = (),
+            depth: int | None = None,
+            shared_affine: bool = True,
+            **kwargs: Any,
+    ) -> None:
+        """Build the full-net and its sub-nets.
+
+        Args:
+            block: Residual block class, timm's `BasicBlock` or `Bottleneck`.
+            layers: Number of blocks per stage of the full-net.
+            subnets: As for `DynamicDepthMixin`.
+            depth: As for `DynamicDepthMixin`.
+            shared_affine: As for `DynamicDepthMixin`.
+            **kwargs: Arguments of the parent class.
+
+        Raises:
+            InputError: If a classifier has no pooling before it, or as for `DynamicDepthMixin`.
+        """
+        super().__init__(self.plain_cls(block, layers, **kwargs), subnets, depth, shared_affine)
+
+    def check(self, net: nn.Module) -> None:
+        """Refuse a classifier without pooling before it, which classifies pixels."""
+        if net.num_classes and net.global_pool.is_identity():
+            raise InputError("global_pool must not be '' where there is a classifier, num_classes of at least 1")
+
+    def stage_names(self) -> list[tuple[str, ...]]:
+        """Name the stages; of three, timm's methods need a `layer4`, which has no block."""
+        return [(name,) for name in ('layer1', 'layer2', 'layer3', 'layer4') if getattr(self, name)._modules]
+
+    def depth_of(self, blocks: Sequence[int]) -> int:
+        """Count the layers: those of the blocks, the stem and the classifier."""
+        return count_resnet_layers(self.layer1[0], blocks)
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the map that the first block takes, [B, C, H', W'], from images [B, C, H, W]."""
+        return self.maxpool(self.act1(self.bn1(self.conv1(x))))
+
+    def _plain_candidates(self, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        name = re.sub(r'\d+', str(depth), self.base_name, count=1)
+        if is_model(name):  # 'resnet26', if its blocks are those of depth 26
+            yield name, self._plain_args()
+        yield from super()._plain_candidates(depth)
+
+
+class DynamicDepthResNet(_ResNetFamily, ResNet):
     """timm's `ResNet` that holds shallower ones in the same weights, see `DynamicDepthMixin`."""
 
+    plain_cls = ResNet
 
-class DynamicDepthCifarResNet(DynamicDepthMixin, CifarResNet):
+
+class DynamicDepthCifarResNet(_ResNetFamily, CifarResNet):
     """`CifarResNet` that holds shallower ones in the same weights, see `DynamicDepthMixin`."""
 
     plain_cls = CifarResNet
@@ -57,26 +117,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_ddnn(cls: type[DynamicDepthMixin], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    if not kwargs.get('features_only', False):
-        return build_model(cls, variant, pretrained, **kwargs)
-
-    # timm's extractors take a net apart and rebuild it from its children, so each gets the plain net of one depth
-    model = None
-
-    def construct(**model_args: Any) -> ResNet:
-        nonlocal model
-        model = cls(**model_args)
-        return model.extract()
-
-    return build_model(
-        cls,
-        variant,
-        pretrained,
-        construct=construct,
-        pretrained_filter_fn=lambda state_dict, _: model.extract_state_dict(state_dict),
-        feature_cfg=feature_cfg(kwargs['layers']),
-        **kwargs,
-    )
+    return create_dynamic(cls, variant, pretrained, feature_cfg=feature_cfg(kwargs['layers']), **kwargs)
 
 
 @register_model

@@ -108,7 +108,8 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
     """Create a dynamic-depth model by `timm.create_model`.
 
     Args:
-        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run, timm's too.
+        name: Name in timm's registry, 'local-dir:FOLDER', 'hf-hub:ID', or the folder of a training run, timm's too. A
+            plain net of timm is made dynamic, see `make_dynamic`.
         checkpoint_path: File with weights, safetensors or a checkpoint of timm.
         **kwargs: Further arguments of `timm.create_model`.
 
@@ -117,16 +118,18 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
             are missing, damaged or of another model.
     """
     name = _resolve_aloud(name)
-    known = timm.list_models('ddnn_*')
+    known = [*timm.list_models('ddnn_*'), 'dynamic_timm']
     similar = difflib.get_close_matches(name, known, n=3) or known
     wrong = InputError(f'model must be a dynamic-depth model such as {", ".join(similar)}, got {name!r}')
-    if ':' not in name and name.split('.')[0] not in known:
+    if ':' not in name and not is_model(name.split('.')[0]):
         if '/' in name:
             raise InputError(f"model must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got {name!r}")
         raise wrong
     with _naming(name, checkpoint_path):
         needed = kwargs.get('pretrained', False) and 'pretrained_cfg_overlay' not in kwargs
         found, saved = _find(name, needed, kwargs.get('cache_dir'))
+        if found == name and name.split('.')[0] not in known:  # a model of timm
+            found, saved = 'dynamic_timm', {'base': name}
     if found.split('.')[0] not in known:
         raise wrong
     with _naming(name, checkpoint_path):

@@ -5,19 +5,21 @@ State dicts are in `state_dict.py`, the forward and the extraction of plain nets
 import copy
 import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from timm.models.resnet import Bottleneck
 from torch import nn
 
 from ..utils.errors import InputError
 from ..utils.modules import find_norms
 
-__all__ = ['Blocks', 'SharedWeightsMixin', 'SubNetModule', 'SubNets', 'count_shared_blocks']
+__all__ = [
+    'Blocks', 'Node', 'SharedWeightsMixin', 'SubNetModule', 'SubNets', 'count_resnet_layers', 'count_shared_blocks',
+]
 
 
 Blocks = tuple[int, ...]
+Node = tuple[Blocks, str]  # the blocks of all earlier stages, and the name of a module of the full-net
 REFUSAL = 'convert what extract(depth) returns, not a model of several depths'
 
 
@@ -29,16 +31,16 @@ class SubNetModule(nn.Module):
     apart: whatever replaces, freezes, converts or moves a module or a parameter of the full-net does so for all depths.
     """
 
-    def __init__(self, parent: nn.Module, name: str, shared_affine: bool) -> None:
+    def __init__(self, model: 'SharedWeightsMixin', name: str, shared_affine: bool) -> None:
         """Begin with copies of the full-net's statistics.
 
         Args:
-            parent: Parent, in the full-net, of the module.
-            name: Name of the module in its parent.
+            model: The model.
+            name: Name of the module in the full-net.
             shared_affine: Whether norms use the full-net's scale and shift, rather than copies.
         """
         super().__init__()
-        vars(self)['_place'] = (parent, name)  # not as an attribute, which would register the parent here
+        vars(self)['_place'] = (model, name)  # not as an attribute, which would register the model here
         self._is_norm = False
         original = self.original
         self.training = original.training
@@ -47,16 +49,11 @@ class SubNetModule(nn.Module):
             own = dict(original.named_buffers(recurse=False))
             if not shared_affine:
                 own |= original.named_parameters(recurse=False)
-            for name, tensor in copy.deepcopy(own).items():
-                (self._parameters if isinstance(tensor, nn.Parameter) else self._buffers)[name] = tensor
-        for name, child in original.named_children():
+            for key, tensor in copy.deepcopy(own).items():
+                (self._parameters if isinstance(tensor, nn.Parameter) else self._buffers)[key] = tensor
+        for key, child in original.named_children():
             if find_norms(child):
-                self.add_module(name, SubNetModule(original, name, shared_affine))
-
-    @property
-    def parent(self) -> nn.Module:
-        """Parent, in the full-net, of the module."""
-        return self._place[0]
+                self.add_module(key, SubNetModule(model, f'{name}.{key}', shared_affine))
 
     @property
     def original(self) -> nn.Module:
@@ -65,12 +62,12 @@ class SubNetModule(nn.Module):
         Raises:
             InputError: If something has replaced a module so that it has not what differs by depth.
         """
-        parent, name = self._place
-        module = parent._modules[name]
+        model, name = self._place
+        module = model._find(name)
         for own in ('running_mean', *self._parameters) if self._is_norm else self._modules:
             if all(held.get(own) is None for held in (module._buffers, module._parameters, module._modules)):
                 raise InputError(
-                    f'{type(module).__name__} in the place of a module has no {own}, which differs by depth: {REFUSAL}')
+                    f'{type(module).__name__} in the place of {name} has no {own}, which differs by depth: {REFUSAL}')
         return module
 
     @property
@@ -119,17 +116,17 @@ class SubNetModule(nn.Module):
                 vars(module)['_check_input_dim'] = lambda x: None
         return type(original).forward(module, x)
 
-    def extract(self) -> nn.Module:
-        """Copy the module with the statistics of this one."""
+    def plain(self) -> nn.Module:
+        """Return an instance of the original's class with the statistics of this one; nothing is copied."""
         module = self._assemble()
-        vars(module)['_modules'] = module._modules | {name: child.extract() for name, child in self.named_children()}
-        return copy.deepcopy(module)
+        vars(module)['_modules'] = module._modules | {name: child.plain() for name, child in self.named_children()}
+        return module
 
 
 class SubNets(nn.ModuleDict):
-    """What sub-nets have for themselves, by depth, stage and place: the blocks whose statistics are their own.
+    """What sub-nets have for themselves, by depth and name: the modules whose statistics are their own.
 
-    A block that several sub-nets run stands with the deepest of them; what is the full-net's is not here.
+    A module that several sub-nets run stands with the deepest of them; what is the full-net's is not here.
 
     Attributes:
         trained: Which depths were trained, bool, in the order of the model's `depths`. It is kept with the weights.
@@ -162,48 +159,86 @@ def count_shared_blocks(blocks: Blocks, other: Blocks) -> int:
     return count
 
 
+def count_resnet_layers(block: nn.Module, blocks: Sequence[int]) -> int:
+    """Count the layers of a ResNet as the field does: those of the blocks, the stem and the classifier.
+
+    Args:
+        block: One of its blocks.
+        blocks: Number of blocks in every stage.
+    """
+    return sum(blocks) * (3 if hasattr(block, 'conv3') else 2) + 2
+
+
 class SharedWeightsMixin:
-    """Gives a class of the timm ResNet family sub-nets in its own weights, see `DynamicDepthMixin`."""
+    """Gives a timm class sub-nets in its own weights, see `DynamicDepthMixin`, which says what a family must define."""
+
+    plain_cls: ClassVar[type[nn.Module]]
+    tail_names: ClassVar[tuple[str, ...]] = ()
+    head_names: ClassVar[tuple[str, ...]] = ()
+    unit: ClassVar[int] = 1
+    blocks_keep_shape: ClassVar[bool] = True
 
     def __init__(
             self,
-            block: type[nn.Module],
-            layers: Sequence[int],
-            subnets: Sequence[Sequence[int]] = (),
+            net: nn.Module,
+            subnets: Sequence[Sequence[int]] | None = (),
             depth: int | None = None,
             shared_affine: bool = True,
-            **kwargs: Any,
     ) -> None:
-        """Build the full-net and its sub-nets.
+        """Make a plain net the full-net, whose modules are taken over, and give it sub-nets.
 
         Args:
-            block: Residual block class, timm's `BasicBlock` or `Bottleneck`.
-            layers: Number of blocks per stage of the full-net.
-            subnets: Number of blocks per stage of every sub-net, between 1 and the full-net's.
+            net: Net of the class `plain_cls`.
+            subnets: Number of blocks per stage of every sub-net, from 1 to the full-net's. `default_subnets` if None.
             depth: The depth that `forward` runs when it is given none. The full-net's when None.
             shared_affine: Whether a norm with statistics of its own still shares scale and shift with the full-net.
                 If so, the model has exactly the parameters of the full-net.
-            **kwargs: Arguments of the parent class.
 
         Raises:
-            InputError: If a layer has no channels, a classifier no pooling before it, the blocks of a sub-net are not
-                within the full-net's, two nets have the same depth, or no net has the default depth asked for.
+            InputError: If a layer has no channels, the blocks of a sub-net are not within the full-net's, two nets have
+                the same depth, or no net has the default depth asked for.
         """
-        super().__init__(block, layers, **kwargs)
-        if self.num_classes and self.global_pool.is_identity():
-            raise InputError("global_pool must not be '' where there is a classifier, num_classes of at least 1")
+        self.check(net)
+        nn.Module.__init__(self)
+        vars(self).update({k: v.copy() if k in vars(self) and hasattr(v, 'copy') else v for k, v in vars(net).items()})
         empty = [name for name, p in self.named_parameters() if not p.numel()]
         if empty:
             raise InputError(f'channels must be at least 1 everywhere, got none in {empty[0]!r}')
-        self._plain_args = {k: v for k, v in kwargs.items() if k not in ('device', 'dtype')} | {'block': block}
-        self._layers_per_block = 3 if issubclass(block, Bottleneck) else 2
-        self._blocks: dict[int, Blocks] = {self._depth_of(layers): tuple(layers)}
+        self.grad_checkpointing = any(getattr(m, 'grad_checkpointing', False) for m in self.modules())
         self.shared_affine = shared_affine
         self.subnets = SubNets(next(self.parameters()).device)
-        for blocks in subnets:
+        self._stages = self.stage_names()
+        full = tuple(len(self._find(container)._modules) for *_, container in self._stages)
+        self._blocks: dict[int, Blocks] = {self.depth_of(full): full}
+        self._least = (1,) * len(full) if self.blocks_keep_shape else self._find_least(net)
+        self._places: dict[Node, str] = {}
+        self._arrange(self._blocks)
+        for blocks in self.default_subnets() if subnets is None else subnets:
             self.add_subnet(blocks)
         self.default_depth = self.depths[0]
         self.default_depth = self.resolve_depth(depth)
+
+    @classmethod
+    def from_net(cls, net: nn.Module, *args: Any, **kwargs: Any) -> 'SharedWeightsMixin':
+        """Make a plain net dynamic, by the arguments of `SharedWeightsMixin` whatever the class itself takes."""
+        model = object.__new__(cls)
+        SharedWeightsMixin.__init__(model, net, *args, **kwargs)
+        return model
+
+    # What a family defines
+
+    def check(self, net: nn.Module) -> None:
+        """Refuse plain nets that cannot be of several depths, by an InputError."""
+
+    def stage_names(self) -> list[tuple[str, ...]]:
+        """Name, for every stage, the modules that it runs before its blocks, and last the module that holds these."""
+        raise NotImplementedError
+
+    def depth_of(self, blocks: Sequence[int]) -> int:
+        """Name the depth of a net: by its layers in ResNets, as the field does, by its blocks elsewhere."""
+        return sum(blocks)
+
+    # Depths
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -279,13 +314,15 @@ class SharedWeightsMixin:
                 f"depth must be of {self.depths}, a sequence of these, or 'all', got {reprlib.repr(depth)}")
         return depths, single
 
+    # Paths
+
     def path(self, depth: int) -> list[nn.Module]:
         """List the residual blocks that a depth runs, in order; a block that several depths run is one object.
 
         Raises:
             InputError: If the model has no such depth.
         """
-        return self._path(self.resolve_depth(depth))
+        return [self._find(step[-1]) for step in self._steps[self.resolve_depth(depth)]]
 
     def path_norms(self, depth: int) -> list[nn.Module]:
         """List the modules with running statistics that a forward at one depth goes through.
@@ -293,7 +330,7 @@ class SharedWeightsMixin:
         Raises:
             InputError: If the model has no such depth.
         """
-        return [norm for part in (self.conv1, self.bn1, self.maxpool, *self.path(depth)) for norm in find_norms(part)]
+        return find_norms(self._view(self.resolve_depth(depth)))
 
     def count_shared(self, depth: int, other: int) -> int:
         """Count the blocks that two depths begin with: the same ones, which compute the same maps of the same images.
@@ -302,6 +339,42 @@ class SharedWeightsMixin:
             InputError: If the model has no such depth.
         """
         return count_shared_blocks(self.blocks(depth), self.blocks(other))
+
+    @torch.no_grad()
+    def _find_least(self, net: nn.Module) -> Blocks:
+        """Count the blocks of every stage up to the last that changes the shape: by a run on the meta device."""
+        containers = [self._find(container) for *_, container in self._stages]
+        changing = [{0} for _ in containers]
+        handles = [
+            block.register_forward_hook(
+                lambda _, args, out, s=s, i=i: changing[s].add(i if args[0].shape != out.shape else 0))
+            for s, container in enumerate(containers) for i, block in enumerate(container._modules.values())]
+        tensors = {
+            name: torch.empty_like(t, device='meta') for name, t in (*net.named_parameters(), *net.named_buffers())}
+        images = torch.empty(2, net.in_chans, 128, 128, device='meta', dtype=next(net.parameters()).dtype)
+        try:
+            torch.func.functional_call(net, tensors, (images,))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tuple(max(places) + 1 for places in changing)
+
+    def default_subnets(self) -> list[Blocks]:
+        """Choose two thirds and one third of the blocks of each stage, rounded, at least one.
+
+        Raises:
+            InputError: If every stage has one block alone.
+        """
+        full, unit = self._blocks[self.depths[0]], self.unit
+        subnets = [
+            tuple(
+                min(n, max(least, unit * max(1, round(n / unit * thirds / 3))))
+                for n, least in zip(full, self._least, strict=True))
+            for thirds in (2, 1)]
+        distinct = {self.depth_of(blocks): blocks for blocks in subnets if blocks != full}
+        if not distinct:
+            raise InputError(f'a net must have a stage of more than one block that may be left out, got {full}')
+        return list(distinct.values())
 
     def add_subnet(self, blocks: Sequence[int]) -> int:
         """Add a sub-net, its statistics beginning as copies of the full-net's.
@@ -323,64 +396,131 @@ class SharedWeightsMixin:
         if not valid:
             raise InputError(
                 f'blocks of a sub-net must be {len(full)} integers, from 1 up to {full}, got {reprlib.repr(blocks)}')
-        blocks, depth = tuple(blocks), self._depth_of(blocks)
+        for n, least, (*_, container) in zip(blocks, self._least, self._stages, strict=False):
+            if n < least:
+                name = list(self._find(container)._modules)[least - 1]
+                raise InputError(
+                    f'{container}.{name} changes the shape of what it is given, and cannot be left out: its stage must '
+                    f'have at least {least} blocks, got {n} in {tuple(blocks)}')
+        blocks, depth = tuple(blocks), self.depth_of(blocks)
         if depth in self._blocks:
             raise InputError(
                 f'sub-net {blocks} has depth {depth}, which names the net {self._blocks[depth]} already; '
                 f'depths are {self.depths}'
             )
-
-        # A block is the same for two nets where their paths to it are: that is what it is known by here
-        known = {node: block for d in self.depths for node, block in zip(self._nodes(d), self._path(d), strict=True)}
         trained = dict(zip(self.depths, self.subnets.trained, strict=True))
         trained[depth] = torch.zeros_like(self.subnets.trained[0])
-        self._blocks = dict(sorted({**self._blocks, depth: blocks}.items(), reverse=True))
-        self.subnets.clear()
-        for d in self.depths[1:]:
-            net = nn.ModuleDict()
-            for (path, s, i) in self._nodes(d):
-                if self._owner(path, s, i) == d:
-                    name, place = f'layer{s + 1}', str(i)
-                    if name not in net:
-                        net[name] = nn.ModuleDict()
-                    net[name][place] = known.get((path, s, i)) or SubNetModule(
-                        getattr(self, name), place, self.shared_affine)
-            net.training = self.training
-            self.subnets[str(d)] = net
+        self._arrange(dict(sorted({**self._blocks, depth: blocks}.items(), reverse=True)))
         self.subnets.trained = torch.stack([trained[d] for d in self.depths])
         # timm saves these arguments with the weights: the file then rebuilds this model whatever the defaults are
         subnets = [list(self._blocks[d]) for d in self.depths[1:]]
         self._model_args = dict(getattr(self, '_model_args', {}), subnets=subnets)
         return depth
 
-    def _depth_of(self, blocks: Sequence[int]) -> int:
-        return sum(blocks) * self._layers_per_block + 2
+    def _arrange(self, blocks: dict[int, Blocks]) -> None:
+        """Give the nets of these blocks what they need for themselves, and note where every module of theirs is."""
+        own = {node: self._find(place) for node, place in self._places.items() if place.startswith('subnets.')}
+        self._blocks, self._places = blocks, {}
+        self.subnets.clear()
+        full = self.depths[0]
+        for depth in self.depths:
+            if depth != full:
+                self.subnets[str(depth)] = nn.ModuleDict()
+                self.subnets[str(depth)].training = self.training
+            # A module is the same for two nets where their paths to it are; the deepest of them has it
+            for node in self._nodes(depth):
+                name = node[1]
+                if node in self._places:
+                    continue
+                self._places[node] = name
+                if depth != full and find_norms(self._find(name)):
+                    self._places[node] = f'subnets.{depth}.{name}'
+                    module = own.get(node) or SubNetModule(self, name, self.shared_affine)
+                    self._put(self.subnets[str(depth)], name, module)
+        self._steps = {d: [[self._places[n] for n in step] for step in self._block_nodes(d)] for d in blocks}
+        self._ends = {
+            d: tuple([self._places[blocks[d], n] for n in names if n in self._modules] for names in (
+                self.tail_names, self.head_names)) for d in blocks}
 
-    def _nodes(self, depth: int) -> list[tuple[Blocks, int, int]]:
-        """By what the blocks of a depth are known: the blocks of all earlier stages, the stage, and the place in it."""
-        blocks = self._blocks[depth]
-        return [(blocks[:s], s, i) for s, count in enumerate(blocks) for i in range(count)]
+    def _block_nodes(self, depth: int) -> list[list[Node]]:
+        """The blocks of a depth in order, those that begin a stage after what stands before them."""
+        blocks, steps = self._blocks[depth], []
+        for s, (*before, container) in enumerate(self._stages):
+            names = list(self._find(container)._modules)[:blocks[s]]
+            steps += [[(blocks[:s], f'{container}.{name}')] for name in names]
+            steps[-len(names)][:0] = [(blocks[:s], name) for name in before]
+        return steps
 
-    def _owner(self, path: Blocks, stage: int, place: int) -> int:
-        """The deepest net that runs a block: it has the block, the others use it."""
-        return next(d for d, blocks in self._blocks.items() if blocks[:stage] == path and place < blocks[stage])
+    def _nodes(self, depth: int) -> list[Node]:
+        """All that differs or may differ between depths, in the order in which it runs."""
+        ends = [(self._blocks[depth], name) for name in (*self.tail_names, *self.head_names) if name in self._modules]
+        return [node for step in self._block_nodes(depth) for node in step] + ends
 
-    def _block_name(self, path: Blocks, stage: int, place: int) -> str:
-        owner, name = self._owner(path, stage, place), f'layer{stage + 1}.{place}'
-        return name if owner == self.depths[0] else f'subnets.{owner}.{name}'
+    def _find(self, name: str) -> nn.Module:
+        """Look up a module by its name, late: whatever has replaced it since is what runs.
 
-    def _path(self, depth: int) -> list[nn.Module]:
-        full, blocks, path = self._blocks[self.depths[0]], self._blocks[depth], []
-        for s, count in enumerate(blocks):
-            name = f'layer{s + 1}'
-            stage = getattr(self, name)
-            if blocks[:s] == full[:s]:
-                mine, theirs = list(stage.children())[:count], stage
-            else:
-                mine = [self.subnets[str(self._owner(blocks[:s], s, i))][name][str(i)] for i in range(count)]
-                theirs = mine[0].parent
-            if theirs is not stage or not isinstance(stage, nn.Sequential):
-                raise InputError(
-                    f'{type(stage).__name__} in the place of {name} is not the stage that the depths share: {REFUSAL}')
-            path += mine
-        return path
+        Raises:
+            InputError: If something has replaced a module above it.
+        """
+        module = self
+        for part in name.split('.'):
+            if part not in module._modules:
+                raise InputError(f'{type(module).__name__} above {name} has no {part}, which depths share: {REFUSAL}')
+            module = module._modules[part]
+        return module
+
+    @staticmethod
+    def _put(net: nn.Module, name: str, module: nn.Module) -> None:
+        """Put a module at a place below a dict of modules."""
+        *parents, last = name.split('.')
+        for parent in parents:
+            if parent not in net:
+                net[parent] = nn.ModuleDict()
+                net[parent].training = net.training
+            net = net[parent]
+        net[last] = module
+
+    def _view(self, depth: int, plain: bool = False) -> nn.Module:
+        """Assemble an instance of the plain class that refers to the modules of one depth.
+
+        Args:
+            depth: One of `depths`.
+            plain: Whether what the depth has for itself is put in as modules of timm's classes.
+        """
+        net = object.__new__(self.plain_cls)
+        nn.Module.__init__(net)
+        vars(net).update({k: v for k, v in vars(self).items() if k not in vars(net) and k not in self._OWN})
+        net.training = self.training
+        net._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        net._parameters, net._buffers = dict(self._parameters), dict(self._buffers)
+        net._modules = {k: v for k, v in self._modules.items() if k != 'subnets'}
+        for (*_, container), count in zip(self._stages, self._blocks[depth], strict=True):
+            stage = _shallow(self._find(container))
+            stage._modules = dict(list(stage._modules.items())[:count])
+            _replace(net, container, stage)
+        for node in self._nodes(depth):
+            if self._places[node] != node[1]:
+                module = self._find(self._places[node])
+                _replace(net, node[1], module.plain() if plain else module)
+        return net
+
+    _OWN: ClassVar[frozenset[str]] = frozenset({
+        '_blocks', '_ends', '_least', '_places', '_stages', '_steps', 'default_depth', 'saved_results', 'shared_affine',
+    })
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """Copy a module, but not those in it."""
+    new = object.__new__(type(module))
+    vars(new).update(vars(module))
+    new._modules = dict(module._modules)
+    return new
+
+
+def _replace(net: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace a module in a net that shares its modules with another net, and leave that other one as it is."""
+    *parents, last = name.split('.')
+    for parent in parents:
+        net._modules[parent] = _shallow(net._modules[parent])
+        net = net._modules[parent]
+    net._modules[last] = module

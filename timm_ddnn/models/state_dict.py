@@ -1,6 +1,6 @@
 """State dicts of models with sub-nets: which ones load, and which entries are those of a depth.
 
-A state dict holds the full-net under the names of a stock ResNet, and under `subnets.` what sub-nets have for
+A state dict holds the full-net under the names of the stock net, and under `subnets.` what sub-nets have for
 themselves.
 """
 import logging
@@ -21,17 +21,17 @@ _logger = logging.getLogger(__name__)
 
 
 class StateDictMixin(SharedWeightsMixin):
-    """Loads state dicts of the model itself, of a stock ResNet or of a full-net alone, and selects those of a depth."""
+    """Loads state dicts of the model itself, of a stock net or of a full-net alone, and selects those of a depth."""
 
     def expand_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Complete a state dict to all names of this model.
 
-        Weights of a full-net alone, a stock ResNet or a model without sub-nets, give the sub-nets copies of its
+        Weights of a full-net alone, a stock net or a model without sub-nets, give the sub-nets copies of its
         statistics. In any other state dict a missing entry is an error, the classifier's excepted, which timm takes
         out to adapt weights to other classes.
 
         Args:
-            state_dict: State dict of this model, or of a stock ResNet or a model without sub-nets like the full-net.
+            state_dict: State dict of this model, or of a stock net or a model without sub-nets like the full-net.
 
         Returns:
             A new dict that refers to the same tensors.
@@ -53,7 +53,8 @@ class StateDictMixin(SharedWeightsMixin):
             state_dict['subnets.trained'] = torch.arange(len(self.depths)) == 0
             if alone:
                 state_dict['subnets.trained'] &= trained.cpu()
-            parameters = {name for name, _ in self.named_parameters() if name.startswith('layer')}
+            containers = tuple(f'{container}.' for *_, container in self._stages)
+            parameters = {name for name, _ in self.named_parameters() if name.startswith(containers)}
             if self.depths[1:] and state_dict.keys() >= parameters:  # old files lack `num_batches_tracked`
                 _logger.warning(
                     f'Depths {self.depths[1:]} are not trained: these weights hold depth {self.depths[0]} alone. '
@@ -79,7 +80,8 @@ class StateDictMixin(SharedWeightsMixin):
                 f'the weights have {len(unknown)} entries of sub-nets that the model has not, the first being '
                 f'{unknown[0]!r}' + affine * ': create it with shared_affine=False'
             )
-        head = self.get_classifier(name_only=True)
+        classifier = self.get_classifier()
+        head, = (name for name, module in self.named_modules() if module is classifier)
         missing = [
             name for name in own if name not in given and not name.startswith(f'{head}.')
             and not name.endswith('.num_batches_tracked')
@@ -107,12 +109,13 @@ class StateDictMixin(SharedWeightsMixin):
         """
         depth = self.resolve_depth(depth)
         state_dict = self.expand_state_dict(state_dict)
-        plain = {name: tensor for name, tensor in state_dict.items() if not name.startswith(('layer', 'subnets.'))}
-        for path, stage, place in self._nodes(depth):
-            block = f'layer{stage + 1}.{place}.'
-            for prefix in (block, f'{self._block_name(path, stage, place)}.'):  # what it has for itself comes second
+        containers = tuple(f'{container}.' for *_, container in self._stages)
+        plain = {
+            name: tensor for name, tensor in state_dict.items() if not name.startswith(('subnets.', *containers))}
+        for node in self._nodes(depth):
+            for prefix in (f'{node[1]}.', f'{self._places[node]}.'):  # what it has for itself comes second
                 plain |= {
-                    block + name.removeprefix(prefix): tensor
+                    f'{node[1]}.{name.removeprefix(prefix)}': tensor
                     for name, tensor in state_dict.items() if name.startswith(prefix)
                 }
         return plain

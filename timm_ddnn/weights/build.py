@@ -25,6 +25,7 @@ def build_model(
         variant: str,
         pretrained: bool,
         *,
+        make: Callable[..., nn.Module] | None = None,
         construct: Callable[..., nn.Module] | None = None,
         pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
@@ -34,10 +35,11 @@ def build_model(
     """Build a model as timm's `build_model_with_cfg` does, from verified weights only.
 
     Args:
-        cls: Class of the model.
+        cls: Class of the model, which says what arguments there are.
         variant: Name of its entrypoint.
         pretrained: Whether to load weights.
-        construct: Makes the net from the arguments of the class, the class itself if None.
+        make: Makes the model, the class itself if None.
+        construct: Makes the net that is returned, if it is not the model itself.
         pretrained_cfg: As for `build_model_with_cfg`; of a folder or a repository, the content of its config.json.
         pretrained_cfg_overlay: As for `build_model_with_cfg`.
         cache_dir: As for `build_model_with_cfg`.
@@ -66,21 +68,20 @@ def build_model(
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).to_dict()
         weights = find_weights(cfg, saved, cache_dir)
-    filter_fn = kwargs.pop('pretrained_filter_fn', None)
-    whole = kwargs.get('pretrained_strict', True) and filter_fn is None
+    make, filter_fn, tensors = make or cls, kwargs.pop('pretrained_filter_fn', None), {}
     if weights:
         # what is loaded is what was verified; as `state_dict` timm would copy it
         overlay |= {'source': None, 'file': None, 'state_dict': {'verified': weights.source}}
-        filter_verified = filter_fn or (lambda tensors, model: tensors)
-        filter_fn = lambda _, model: filter_verified(weights.tensors, model)  # noqa: E731
 
     def build(**model_args: Any) -> nn.Module:
         check_names(cls, model_args)
         if from_config:
-            check_size(judge_arguments(cls, variant, **{**model_args, 'device': 'meta'}), weights and weights.tensors)
-        model = (construct or cls)(**model_args)
+            check_size(judge_arguments(make, variant, **{**model_args, 'device': 'meta'}), weights and weights.tensors)
+        model = (construct or make)(**model_args)
         if weights:
-            check_weights(weights.tensors, model, cfg, weights.source, whole=whole)
+            tensors.update(weights.tensors if filter_fn is None else filter_fn(weights.tensors, model))
+            whole = kwargs.get('pretrained_strict', True) and construct is None
+            check_weights(tensors, model, cfg, weights.source, whole=whole)
         return model
 
     model = build_model_with_cfg(
@@ -89,7 +90,7 @@ def build_model(
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=filter_fn,
+        pretrained_filter_fn=(lambda *_: tensors) if weights else filter_fn,
         cache_dir=cache_dir,
         **kwargs,
     )

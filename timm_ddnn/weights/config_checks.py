@@ -60,6 +60,8 @@ SAVED = record({}, {
 })
 MODEL_ARGS = all_of(
     record({}, {
+        'base': text(100),
+        'blocks': BLOCKS,
         'layers': BLOCKS,
         'subnets': items(BLOCKS),
         'channels': items(integer(1, 100_000), 1, 8),
@@ -152,12 +154,13 @@ def check_names(cls: type[nn.Module], model_args: Mapping[str, Any], *, saved: b
         InputError: If one is not an argument of the class.
     """
     known = set()
-    for parent in cls.__mro__:
-        parameters = signature(parent.__init__).parameters
-        known |= parameters.keys()
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break  # this one passes nothing on to its parents
-    known -= {'self', 'args', 'kwargs'} | ({'block', 'device', 'dtype'} if saved else set())
+    for made in (cls, getattr(cls, 'plain_cls', cls)):  # a dynamic class makes a net of the plain one
+        for parent in made.__mro__:
+            parameters = signature(parent.__init__).parameters
+            known |= parameters.keys()
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break  # this one passes nothing on to its parents
+    known -= {'self', 'args', 'kwargs', 'net'} | ({'block', 'device', 'dtype'} if saved else set())
     unknown = sorted(set(model_args) - known)
     if unknown:
         where = 'model_args in config.json' if saved else f'arguments of {cls.__name__}'

@@ -30,7 +30,7 @@ __all__ = [
 
 
 PREVIOUS = '.previous.safetensors'  # weights of the config.json in a folder whose weights are being replaced
-ARCHITECTURES = 'ddnn_', 'cifar_resnet'  # how the names of this library's architectures begin
+ARCHITECTURES = 'ddnn_', 'cifar_resnet', 'dynamic_timm', 'shallow_timm'  # of this library, beginnings
 PROXY = r'((https?|socks5h?)://)?([^/@]*@)?([^/@:\[\]]+|\[[\da-fA-F:]+\])(:\d+)?/?'  # [scheme://][user:password@]host[:port]
 _logger = logging.getLogger(__name__)
 

@@ -29,12 +29,11 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not models:
         fail(f'PATTERN must match some of {", ".join(timm.list_models("ddnn_*"))}, got {args.pattern!r}')
     if not args.json:
-        table = create_table(
-            ('model', 'px', 'depth', 'blocks', 'params', 'MACs', 'weights'), left=('model', 'weights'))
+        table = create_table(('model, .tags', 'px', 'depth', 'blocks', 'params', 'MACs'), left=('model, .tags',))
         for model in models:
-            names = [model['model']], [str(model['input_size'][-1])]
-            for name, pixels, row, tag in zip_longest(*names, model['depths'], model['tags'], fillvalue=''):
-                table.add_row(name, pixels, *(cost_cells(row) if row else [''] * 4), tag)
+            names = [model['model'], *(f'  .{tag}' for tag in model['tags'])]
+            for name, pixels, row in zip_longest(names, [str(model['input_size'][-1])], model['depths'], fillvalue=''):
+                table.add_row(name, pixels, *(cost_cells(row) if row else [''] * 4))
             table.add_section()
         print_table(table)
     return models

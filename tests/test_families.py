@@ -1,0 +1,256 @@
+"""Families of timm: what `make_dynamic` makes of a small net of each, at every depth, and of timm's names."""
+import copy
+from collections import Counter
+from functools import cache
+
+import pytest
+import timm
+import torch
+
+from timm_ddnn import EKDTask, calibrate_bn, make_dynamic
+from timm_ddnn.hub.save import save_model
+from timm_ddnn.models.load import load_model
+from timm_ddnn.utils.errors import InputError
+from timm_ddnn.utils.modules import find_norms
+
+# Small nets: name, arguments that make them narrow, px
+SMALL = {
+    'convnext': ('convnext_atto', dict(depths=(2, 1, 3, 1), dims=(8, 16, 24, 32)), 64),
+    'convnextv2': ('convnextv2_atto', dict(depths=(2, 1, 3, 1), dims=(8, 16, 24, 32)), 64),
+    'vit': ('vit_tiny_patch16_224', dict(img_size=48, embed_dim=24, depth=6), 48),
+    'vit_registers': (
+        'vit_small_patch14_reg4_dinov2', dict(img_size=56, embed_dim=24, num_heads=3, depth=6, num_classes=10), 56),
+    'vit_pooled': ('vit_base_patch16_gap_224', dict(img_size=32, embed_dim=24, num_heads=3, depth=6), 32),
+    'deit3': ('deit3_small_patch16_224', dict(img_size=32, embed_dim=24, num_heads=3, depth=6), 32),
+    'swin': (
+        'swin_tiny_patch4_window7_224',
+        dict(img_size=64, window_size=2, depths=(2, 2, 4, 2), embed_dim=12, num_heads=(1, 1, 2, 2)), 64),
+    'regnet': ('regnety_002', {}, 64),
+    'regnetz': ('regnetz_005', {}, 64),
+    'efficientnet': ('efficientnet_b0', {}, 64),
+    'mobilenetv3': ('mobilenetv3_large_100', {}, 64),
+    'mobilenetv4': ('mobilenetv4_conv_small', {}, 64),
+    'resnetv2': ('resnetv2_50', dict(layers=(2, 1, 3, 1), channels=(32, 32, 48, 64)), 64),
+    'bit': ('resnetv2_50x1_bit', dict(channels=(128, 128, 128, 128)), 64),
+    'wide_resnet': ('wide_resnet50_2', dict(channels=(8, 8, 8, 8)), 64),
+    'resnet_gn': ('resnet50_gn', dict(channels=(32, 32, 32, 32)), 64),
+}
+MORE = 'convnextv2', 'vit_pooled', 'deit3', 'regnetz', 'mobilenetv3', 'bit', 'wide_resnet'  # in `make test-all`
+FAMILIES = [pytest.param(family, marks=pytest.mark.slow) if family in MORE else family for family in SMALL]
+
+
+def randomize(model):
+    """Give norms, layer scales and statistics values with which blocks do something: depths then differ."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith('running_var'):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.uniform_(0.2, 0.8, generator=generator)
+    return model
+
+
+@cache
+def small_net(family):
+    name, kwargs, _ = SMALL[family]
+    torch.manual_seed(0)
+    return randomize(timm.create_model(name, **{'num_classes': 10, **kwargs})).eval()
+
+
+def small(family, subnets=None, **kwargs):
+    """A dynamic model with weights of its own, and images for it."""
+    model = randomize(make_dynamic(copy.deepcopy(small_net(family)), subnets, **kwargs)).eval()
+    size = SMALL[family][2]
+    return model, torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_depth_equals_the_plain_net_that_timm_rebuilds(family):
+    """Fails if a depth runs other blocks or norms, its features are laid out wrongly, or its config builds another."""
+    model, x = small(family)
+    plain_cls = type(small_net(family))
+    with torch.no_grad():
+        together = model(x, depth='all')
+        assert torch.equal(model(x), together[model.depths[0]].logits)
+        for depth in model.depths:
+            plain = model.extract(depth)
+            assert type(plain) is plain_cls and not plain.training
+            logits = model(x, depth=depth)
+            assert torch.equal(logits, plain(x)) and logits.isfinite().all()
+            assert torch.equal(logits, together[depth].logits)
+            last, maps = plain.forward_intermediates(x)
+            mine = model.forward_intermediates(x, depth=depth)
+            assert torch.equal(mine[0], last) and all(map(torch.equal, mine[1], maps))
+            assert torch.equal(together[depth].features[-1], maps[-1]), 'channels first, without class token'
+            features = model.forward_features(x, depth=depth)
+            assert torch.equal(features, plain.forward_features(x))
+            assert torch.equal(model.forward_head(features, depth=depth), logits)
+            again = timm.create_model(
+                plain.pretrained_cfg['architecture'], num_classes=model.num_classes, **{
+                    k: v for k, v in plain._model_args.items() if k != 'num_classes'}).eval()
+            assert type(again) is plain_cls
+            again.load_state_dict(model.extract_state_dict(model.state_dict(), depth))
+            assert torch.equal(again(x), logits)
+    assert len({tuple(output.logits.flatten().tolist()) for output in together.values()}) == len(model.depths)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_weights_are_shared_and_prefixes_run_once(family):
+    model, x = small(family)
+    full = small_net(family)
+    state = model.state_dict()
+    assert list(state)[:len(full.state_dict())] == list(full.state_dict())
+    own = [k for k in state if k not in full.state_dict()]
+    assert own[0] == 'subnets.trained'
+    assert all(k.rpartition('.')[2] in ('running_mean', 'running_var', 'num_batches_tracked') for k in own[1:])
+    assert bool(own[1:]) == bool(find_norms(full))
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in full.parameters())
+    calls = []
+    for block in {id(block): block for d in model.depths for block in model.path(d)}.values():
+        block.register_forward_hook(lambda module, *_: calls.append(id(module)))
+    with torch.no_grad():
+        model(x, depth='all')
+    starts = {}  # a block runs once for each path to it
+    for depth in model.depths:
+        blocks = model.blocks(depth)
+        for stage, count in enumerate(blocks):
+            for place in range(count):
+                starts[blocks[:stage], stage, place] = depth
+    assert len(calls) == len(starts)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_training_lowers_the_loss_of_every_depth(family):
+    model, x = small(family)
+    task = EKDTask(model.train(), verbose=False)
+    target = torch.tensor([3, 7])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    seen = []
+    for _ in range(8):
+        terms = task(x, target)
+        optimizer.zero_grad()
+        terms['loss'].backward()
+        assert not [n for n, p in model.named_parameters() if p.grad is None]
+        optimizer.step()
+        seen.append({k: v.item() for k, v in terms.items() if k.startswith('ce_')})
+    assert set(seen[0]) == {f'ce_{d}' for d in model.depths}
+    assert all(seen[-1][name] < 0.9 * seen[0][name] for name in seen[0]), seen
+    assert model.trained_depths == model.depths
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_saved_models_and_plain_nets_come_back(family, tmp_path):
+    model, x = small(family)
+    size = SMALL[family][2]
+    for name, net in (('model', model), ('plain', model.extract(model.depths[-1]))):
+        (tmp_path / name).mkdir()
+        save_model(net, tmp_path / name, data_config=dict(input_size=(3, size, size)), class_names=[], rows=[])
+    again, plain = load_model(str(tmp_path / 'model')), timm.create_model(f'local-dir:{tmp_path / "plain"}', True)
+    with torch.no_grad():
+        for depth, output in again(x, depth='all').items():
+            assert torch.equal(output.logits, model(x, depth=depth))
+        assert torch.equal(plain.eval()(x), model(x, depth=model.depths[-1]))
+    assert type(again) is type(model) and again.blocks(again.depths[1]) == model.blocks(model.depths[1])
+    extractor = timm.create_model(
+        f'local-dir:{tmp_path / "model"}', True, features_only=True, depth=model.depths[1]).eval()
+    with torch.no_grad():
+        maps = model.forward_intermediates(x, 1, depth=model.depths[1], intermediates_only=True)
+        last = extractor(x)[-1]
+    assert torch.equal(last if extractor.output_fmt == 'NCHW' else last.permute(0, 3, 1, 2), maps[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', FAMILIES)
+def test_compilers_take_every_depth(family):
+    """torch.compile makes one graph for each depth, and plain nets are exported and scripted as timm's."""
+    model, x = small(family)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    with torch.no_grad():
+        for depth in model.depths:
+            assert torch.equal(compiled(x, depth=depth), model(x, depth=depth))
+        shallow = model.depths[-1]
+        assert torch.equal(compiled(x, depth='all')[shallow].logits, model(x, depth=shallow))
+        program = torch.export.export(model.extract(shallow), (x,))
+        assert torch.allclose(program.module()(x), model(x, depth=shallow), atol=1e-5)
+        assert torch.equal(torch.jit.script(model.extract(shallow))(x), model(x, depth=shallow))
+
+
+# Names of timm that are tried on the meta device, but for the largest of them
+PATTERNS = (
+    'convnext*', 'vit_*_patch*', 'deit*', 'swin_*', 'regnet*', 'efficientnet_b*', 'efficientnetv2*', 'tf_efficientnet*',
+    'mobilenetv*', 'resnetv2*', 'resnet*', 'tinynet*', 'lcnet*', 'mixnet*', 'fbnet*', 'mnasnet*')
+LARGE = 'large', 'huge', 'giant', 'gigantic', 'xlarge', 'so150m', 'so400m', '_l', '1280', '2560', '640', 'x4', 'x3'
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_names_of_timm_on_the_meta_device():
+    """At least 200 names of at least 6 families: depths, equal shapes of maps and weights, and a plain net of timm."""
+    made, refused = Counter(), {}
+    for name in sorted({n for pattern in PATTERNS for n in timm.list_models(pattern)}):
+        if any(part in name for part in LARGE):
+            continue
+        try:
+            model = make_dynamic(name, device='meta').eval()
+        except InputError as e:
+            refused[name] = str(e)
+            continue
+        cfg = model.pretrained_cfg
+        px = cfg['input_size'][-1] if cfg.get('fixed_input_size') else 64
+        outputs = model(torch.empty(1, 3, px, px, device='meta'), depth='all')
+        assert tuple(outputs) == model.depths and len(outputs) > 1
+        maps = [[f.shape for f in output.features] for output in outputs.values()]
+        assert all(m == maps[0] for m in maps)
+        shallow = model.depths[-1]
+        plain = model.extract(shallow)
+        assert {k: v.shape for k, v in plain.state_dict().items()} == {
+            k: v.shape for k, v in model.extract_state_dict(model.state_dict(), shallow).items()}
+        made[type(model).__name__] += 1
+    assert sum(made.values()) >= 200 and len(made) >= 6, made
+    reasons = 'nets of several depths are made of', 'more than one block that may be left out', 'patch_drop_rate'
+    assert all(any(reason in message for reason in reasons) for message in refused.values()), refused
+
+
+def test_what_cannot_be_made_is_one_line_that_says_why():
+    for name, message in (
+            ('deit_tiny_distilled_patch16_224', 'made of .*VisionTransformer, not of VisionTransformerDistilled'),
+            ('vgg11', 'not of VGG'), ('resnet10t', 'more than one block'), ('no_such_net', "got 'no_such_net'"),
+            ('vit_tiny_patch16_224.none', 'with or without one of its tags')):
+        with pytest.raises(InputError, match=message):
+            make_dynamic(name, device='meta')
+    net = timm.create_model('mobilenetv4_conv_small', device='meta')
+    with pytest.raises(InputError, match=r'blocks\.1\.1 changes the shape .* at least 2 blocks, got 1'):
+        make_dynamic(net, ((1, 1, 1, 1, 1),))
+    with pytest.raises(InputError, match=r'arguments must be of .* where a net is given'):
+        make_dynamic(net, num_classes=10)
+
+
+def test_statistics_of_a_new_sub_net_are_calibrated_alone():
+    """Tail and head norms, as those of MobileNetV4, are kept per depth too."""
+    model, x = small('mobilenetv4')
+    with torch.no_grad():
+        before = {d: model(x, depth=d) for d in model.depths}
+        depth = model.add_subnet((1, 2, 3, 3, 1))
+        uncalibrated = model(x, depth=depth)
+        assert calibrate_bn(model, [x], depth) == 2
+        assert not torch.equal(model(x, depth=depth), uncalibrated)
+        assert torch.equal(model.extract(depth)(x), model(x, depth=depth))
+        assert all(torch.equal(model(x, depth=d), logits) for d, logits in before.items())
+    assert any(k.startswith(f'subnets.{depth}.norm_head.') for k in model.state_dict())
+
+
+def test_pruning_and_gradient_checkpointing_at_every_depth():
+    for family in ('convnext', 'vit', 'regnet'):
+        model, x = small(family)
+        expected = model(x, depth='all')
+        model.set_grad_checkpointing(True)
+        for depth, output in model.train()(x, depth='all').items():
+            if not find_norms(model):
+                assert torch.allclose(output.logits, expected[depth].logits, atol=1e-5)
+        model.eval().set_grad_checkpointing(False)
+        taps = {d: model.forward_intermediates(x, [1], depth=d, intermediates_only=True)[0] for d in model.depths}
+        model.prune_intermediate_layers([1])
+        for depth, tap in taps.items():
+            assert torch.equal(model.forward_intermediates(x, [1], depth=depth, intermediates_only=True)[0], tap)
