@@ -348,8 +348,7 @@ class DynamicDepthMixin(StateDictMixin):
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, **kwargs: Any) -> list[int]:
         """Remove, at every depth, what runs after the last features wanted, as timm's method."""
         take = super().prune_intermediate_layers(indices, **kwargs)
-        self._stages = self.stage_names()
-        counts = [len(self._find(container)._modules) for *_, container in self._stages]
+        counts = self._note_stages()
         self._arrange({
             d: tuple(min(n, most) for n, most in zip(blocks, counts, strict=False))
             for d, blocks in self._blocks.items()})

@@ -204,11 +204,11 @@ class SharedWeightsMixin:
         empty = [name for name, p in self.named_parameters() if not p.numel()]
         if empty:
             raise InputError(f'channels must be at least 1 everywhere, got none in {empty[0]!r}')
+        vars(self).setdefault('base_models', [])
         self.grad_checkpointing = any(getattr(m, 'grad_checkpointing', False) for m in self.modules())
         self.shared_affine = shared_affine
         self.subnets = SubNets(next(self.parameters()).device)
-        self._stages = self.stage_names()
-        full = tuple(len(self._find(container)._modules) for *_, container in self._stages)
+        full = self._note_stages()
         self._blocks: dict[int, Blocks] = {self.depth_of(full): full}
         self._least = (1,) * len(full) if self.blocks_keep_shape else self._find_least(net)
         self._places: dict[Node, str] = {}
@@ -396,12 +396,12 @@ class SharedWeightsMixin:
         if not valid:
             raise InputError(
                 f'blocks of a sub-net must be {len(full)} integers, from 1 up to {full}, got {reprlib.repr(blocks)}')
-        for n, least, (*_, container) in zip(blocks, self._least, self._stages, strict=False):
+        for n, least, (*_, container), names in zip(
+                blocks, self._least, self._stages, self._block_names, strict=False):
             if n < least:
-                name = list(self._find(container)._modules)[least - 1]
                 raise InputError(
-                    f'{container}.{name} changes the shape of what it is given, and cannot be left out: its stage must '
-                    f'have at least {least} blocks, got {n} in {tuple(blocks)}')
+                    f'{container}.{names[least - 1]} changes the shape of its input and cannot be left out: its stage '
+                    f'must have at least {least} blocks, got {n} in {tuple(blocks)}')
         blocks, depth = tuple(blocks), self.depth_of(blocks)
         if depth in self._blocks:
             raise InputError(
@@ -416,6 +416,12 @@ class SharedWeightsMixin:
         subnets = [list(self._blocks[d]) for d in self.depths[1:]]
         self._model_args = dict(getattr(self, '_model_args', {}), subnets=subnets)
         return depth
+
+    def _note_stages(self) -> Blocks:
+        """Note where the stages and their blocks are; -> the number of blocks in every stage."""
+        self._stages = self.stage_names()
+        self._block_names = [list(self._find(container)._modules) for *_, container in self._stages]
+        return tuple(map(len, self._block_names))
 
     def _arrange(self, blocks: dict[int, Blocks]) -> None:
         """Give the nets of these blocks what they need for themselves, and note where every module of theirs is."""
@@ -446,7 +452,7 @@ class SharedWeightsMixin:
         """The blocks of a depth in order, those that begin a stage after what stands before them."""
         blocks, steps = self._blocks[depth], []
         for s, (*before, container) in enumerate(self._stages):
-            names = list(self._find(container)._modules)[:blocks[s]]
+            names = self._block_names[s][:blocks[s]]
             steps += [[(blocks[:s], f'{container}.{name}')] for name in names]
             steps[-len(names)][:0] = [(blocks[:s], name) for name in before]
         return steps
@@ -494,9 +500,9 @@ class SharedWeightsMixin:
         net._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
         net._parameters, net._buffers = dict(self._parameters), dict(self._buffers)
         net._modules = {k: v for k, v in self._modules.items() if k != 'subnets'}
-        for (*_, container), count in zip(self._stages, self._blocks[depth], strict=True):
+        for (*_, container), names, count in zip(self._stages, self._block_names, self._blocks[depth], strict=True):
             stage = _shallow(self._find(container))
-            stage._modules = dict(list(stage._modules.items())[:count])
+            stage._modules = {name: self._find(f'{container}.{name}') for name in names[:count]}
             _replace(net, container, stage)
         for node in self._nodes(depth):
             if self._places[node] != node[1]:
@@ -505,7 +511,8 @@ class SharedWeightsMixin:
         return net
 
     _OWN: ClassVar[frozenset[str]] = frozenset({
-        '_blocks', '_ends', '_least', '_places', '_stages', '_steps', 'default_depth', 'saved_results', 'shared_affine',
+        '_block_names', '_blocks', '_ends', '_least', '_places', '_stages', '_steps', 'default_depth', 'saved_results',
+        'shared_affine',
     })
 
 
