@@ -32,6 +32,8 @@ from timm_ddnn_cli.arguments import ArgumentParser, number
 HERE = Path(__file__).resolve().parent
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 GPU = DEVICE.type == 'cuda'
+# Without instructions for it, bfloat16 is ten times slower on a CPU
+PRECISION = torch.bfloat16 if GPU or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 # Images per step by size: what a GPU is busy with, and what a CPU does in a second or two
 STEP_BATCH = {224: 256, 64: 256} if GPU else {224: 8, 64: 32}
 TRAINED = {
@@ -80,7 +82,7 @@ def create(name):
 
 
 def autocast():
-    return torch.autocast(DEVICE.type, dtype=torch.bfloat16)
+    return torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=PRECISION is torch.bfloat16)
 
 
 def count_macs(function):
@@ -322,8 +324,8 @@ def measure_script(args):
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([
                 sys.executable, HERE.parent / 'train_scripts' / 'train_ekd.py', '--model', name, '-b', str(count),
-                '--epochs', '3', '--img-size', str(size), '--mixed-precision', 'bf16', '-j', '12' if GPU else '0',
-                '--output', folder,
+                '--epochs', '3', '--img-size', str(size), '-j', '12' if GPU else '0', '--output', folder,
+                '--mixed-precision', 'bf16' if PRECISION is torch.bfloat16 else 'no',
             ], check=True, capture_output=True)
             lines = Path(folder, 'metrics.jsonl').read_text().splitlines()
             rates += [json.loads(line)['images_per_second'] for line in lines[1:]]  # the first epoch starts the workers
@@ -335,8 +337,8 @@ def measure_script(args):
 def measure_ceilings(args):
     """What the chip reaches in a multiplication of matrices and in a copy, and what of that a training step reaches."""
     side = 8192 if GPU else 2048
-    a = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
-    memory = torch.randn(2 ** (30 if GPU else 26), device=DEVICE, dtype=torch.bfloat16)
+    a = torch.randn(side, side, device=DEVICE, dtype=PRECISION)
+    memory = torch.randn(2 ** (30 if GPU else 26), device=DEVICE, dtype=PRECISION)
     target_memory = torch.empty_like(memory)
     seconds = compare({'matmul': lambda: a @ a, 'copy': lambda: target_memory.copy_(memory)}, args.rounds, inner=5)
     peak = 2 * side ** 3 / statistics.median(seconds['matmul'])
@@ -411,7 +413,7 @@ def name_machine():
     chip = ', '.join(about['hardware']['gpus']) or f'{torch.get_num_threads()} threads of {about["hardware"]["cpu"]}'
     commit = (about['git'] or {}).get('commit', 'unknown')[:12]
     versions = ', '.join(f'{name} {about["versions"][name]}' for name in ('python', 'torch', 'timm'))
-    return f'{chip}; {versions}; commit {commit}'
+    return f'{chip}; {str(PRECISION).removeprefix("torch.")}; {versions}; commit {commit}'
 
 
 def main():

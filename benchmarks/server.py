@@ -27,7 +27,7 @@ from timm_ddnn.utils.files import staged_folder, write_json
 from timm_ddnn_cli.arguments import ArgumentParser, number, run
 
 HERE = Path(__file__).resolve().parent
-SHAPE = ((0, 0.4), (0.15, 0.4), (0.4, 1.6), (0.65, 1.6), (0.85, 0.4), (1, 0.4))  # part of the time, of the capacity
+TIMES = 0, 0.15, 0.4, 0.65, 0.85, 1  # parts of the replay, at which the load is low, low, high, high, low, low
 
 
 class Served:
@@ -71,15 +71,14 @@ def load_requests(data, count, size, shape):
     return [bodies[i % len(bodies)] for i in range(count)]
 
 
-def draw_arrivals(seconds, capacity, seed=0):
-    """Moments of requests, in seconds: a Poisson process whose rate follows SHAPE."""
+def draw_arrivals(seconds, rates, seed=0):
+    """Moments of requests, in seconds: a Poisson process whose rate is given at TIMES."""
     generator, moments, now = np.random.default_rng(seed), [], 0.0
-    times, rates = zip(*SHAPE, strict=True)
     while True:
-        now += generator.exponential(1 / (capacity * max(rates)))
+        now += generator.exponential(1 / max(rates))
         if now >= seconds:
             return moments
-        if generator.random() < np.interp(now / seconds, times, rates) / max(rates):
+        if generator.random() < np.interp(now / seconds, TIMES, rates) / max(rates):
             moments.append(now)
 
 
@@ -126,8 +125,7 @@ def summarize(rows, budget_ms):
 
 def draw(path, result):
     figure, panels = plt.subplots(4, 1, figsize=(8, 9), sharex=True, layout='constrained')
-    times, rates = zip(*SHAPE, strict=True)
-    panels[0].plot([result['seconds'] * t for t in times], [result['capacity'] * r for r in rates], color='black')
+    panels[0].plot([result['seconds'] * t for t in TIMES], result['rates'], color='black')
     panels[0].axhline(result['capacity'], color='grey', linestyle=':')
     panels[0].set(ylabel='requests per second', title=result['title'])
     for i, (name, server) in enumerate(result['servers'].items()):
@@ -154,6 +152,8 @@ def main():
     parser.add_argument('--data', required=True, help='data set whose validation images are sent')
     parser.add_argument('--images', type=number(int, 1), default=32, help='images of a request')
     parser.add_argument('--budget', type=number(float, 1), default=6, help="budget, in times of the full-net's request")
+    parser.add_argument('--low', type=number(float, 0), default=0.4, help='load at first, of what the full-net serves')
+    parser.add_argument('--high', type=number(float, 0), default=1.6, help='load at its highest, likewise')
     parser.add_argument('--seconds', type=number(float, 1), default=90, help='length of the replay')
     parser.add_argument('--port', type=number(int, 1, 65535), default=8123)
     parser.add_argument('--output', type=Path, default=HERE / 'results')
@@ -164,12 +164,14 @@ def main():
     with Served(args.file, 1000, depths[0], args.port) as url:
         service = measure_service(url, request)
     budget_ms, capacity = 1000 * args.budget * service, 1 / service
-    moments = draw_arrivals(args.seconds, capacity)
+    low, high = args.low * capacity, args.high * capacity
+    rates = [low, low, high, high, low, low]
+    moments = draw_arrivals(args.seconds, rates)
     requests = load_requests(args.data, len(moments), args.images, metadata['input_size'])
     result = {
         'title': f'{Path(args.file).name}, requests of {args.images} images, budget {budget_ms:.0f} ms',
         'file': Path(args.file).name, 'images': args.images, 'seconds': args.seconds, 'budget_ms': budget_ms,
-        'capacity': capacity, 'servers': {}, **describe_machine(),
+        'capacity': capacity, 'rates': rates, 'servers': {}, **describe_machine(),
     }
     for name, depth in (('controller', None), (f'depth {depths[0]}', depths[0]), (f'depth {depths[-1]}', depths[-1])):
         with Served(args.file, budget_ms, depth, args.port) as url:

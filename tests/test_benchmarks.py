@@ -87,15 +87,15 @@ def test_sections_from_the_command_line(benchmark, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_every_figure_is_measured(benchmark):
-    """Catches a section that fails on this device. The numbers mean nothing on so small batches."""
+def test_every_figure_is_measured(benchmark, monkeypatch):
+    """Catches a section that fails on this device. The numbers mean nothing on so small batches, but for memory."""
     args = Namespace(rounds=3, compiled=False)
-    for name in ('loss', 'step', 'memory', 'training', 'ceilings', 'switching'):
-        figures = {figure['figure']: figure['ratio'] for figure in benchmark.SECTIONS[name](args)}
-        assert figures and all(ratio > 0 for ratio in figures.values()), name
-        if name == 'memory':
-            assert 0.5 < figures['peak memory of the step, against held together'] < 0.95
+    for name in ('loss', 'step', 'training', 'ceilings', 'switching'):
+        figures = [figure['ratio'] for figure in benchmark.SECTIONS[name](args)]
+        assert figures and all(ratio > 0 for ratio in figures), name
+    monkeypatch.setattr(benchmark, 'STEP_BATCH', {64: 32})
+    figures = {figure['figure']: figure['ratio'] for figure in benchmark.SECTIONS['memory'](args)}
+    assert 0.5 < figures['peak memory of the step, against held together'] < 0.95
 
 
 def test_the_table_is_that_of_the_results(benchmark):
@@ -115,7 +115,7 @@ def test_replay_of_a_load(tmp_path):
     row, *_ = export(model, 'all', tmp_path, format='onnx', images=images(model))
     command = [sys.executable, ROOT / 'benchmarks/server.py', row['file'], '--data', 'digits', '--seconds', '12']
     run = subprocess.run(
-        [*command, '--images', '32', '--output', tmp_path], capture_output=True, text=True,
+        [*command, '--high', '6', '--images', '32', '--output', tmp_path], capture_output=True, text=True,
         env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / 'server.json').read_text())

@@ -413,7 +413,8 @@ def test_wrong_arguments_are_one_line(folder, surroundings, tmp_path, capsys, ar
 
 @pytest.mark.parametrize(('name', 'message'), [
     ('ddnn_resnet21', 'must be a dynamic-depth model such as ddnn_resnet'),
-    ('resnet18', 'must be a dynamic-depth model'),
+    ('levit_128', 'nets of several depths are made of'),
+    ('nope', 'such as ddnn_resnet50, ddnn_convnext_tiny (`timm-ddnn list`)'),
     ('ddnn_resnet110', 'cannot be created'),
     ('local-dir:nowhere', 'cannot be created'),
 ])

@@ -75,7 +75,7 @@ def test_photograph_needs_nothing_but_the_library(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(('args', 'message'), [
     (['none.jpg'], 'none.jpg'),
     (['--output', 'none/picture.png'], 'none/picture.png'),
-    (['--model', 'resnet50'], 'must be a dynamic-depth model'),
+    (['--model', 'levit_128'], 'nets of several depths are made of'),
     (['--repeats', '0'], 'must be an integer of at least 1'),
 ])
 def test_photograph_with_wrong_input(args, message, folder, monkeypatch, capsys):

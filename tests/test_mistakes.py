@@ -17,7 +17,8 @@ def make_predictions(num_classes, count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     target, *classes = torch.randint(num_classes, (3, count), generator=generator)
     classes = torch.stack(classes)
-    return Predictions((20, 8), target, classes, torch.rand(2, count, generator=generator), classes == target)
+    sure = torch.rand(2, count, generator=generator)
+    return Predictions((20, 8), target, classes, sure, sure, classes == target)
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_surest_mistakes_come_first(figures, tmp_path):
 def test_a_model_without_mistakes(figures, tmp_path):
     """Catches a division by zero, or an empty grid, where everything is right."""
     target = torch.tensor([0, 1])
-    predictions = Predictions((20,), target, target[None], torch.ones(1, 2), target[None] == target)
+    predictions = Predictions((20,), target, target[None], *torch.ones(2, 1, 2), target[None] == target)
     data = ImageData(None, datasets.Dataset.from_dict(
         {'image': [None, None]}, datasets.Features(image=datasets.Image())), 'image', 'label', ['a', 'b'], 'val')
     assert mistakes.find_mistakes(predictions, data, torch.arange(2)) == []

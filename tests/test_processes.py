@@ -232,7 +232,7 @@ def test_a_signal_to_the_launcher_stops_all_processes():
     train(TORCHRUN, *STATEFUL, '--output', 'expected')
     process = launch(TORCHRUN, SCRIPT, *STATEFUL, '--log-interval', 1, '--output', 'out')
     for line in process.stdout:
-        if line.startswith('batch 5/'):
+        if ', batch 5/' in line:
             process.send_signal(signal.SIGTERM)
             break
     output = process.communicate(timeout=60)[0]

@@ -355,7 +355,7 @@ def test_accuracy_comes_from_the_saved_model_or_an_evaluation(prefix, tiny, know
 @pytest.mark.parametrize('args, message', [
     (['nope'], "got 'nope'"),
     (['local-dir:nowhere'], 'nowhere'),
-    (['resnet18'], "got 'resnet18'"),
+    (['levit_128'], 'not of LevitDistilled'),
     (['ddnn_resnet20', '--depths', '21'], '(20, 14, 8)'),
     (['ddnn_resnet20', '--batch-sizes', '0'], "got '0'"),
     (['ddnn_resnet20', '--device', 'tpu'], "got 'tpu'"),

@@ -119,8 +119,10 @@ def create_ddnn(name: str, checkpoint_path: str = '', **kwargs: Any) -> nn.Modul
     """
     name = _resolve_aloud(name)
     known = [*timm.list_models('ddnn_*'), 'dynamic_timm']
-    similar = difflib.get_close_matches(name, known, n=3) or known
-    wrong = InputError(f'model must be a dynamic-depth model such as {", ".join(similar)}, got {name!r}')
+    similar = difflib.get_close_matches(name, known, n=3) or ('ddnn_resnet50', 'ddnn_convnext_tiny')
+    wrong = InputError(
+        f'model must be a dynamic-depth model such as {", ".join(similar)} (`timm-ddnn list`), or a model of timm '
+        f'that can be made one, got {name!r}')
     if ':' not in name and not is_model(name.split('.')[0]):
         if '/' in name:
             raise InputError(f"model must be a folder of a model, 'hf-hub:OWNER/NAME' or a name, got {name!r}")
