@@ -94,6 +94,7 @@ def test_a_run_says_what_it_is_and_what_comes_next(capsys):
 def test_accelerate_does_not_warn_of_the_commands_that_are_given(page, caplog, monkeypatch):
     """Catches a first command that begins with a page of warnings."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     text = (ROOT / page).read_text(encoding='utf-8').replace('\\\n', ' ')
     commands = re.findall(r'accelerate launch ([^`]*?train_ekd\.py)', text)
     assert commands
