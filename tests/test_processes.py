@@ -69,7 +69,7 @@ def train(launcher, *args):
     (None, 45, 301),
     # 11 batches, of which one process would get 6; fewer validation images than one batch for one process
     pytest.param(TORCHRUN, 23, 5, marks=pytest.mark.slow),
-    (ACCELERATE, 23, 5),
+    pytest.param(ACCELERATE, 23, 5, marks=pytest.mark.slow),
 ])
 def test_metrics_are_of_all_processes(launcher, images, validation_images, tmp_path):
     """Catches one process where two were asked for, images counted twice, statistics that are not saved as they were
