@@ -229,10 +229,10 @@ def test_accuracies_are_those_of_the_training_script(folder, tmp_path):
     run('--evaluate', '--pretrained', '--model', f'local-dir:{folder}', '--output', tmp_path, '-j', '0')
     shown = []
     result = evaluate_model(str(folder), 'digits', progress=lambda loader: shown.append(len(loader)) or loader)
-    assert shown == [6]
+    assert shown == [15]
     keys = ('depth', 'blocks', 'parameters', 'macs', 'top1', 'top5')
     assert [{key: row[key] for key in keys} for row in result['depths']] == read(tmp_path, 'evaluation.json')['depths']
-    assert result['images'] == 360
+    assert result['images'] == 899
     assert len({row['top1'] for row in result['depths']}) == 2
 
 
@@ -253,16 +253,16 @@ def test_command(folder, logits, digits, tmp_path, capsys):
     for row in result['depths']:
         expected = expected_metrics(logits[row['depth']], logits[14], digits[2])
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-3)
-    assert sum(row['images'] for row in result['per_class']) == result['images'] == 360
+    assert sum(row['images'] for row in result['per_class']) == result['images'] == 899
     for i, depth in enumerate(DEPTHS):
         total = sum(row['images'] * row[f'top1_{depth}'] for row in result['per_class'])
-        assert total / 360 == pytest.approx(result['depths'][i]['top1'], abs=1e-3)
+        assert total / 899 == pytest.approx(result['depths'][i]['top1'], abs=1e-3)
     assert result['cascade'] is None
     assert result['versions']['timm'] == timm.__version__
 
     status, out, err = invoke(capsys, folder, '--data', 'digits', '-j', 0, '--output', output)
     assert status == 0 and 'error' not in err
-    assert '360 images' in out
+    assert '899 images' in out
     for row in result['depths']:
         assert f'{row["top1"]:.2f}' in out and f'{row["ece"]:.2f}' in out
         assert '{:.2f} - {:.2f}'.format(*row['top1_interval']) in out
@@ -281,9 +281,9 @@ def test_cascade(folder, logits, digits, capsys, wish):
     result = json.loads(out)
     cascade = result['cascade']
     model, x, labels = digits
-    held_out, reported = split_images(360, 0.5)
+    held_out, reported = split_images(899, 0.5)
     if '--threshold' in wish:
-        reported = torch.arange(360)
+        reported = torch.arange(899)
     first, second = (cost['macs'] for cost in cascade['steps'])
     sure = logits[8].softmax(-1).amax(-1)
     hits = {depth: z.argmax(-1) == labels for depth, z in logits.items()}
@@ -337,11 +337,11 @@ def test_cascade_for_people(folder, tmp_path, capsys):
     args = [folder, '--data', 'digits', '-j', 0, '--cascade', '8', '14', '--output', tmp_path]
     _, out, _ = invoke(capsys, *args, '--speed-images', 20)
     cascade = read(tmp_path, 'evaluation.json')['cascade']
-    assert f'threshold {cascade["threshold"]:.4f}, 180 images' in out
+    assert f'threshold {cascade["threshold"]:.4f}, 449 images' in out
     assert f'{cascade["speed"]["cascade"]["median"]:.0f}' in out
     step = cascade['steps'][1]
     assert f'depth 14 reuses {format_count(step["reused"])} MACs of depth 8: stem and blocks 1 to 1' in out
-    assert 'chosen on 180 other images' in out
+    assert 'chosen on 450 other images' in out
     status, out, err = invoke(capsys, *args, '--speed-images', 0)
     assert status == 0 and 'error' not in err and 'rounds' not in out
 
@@ -362,7 +362,7 @@ def test_confidence_is_calibrated_on_other_images(folder, logits, digits, tmp_pa
     status, out, err = invoke(capsys, *args, '--calibrate-confidence', '--holdout', 0.4, '--output', tmp_path / 'out')
     assert status == 0 and 'error' not in err
     result = read(tmp_path / 'out', 'evaluation.json')
-    held_out, reported = split_images(360, 0.4)
+    held_out, reported = split_images(899, 0.4)
     labels, kept = digits[2], {row['depth']: row['temperature'] for row in read(model, 'config.json')['depths']}
     for row in result['depths']:
         z, temperature = logits[row['depth']], row['temperature']
@@ -375,7 +375,7 @@ def test_confidence_is_calibrated_on_other_images(folder, logits, digits, tmp_pa
             assert found['ece'] == pytest.approx(expected['ece'], abs=1e-3)
         assert row['top1'] == pytest.approx(expected['top1'], abs=1e-3)
         assert f'{temperature:.3f}  {row["uncalibrated"]["ece"]:14.2f}' in out
-    assert (result['temperature_images'], result['images'], result['cascade']['images']) == (144, 216, 216)
+    assert (result['temperature_images'], result['images'], result['cascade']['images']) == (360, 539, 539)
     assert {mistake['row'] for mistake in result['mistakes']} <= set(reported.tolist())
     sure = (logits[8] / kept[8]).softmax(1).amax(1)[held_out]
     threshold = result['cascade']['threshold']
@@ -383,7 +383,7 @@ def test_confidence_is_calibrated_on_other_images(folder, logits, digits, tmp_pa
 
     again = evaluate_model(str(model), 'digits')
     assert [row['temperature'] for row in again['depths']] == [kept[14], kept[8]]
-    assert again['temperature_images'] is None and again['images'] == 360
+    assert again['temperature_images'] is None and again['images'] == 899
     status, out, err = invoke(capsys, 'ddnn_resnet20', '--data', 'digits', '--calibrate-confidence')
     assert status == 2 and 'must be a folder with a config.json to store temperatures in' in err
 
@@ -394,7 +394,7 @@ def test_confidence_is_calibrated_on_other_images(folder, logits, digits, tmp_pa
     (['--cascade', '8,14'], "argument --cascade: invalid int value: '8,14'"),
     (['--cascade', '8', '14', '--threshold', '1.5'], "must be 'auto' or a number from 0 to 1, got '1.5'"),
     (['--cascade', '8', '14', '--threshold', 'high'], "must be 'auto' or a number from 0 to 1, got 'high'"),
-    (['--cascade', '8', '14', '--holdout', '1'], 'some in both parts of 360, got 1.0'),
+    (['--cascade', '8', '14', '--holdout', '1'], 'some in both parts of 899, got 1.0'),
     (['--threshold', '0.5'], 'are for a cascade, got no --cascade'),
     (['--cascade', '8', '14', '--target-top1', '50', '--budget-macs', '1e6'],
      'argument --budget-macs: not allowed with argument --target-top1'),

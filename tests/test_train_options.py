@@ -78,7 +78,7 @@ def test_bfloat16(plain, seen):
 
 @pytest.mark.parametrize('given, expected', [
     ([], (15, 0.1, 1)),
-    (['--pretrained'], (10, 0.01, 1)),
+    (['--pretrained'], (10, 0.03, 1)),
     (['--initial-checkpoint', __file__, '--lr', 0.3], (10, 0.3, 1)),
     (['--pretrained', '--epochs', 15, '--lr', 0.1, '--warmup-epochs', 0], (15, 0.1, 0)),
 ])

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures('surroundings')
 def trained(tmp_path_factory):
     """Folder of a run of three epochs on all digits."""
     folder = tmp_path_factory.mktemp('run')
-    run(*FAST, '--epochs', 3, '--alpha', 0.5, '--beta', 0.2, '--weights', '8=0.7', '--output', folder)
+    run(*FAST, '--epochs', 3, '-b', 16, '--alpha', 0.5, '--beta', 0.2, '--weights', '8=0.7', '--output', folder)
     return folder
 
 
@@ -56,7 +56,7 @@ def test_what_a_run_writes(trained):
     assert top1(summary) == {14: records[-1]['top1_14'], 8: records[-1]['top1_8']}
     assert summary['depths'] == read(trained, 'config.json')['depths']
     assert (summary['training_images'], summary['validation_images'], summary['weights']) == (
-        1437, 360, 'of epoch 3 of 3')
+        898, 899, 'of epoch 3 of 3')
     assert (summary['arguments']['epochs'], summary['arguments']['seed'], summary['processes']) == (3, 0, 1)
     assert not {'command', 'json', 'run'} & summary['arguments'].keys()
 
@@ -81,7 +81,7 @@ def test_timm_reloads_the_same_accuracy(trained):
     for depth, accuracy in top1(read(trained)).items():
         with torch.no_grad():
             hits = (model(images, depth=depth).argmax(dim=1) == labels).sum()
-        assert 100 * int(hits) / 360 == pytest.approx(accuracy, abs=1e-3)
+        assert 100 * int(hits) / 899 == pytest.approx(accuracy, abs=1e-3)
 
 
 @pytest.mark.parametrize('weights', [
@@ -194,7 +194,7 @@ def test_averaged_weights_and_other_options(capsys):
 
 def test_averaged_weights_differ():
     """Catches an average that is never updated, or is the weights themselves."""
-    run(*FAST, '--epochs', 2, '-b', 128, '--model-ema', '--model-ema-decay', 0.5, '--output', 'out')
+    run(*FAST, '--epochs', 2, '--model-ema', '--model-ema-decay', 0.5, '--output', 'out')
     record = history('out')[-1]
     assert record['ema_top1_14'] != record['top1_14']
     assert record['ema_top5_14'] > 55  # chance is 50 %
@@ -205,7 +205,7 @@ def test_averaged_weights_differ():
 def test_the_default_run():
     """Catches a default that no longer reaches 95 % at every depth, and a script that only runs in the checkout.
 
-    Measured: 98.3 to 99.7 %.
+    Measured: 97.3 to 98.4 %.
     """
     subprocess.run(
         [sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--num_processes', '1', SCRIPT],

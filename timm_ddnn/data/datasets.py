@@ -78,7 +78,7 @@ def load_image_data(
     """Find a data set, its splits and its columns, and check every label.
 
     Args:
-        name: 'digits' (the handwritten digits of scikit-learn, 1,437 images to train and 360 to validate), a folder of
+        name: 'digits' (the handwritten digits of scikit-learn, 898 images to train and 899 to validate), a folder of
             parquet files `SPLIT*.parquet` or `data/SPLIT*.parquet`, a folder of images `SPLIT/CLASS/*.png` or
             `CLASS/*.png` (the split 'train'), or the id 'owner/name' of a data set on the Hugging Face Hub.
         input_key: Name of the image column. Found by its type, else by its name, if None.
@@ -218,7 +218,7 @@ def _load_digits() -> datasets.DatasetDict:
     digits = load_digits()
     images = (digits.images * (255 / 16)).round().astype(np.uint8)
     train, validation = train_test_split(
-        np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
+        np.arange(len(images)), test_size=0.5, stratify=digits.target, random_state=0)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)]))
     return datasets.DatasetDict({
         split: datasets.Dataset.from_dict(

@@ -18,9 +18,9 @@ several processes, with the same options:
   accelerate launch --config_file train_scripts/configs/gpus.yaml --num_processes 4 train_scripts/train_ekd.py"""
 
 
-# What an option is if it is not given: from random weights, and from trained ones. There the learning rate is a tenth,
-# by which the weights are not lost (arXiv 1311.2524, section 2.3), and fewer epochs do.
-DEFAULTS = {'epochs': (15, 10), 'lr': (0.1, 0.01)}
+# What an option is if it is not given: from random weights, and from trained ones. There fewer epochs do, and the
+# learning rate is lower, so that the weights are not lost; what was tried is in docs/your-own-photos.md.
+DEFAULTS = {'epochs': (15, 10), 'lr': (0.1, 0.03)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
