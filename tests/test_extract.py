@@ -85,7 +85,7 @@ def test_depth_that_was_not_trained_is_extracted_with_a_warning(tmp_path, caplog
 
 
 @pytest.mark.parametrize(('args', 'message'), [
-    (['{m}', '--depth', '26', '--output', '{t}/out'], 'depth must be of (20, 14, 8)'),
+    (['{m}', '--depth', '26', '--output', '{t}/out'], 'depth must be one of (20, 14, 8)'),
     (['{m}', '--depth', 'x', '--output', '{t}/out'], "invalid int value: 'x'"),
     (['{m}', '--depth', '14', '--output', '{m}'], 'a new or an empty folder'),
     (['{m}', '--depth', '14', '--output', '{m}/config.json/out'], 'must be a folder'),

@@ -1,4 +1,4 @@
-"""Confusions of classes and the surest mistakes: against plain loops, and what their plots show."""
+"""Confusions of classes and the most confident mistakes: against plain loops, and what their plots show."""
 import csv
 from collections import Counter
 
@@ -77,7 +77,7 @@ def test_plot_of_confusions_shows_counts_and_shares(num_classes, figures, tmp_pa
     assert ('the 20 of 30 classes' in figures[0].get_suptitle()) is (num_classes == 30)
 
 
-def test_surest_mistakes_come_first(figures, tmp_path):
+def test_most_confident_mistakes_come_first(figures, tmp_path):
     """Catches right images among them, another order, another row than the image's, and a label beside its image."""
     predictions = make_predictions(4, 60)
     rows = torch.randperm(60, generator=torch.Generator().manual_seed(1))

@@ -198,7 +198,7 @@ def test_what_people_wrote_on_a_card_stays():
     (['{folder}', 'net'], "repo_id must be 'owner/name', got 'net'"),
     (['{folder}', 'me/a b'], "repo_id must be 'owner/name', got 'me/a b'"),
     (['{folder}', 'me/a/b'], "repo_id must be 'owner/name', got 'me/a/b'"),
-    (['{folder}', 'me/net', '--depth', '9'], 'depth must be of (20, 14, 8)'),
+    (['{folder}', 'me/net', '--depth', '9'], 'depth must be one of (20, 14, 8)'),
     (['{folder}', 'me/net', '--license', 'My Own'], "license must be the Hub's identifier, such as 'apache-2.0'"),
 ])
 def test_wrong_arguments_of_push_are_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):

@@ -61,7 +61,7 @@ def test_temperatures_are_kept_with_the_weights(model, tmp_path):
     assert config['depths'] == [{**row, 'temperature': TEMPERATURES[row['depth']]} for row in rows] + [
         {'depth': 14, 'temperature': 0.5}]
     assert {**config, 'depths': rows} == json.loads(before)
-    with pytest.raises(InputError, match=r'depth must be of \(20, 14, 8\)'):
+    with pytest.raises(InputError, match=r'depth must be one of \(20, 14, 8\)'):
         loaded.temperature(50)
 
     for other in (

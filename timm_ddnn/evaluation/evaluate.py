@@ -187,7 +187,7 @@ def _write_files(folder: Path, result: Mapping[str, Any], predictions: Predictio
     confusions, names = count_confusions(predictions), image_data.class_names
     write_confusions(folder / 'confusion.csv', confusions, names)
     plot_confusions(folder / 'confusion.png', confusions, names, title)
-    title += f'\nthe surest mistakes of depth {predictions.depths[0]}'
+    title += f'\nthe most confident mistakes of depth {predictions.depths[0]}'
     plot_mistakes(folder / 'mistakes.png', result['mistakes'], image_data, title)
 
 

@@ -286,9 +286,9 @@ class SharedWeightsMixin:
         Raises:
             InputError: If the model has no such depth.
         """
-        depths, single = self.resolve_depths(depth)
-        if not single:
-            raise InputError(f'one depth of {self.depths} is expected here, got {reprlib.repr(depth)}')
+        depths, single = self._match(depth)
+        if not (single and depths):
+            raise InputError(f'depth must be one of {self.depths}, got {reprlib.repr(depth)}')
         return depths[0]
 
     def resolve_depths(self, depth: int | str | Sequence[int] | None) -> tuple[tuple[int, ...], bool]:
@@ -300,6 +300,14 @@ class SharedWeightsMixin:
         Raises:
             InputError: If the model has no such depth.
         """
+        depths, single = self._match(depth)
+        if not depths:
+            raise InputError(
+                f"depth must be of {self.depths}, a sequence of these, or 'all', got {reprlib.repr(depth)}")
+        return depths, single
+
+    def _match(self, depth: Any) -> tuple[tuple[int, ...], bool]:
+        """Find the depths that are asked for, none if one is unknown, and whether it is one depth as such."""
         if depth is None or isinstance(depth, torch.fx.Proxy):
             return (self.default_depth,), True
         if isinstance(depth, str) and depth == 'all':
@@ -309,10 +317,7 @@ class SharedWeightsMixin:
         # compared one by one, not looked up: torch.compile may hand in a symbolic integer, which this makes a constant
         valid = all(isinstance(w, int) and not isinstance(w, bool) for w in wanted)
         depths = tuple(d for d in self.depths if any(d == w for w in wanted)) if valid else ()
-        if not depths or len(depths) < len(wanted):
-            raise InputError(
-                f"depth must be of {self.depths}, a sequence of these, or 'all', got {reprlib.repr(depth)}")
-        return depths, single
+        return (depths if len(depths) >= len(wanted) else ()), single
 
     # Paths
 

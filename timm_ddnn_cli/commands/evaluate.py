@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--holdout', type=number(float, 0, 1), default=0.5, metavar='SHARE',
         help='share of the images to hold out, at random and always the same, for a threshold or for temperatures')
     arg('--output', type=Path, help='folder for evaluation.json, plots of accuracy and calibration, confusion '
-        'matrices (CSV and plot) and a sheet of the surest mistakes')
+        'matrices (CSV and plot) and a sheet of the most confident mistakes')
     group = parser.add_argument_group('cascade')
     arg = group.add_argument
     arg('--cascade', nargs='+', type=int, metavar='DEPTH',
