@@ -36,6 +36,10 @@ GPU = DEVICE.type == 'cuda'
 PRECISION = torch.bfloat16 if GPU or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 # Images per step by size: what a GPU is busy with, and what a CPU does in a second or two
 STEP_BATCH = {224: 256, 64: 256} if GPU else {224: 8, 64: 32}
+# A model of each other family: name, arguments, px
+FAMILIES = [
+    ('convnext_atto', {}, 224), ('vit_tiny_patch16_224', {}, 224), ('regnety_004', {}, 224),
+    ('efficientnet_b0', {}, 224), ('swin_tiny_patch4_window7_224', {'img_size': 64}, 64)]
 TRAINED = {
     'ddnn_resnet20': (32, 1024 if GPU else 128), 'ddnn_resnet56': (32, 1024 if GPU else 64),
     'ddnn_resnet34': (224, 256 if GPU else 8), 'ddnn_resnet50': (224, 256 if GPU else 8),
@@ -76,9 +80,10 @@ def batch(size, count):
     return images, torch.randint(10, (count,), device=DEVICE)
 
 
-def create(name):
+def create(name, **kwargs):
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=10).to(DEVICE, memory_format=torch.channels_last)
+    make = timm.create_model if name.startswith('ddnn_') else timm_ddnn.make_dynamic
+    return make(name, num_classes=10, **kwargs).to(DEVICE, memory_format=torch.channels_last)
 
 
 def autocast():
@@ -158,6 +163,30 @@ def measure_latency(args):
                         }, args.rounds, inner=1 if count > 1 and not GPU else 5)
                         case = f'{name} depth {depth}, batch {count}, {mode}'
                         yield row('latency, against the stock net', case, seconds, 'ddnn', 'stock', 1.02)
+
+
+def measure_families(args):
+    """Latency and the EKD step of a model of each family but ResNets."""
+    for name, kwargs, size in FAMILIES:
+        model = create(name, **kwargs).eval()
+        images, target = batch(size, 1)
+        for depth in model.depths:
+            stock = model.extract(depth).eval()
+            with torch.inference_mode():
+                seconds = compare({
+                    'ddnn': lambda d=depth, model=model, x=images: model(x, depth=d),
+                    'stock': lambda net=stock, x=images: net(x),
+                }, args.rounds, inner=5)
+            case = f'{name} depth {depth}, {size} px, batch 1, eager'
+            yield row('latency, against the stock net', case, seconds, 'ddnn', 'stock', 1.02)
+        images, target = batch(size, STEP_BATCH[size])
+        task = timm_ddnn.EKDTask(model.train(), verbose=False)
+        seconds = compare({
+            'ekd': ekd_step(task, images, target),
+            'one by one': separate_steps(model, task.loss_fn, images, target, at_once=False),
+        }, args.rounds)
+        case = f'{name} {model.depths}, {size} px, batch {len(images)}, eager'
+        yield row('EKD step, against one by one', case, seconds, 'ekd', 'one by one', 0.90)
 
 
 def measure_switching(args):
@@ -380,7 +409,7 @@ class MovedBytes(torch.utils._python_dispatch.TorchDispatchMode):
 SECTIONS = {
     'size': measure_size, 'loss': measure_loss, 'step': measure_step, 'memory': measure_memory,
     'training': measure_training, 'script': measure_script, 'ceilings': measure_ceilings,
-    'switching': measure_switching, 'latency': measure_latency,
+    'switching': measure_switching, 'latency': measure_latency, 'families': measure_families,
 }
 
 

@@ -25,6 +25,7 @@ def benchmark(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, 'STEP_BATCH', {64: 2})
     monkeypatch.setattr(module, 'TRAINED', {'ddnn_resnet20': (32, 4)})
+    monkeypatch.setattr(module, 'FAMILIES', [('convnext_atto', {'dims': (8, 16, 24, 32)}, 64)])
     return module
 
 
@@ -84,6 +85,13 @@ def test_sections_from_the_command_line(benchmark, monkeypatch, tmp_path):
     assert readme.startswith('before\n<!-- cpu -->\nsize, loss: ') and readme.endswith('<!-- end of cpu -->\nafter\n')
     assert readme.count('| size of the saved model, against stock | ddnn_resnet50 | 1.00') == 1
     assert readme.count('| some figure | one | 0.750 |') == 1
+
+
+def test_families_are_measured(benchmark):
+    *latency, step = benchmark.SECTIONS['families'](Namespace(rounds=3))
+    assert [row['case'].split(',')[0] for row in latency] == [f'convnext_atto depth {depth}' for depth in (12, 7, 5)]
+    assert step['case'] == 'convnext_atto (12, 7, 5), 64 px, batch 2, eager'
+    assert all(row['ratio'] > 0 and row['rounds'] == 3 for row in (*latency, step))
 
 
 @pytest.mark.slow

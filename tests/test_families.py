@@ -6,8 +6,11 @@ from functools import cache
 import pytest
 import timm
 import torch
+import torch._dynamo.testing
+from helpers.loss_loops import FORMS, transfer_loop
+from timm.layers import create_feature_extractor, get_graph_node_names
 
-from timm_ddnn import EKDTask, calibrate_bn, make_dynamic
+from timm_ddnn import EKDLoss, EKDTask, calibrate_bn, make_dynamic
 from timm_ddnn.hub.save import save_model
 from timm_ddnn.models.load import load_model
 from timm_ddnn.utils.errors import InputError
@@ -155,9 +158,53 @@ def test_saved_models_and_plain_nets_come_back(family, tmp_path):
     extractor = timm.create_model(
         f'local-dir:{tmp_path / "model"}', True, features_only=True, depth=model.depths[1]).eval()
     with torch.no_grad():
-        maps = model.forward_intermediates(x, 1, depth=model.depths[1], intermediates_only=True)
-        last = extractor(x)[-1]
-    assert torch.equal(last if extractor.output_fmt == 'NCHW' else last.permute(0, 3, 1, 2), maps[0])
+        found = extractor(x)
+        maps = model.forward_intermediates(x, len(found), depth=model.depths[1], intermediates_only=True)
+    for mine, expected in zip(found, maps, strict=True):
+        assert torch.equal(mine if extractor.output_fmt == 'NCHW' else mine.permute(0, 3, 1, 2), expected)
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('family', ['vit_registers', 'swin'])
+def test_attention_of_tokens_is_that_of_plain_loops(family, form):
+    """Catches class or register tokens in the map, rows for columns, and channels last that are read as first."""
+    model, x = small(family)
+    model, x = model.double(), x.double()
+    outputs = model(x, depth='all')
+    terms = EKDLoss(attention=form).terms(outputs, torch.tensor([3, 7]))
+    full, *subnets = model.depths
+    maps = {}  # by depth and stage: nested lists [B][C][H][W]
+    for depth in model.depths:
+        net, seen = model.extract(depth), []
+        stages = [net.blocks] if family != 'swin' else [layer.blocks for layer in net.layers]
+        for stage in stages:
+            stage.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.tolist()))
+        net(x)
+        for s, images in enumerate(seen):
+            if family != 'swin':  # [B][N][C]: 4 rows of 4 tokens behind the class token and the registers
+                images = [[image[5 + 4 * row:9 + 4 * row] for row in range(4)] for image in images]
+            maps[depth, s] = [
+                [[[pixel[c] for pixel in row] for row in image] for c in range(len(image[0][0]))] for image in images]
+    for depth in subnets:
+        expected = sum(
+            transfer_loop(*(torch.tensor(maps[d, s], dtype=torch.float64) for d in (depth, full)), form)
+            for s in range(len(stages)))
+        assert terms[f'attention_{depth}'].item() == pytest.approx(expected, rel=1e-3)
+        assert expected > 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', FAMILIES)
+def test_torch_fx_traces_every_depth(family):
+    """By what timm's own tests trace its models with, a forward and a backward."""
+    model, x = small(family)
+    for depth in model.depths:
+        model.default_depth = depth
+        traced = create_feature_extractor(model, get_graph_node_names(model)[1][-1:])
+        logits, = traced(x).values()
+        assert torch.equal(logits, model(x, depth=depth))
+        logits.sum().backward()
+        assert all(p.grad is not None for p in traced.parameters())
 
 
 @pytest.mark.slow
@@ -166,10 +213,12 @@ def test_compilers_take_every_depth(family):
     """torch.compile makes one graph for each depth, and plain nets are exported and scripted as timm's."""
     model, x = small(family)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
-        for depth in model.depths:
+        for depth in model.depths * 2:
             assert torch.equal(compiled(x, depth=depth), model(x, depth=depth))
+        assert counter.frame_count == len(model.depths)
         shallow = model.depths[-1]
         assert torch.equal(compiled(x, depth='all')[shallow].logits, model(x, depth=shallow))
         program = torch.export.export(model.extract(shallow), (x,))

@@ -8,13 +8,14 @@ import pytest
 import torch
 from helpers.models import create, images, logits_by_depth, narrow, some_at_once
 from helpers.saved_model import failing, files, save
+from test_families import SMALL, small
 
 from timm_ddnn.deploy import formats
 from timm_ddnn.deploy.export import ExportMismatchError, describe_net, export
 from timm_ddnn.deploy.formats import open_onnx
 from timm_ddnn.deploy.int8 import Int8Images, Int8LossError, measure_loss
 from timm_ddnn.deploy.onnx_graph import merge_nets, trace_net
-from timm_ddnn.deploy.quantize import quantize_nets
+from timm_ddnn.deploy.quantize import quantize, quantize_nets
 from timm_ddnn.utils.errors import InputError
 from timm_ddnn_cli.main import main
 
@@ -82,6 +83,26 @@ def test_every_entrypoint(name):
     """Catches a kind of block, or an operator of it, that a file of several depths cannot hold."""
     model = create(name, **narrow(name))
     check_both(model, images(model, 4))
+
+
+INT8_FAMILIES = 'regnet', 'regnetz', 'efficientnet', 'mobilenetv3', 'mobilenetv4', 'wide_resnet'
+
+
+@pytest.mark.parametrize('family', [
+    family if family == 'vit' else pytest.param(family, marks=pytest.mark.slow) for family in SMALL])
+def test_every_family(family):
+    """Catches blocks, stages or maps that are sought where ResNets have them, and int8 where a norm does not fold."""
+    model, x = small(family, ((2, 1, 3, 2), (1, 1, 1, 1)) if family == 'swin' else None)
+    x = torch.cat([x, x.flip(-1)])
+    if family in INT8_FAMILIES:
+        check_both(model, x)
+        return
+    compute = run(merge_nets(trace(model, x, fold_norms=False)))
+    for depth, logits in logits_by_depth(model, x).items():
+        for size in 1, 3:  # numbers of images that it was not traced with
+            torch.testing.assert_close(compute(x[:size], depth), logits[:size], atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match='int8 needs batch norms that become part of the convolution before them'):
+        quantize({depth: model.extract(depth) for depth in model.depths}, x)
 
 
 def test_channels_last_images_give_the_same_graph():

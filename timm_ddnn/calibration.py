@@ -32,11 +32,14 @@ def calibrate_bn(model: nn.Module, loader: Iterable[Any], depth: int | str | Seq
         Number of images seen.
 
     Raises:
-        InputError: If the model has no such depth or the loader does not give image tensors, or such that the
-            statistics are not finite.
+        InputError: If the model has no such depth or no batch norm, or the loader does not give image tensors, or such
+            that the statistics are not finite.
     """
     depths, _ = model.resolve_depths(depth)
     paths = {d: {id(norm): norm for norm in model.path_norms(d)} for d in model.depths}
+    if not any(paths.values()):
+        raise InputError(
+            f'{type(model).__name__} has no batch-norm statistics to estimate: a new depth of it is to be trained')
     fixed = {key for d in model.depths if d not in depths for key in paths[d]}
     norms = list({key: norm for d in depths for key, norm in paths[d].items() if key not in fixed}.values())
     known = {id(norm) for norm in norms}.union(*(paths[d] for d in model.trained_depths))

@@ -224,22 +224,15 @@ def export(
     return rows
 
 
-class _Scale(nn.Module):
-    def __init__(self, divisor: float, size: int) -> None:
-        super().__init__()
-        self.register_buffer('divisor', torch.full([size], divisor))  # a scalar of 1 would be optimized away
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x / self.divisor
-
-
 def _extract(model: nn.Module, depths: Sequence[int]) -> dict[int, nn.Module]:
     """Copy the plain nets of some depths; where a temperature was fitted, logits are divided by it."""
     nets = {depth: model.extract(depth).eval() for depth in depths}
     temperatures = {depth: model.temperature(depth) for depth in depths}
     if any(temperature != 1 for temperature in temperatures.values()):  # then at all: they are merged node by node
         for depth, net in nets.items():
-            net.fc = nn.Sequential(net.fc, _Scale(temperatures[depth], net.num_classes))
+            divisor = torch.full([net.num_classes], temperatures[depth])  # a scalar of 1 would be optimized away
+            net.register_buffer('temperature', divisor)
+            net.register_forward_hook(lambda net, _, logits: logits / net.temperature)
     return nets
 
 

@@ -6,7 +6,6 @@ block that some depth leaves out stands in an `If`. Convolutions are the same at
 """
 import ast
 import itertools
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -25,7 +24,6 @@ __all__ = ['merge_nets', 'trace_net']
 
 
 _SCOPES = 'pkg.torch.onnx.name_scopes'  # names of the modules that a node comes from, the outermost first
-_BLOCK = re.compile(r'layer\d+\.\d+(?=\.)')
 _TO_NHWC, _TO_NCHW, _SAME = (0, 2, 3, 1), (0, 3, 1, 2), None
 
 
@@ -79,7 +77,8 @@ class _Merger:
         self.nets = nets
         self.full, *_ = nets.values()
         self.constants = [{t.name: numpy_helper.to_array(t) for t in net.graph.initializer} for net in nets.values()]
-        blocks = [_group_by_block(net.graph) for net in nets.values()]
+        self.left_out = _find_left_out([net.graph for net in nets.values()])
+        blocks = [self._group_by_block(net.graph) for net in nets.values()]
         self.present: dict[str | None, tuple[bool, ...]] = {}  # by block: which depths run it
         self.same: dict[str, list[onnx.NodeProto | None]] = {}  # by name of a node: what it is at every depth
         for block, nodes in blocks[0].items():
@@ -90,7 +89,7 @@ class _Merger:
             for i, node in enumerate(nodes):
                 self.same[node.name] = [version and version[i] for version in versions]
         self.is_int8 = any(node.op_type == 'QLinearConv' for node in self.full.graph.node)
-        self.values = {name for node in self.full.graph.node for name in node.output} | {'images'}
+        self.maps = _find_maps(self.full.graph)
         self.initializers: list[onnx.TensorProto] = []
         self.vectors: dict[str, list[tuple[str, list[np.ndarray]]]] = defaultdict(list)  # by type
         self.scalars: dict[tuple, str] = {}  # name by type and values by depth
@@ -98,7 +97,7 @@ class _Merger:
 
     def merge(self) -> onnx.ModelProto:
         graph = self.full.graph
-        owners = _block_by_node(graph)
+        owners = self._block_by_node(graph)
         runs = [
             (present, list(nodes))
             for present, nodes in itertools.groupby(graph.node, key=lambda node: self.present[owners[node.name]])
@@ -147,6 +146,25 @@ class _Merger:
         self.vectors[known[0].dtype.name].append((name, values))
         return name
 
+    def _block_by_node(self, graph: onnx.GraphProto) -> dict[str, str | None]:
+        """Find the block of every node that some depth leaves out; None for nodes that all depths run."""
+        consumers = {name: node for node in reversed(graph.node) for name in node.input}
+        blocks = {}
+        for node in graph.node:
+            user = node
+            while user and user.op_type in ('QuantizeLinear', 'DequantizeLinear'):  # named by the value, and run for
+                user = consumers.get(user.output[0])  # whatever needs it
+            names = _modules_above(user) if user else ()
+            blocks[node.name] = next(filter(self.left_out.__contains__, names), None)
+        return blocks
+
+    def _group_by_block(self, graph: onnx.GraphProto) -> dict[str | None, list[onnx.NodeProto]]:
+        groups = defaultdict(list)
+        owners = self._block_by_node(graph)
+        for node in graph.node:
+            groups[owners[node.name]].append(node)
+        return groups
+
     def _run_if(
             self,
             present: tuple[bool, ...],
@@ -155,7 +173,7 @@ class _Merger:
     ) -> Iterator[onnx.NodeProto]:
         """Run nodes, which map one value to another of its shape, at some depths only."""
         produced = {name for node in nodes for name in node.output}
-        source, = {name for node in nodes for name in node.input if name in self.values} - produced
+        source, = {name for node in nodes for name in node.input if name in self.maps} - produced
         target, = produced & used_later
         inside, result = f'{target}/in', f'{target}/out'
         for node in nodes:
@@ -204,24 +222,23 @@ def _transpose(source: str, target: str, order: Sequence[int] | None) -> onnx.No
     return helper.make_node('Transpose', [source], [target], perm=order)
 
 
-def _block_by_node(graph: onnx.GraphProto) -> dict[str, str | None]:
-    """Find the residual block of every node by its name; None for those of stem and head."""
-    consumers = {name: node for node in reversed(graph.node) for name in node.input}
-    blocks = {}
-    for node in graph.node:
-        user = node
-        while user.op_type in ('QuantizeLinear', 'DequantizeLinear'):  # named by the value; they belong to who needs it
-            user = consumers.get(user.output[0])
-            if user is None:
-                break
-        match = user and _BLOCK.match(user.name)
-        blocks[node.name] = match and match.group()
-    return blocks
+def _modules_above(node: onnx.NodeProto) -> list[str]:
+    """List the names of the modules that a node is in, the outermost first."""
+    return list(itertools.accumulate(node.name.split('.')[:-1], '{}.{}'.format))
 
 
-def _group_by_block(graph: onnx.GraphProto) -> dict[str | None, list[onnx.NodeProto]]:
-    groups = defaultdict(list)
-    owners = _block_by_node(graph)
+def _find_left_out(graphs: Sequence[onnx.GraphProto]) -> set[str]:
+    """Find the blocks of the first graph that another leaves out: the outermost modules that it has no node of."""
+    full, *others = [[_modules_above(node) for node in graph.node] for graph in graphs]
+    return {
+        next(name for name in names if name not in known)
+        for other in others for known in [set().union(*other)] for names in full if not known.issuperset(names)}
+
+
+def _find_maps(graph: onnx.GraphProto) -> set[str]:
+    """Find what is computed from the images, but for what is computed from their number alone."""
+    maps = {'images'}
     for node in graph.node:
-        groups[owners[node.name]].append(node)
-    return groups
+        if node.op_type != 'Shape' and maps.intersection(node.input):
+            maps.update(node.output)
+    return maps

@@ -49,9 +49,15 @@ def quantize(nets: Mapping[int, nn.Module], images: torch.Tensor) -> onnx.ModelP
         images: As for `quantize_nets`.
 
     Raises:
-        InputError: As `quantize_nets`.
+        InputError: If a norm does not become part of a convolution, and as `quantize_nets`.
     """
-    graphs = quantize_nets({depth: trace_net(net, images, True) for depth, net in nets.items()}, images)
+    floats = {depth: trace_net(net, images, True) for depth, net in nets.items()}
+    left = [node.name for net in floats.values() for node in net.graph.node if node.op_type.endswith('Normalization')]
+    if left:
+        raise InputError(
+            f'int8 needs batch norms that become part of the convolution before them, got {left[0]}: export the model '
+            'without int8')
+    graphs = quantize_nets(floats, images)
     return merge_nets(graphs) if len(graphs) > 1 else next(iter(graphs.values()))
 
 

@@ -123,8 +123,10 @@ def create_model(
             f'{twice[0]}')
     if not args.evaluate and num_classes < len(data.class_names):
         raise InputError(f'--num-classes must be at least {len(data.class_names)} for this data set, got {num_classes}')
-    given = {name: value for name, value in options.items() if value is not None}
-    model = create_ddnn(args.model, **given, **dict(args.model_kwargs))
+    given = {name: value for name, value in options.items() if value is not None} | dict(args.model_kwargs)
+    model = create_ddnn(args.model, **given)
+    if args.img_size and model.pretrained_cfg.get('fixed_input_size') and 'img_size' not in given:
+        model = create_ddnn(args.model, **given, img_size=args.img_size)  # as that of a ViT's position embedding
     if args.pretrained or args.initial_checkpoint:
         data = match_classes(data, model, more=bool(args.num_classes))
     elif ':' in resolve_name(args.model):
