@@ -352,7 +352,7 @@ def count_modules(module, kind):
 
 
 @pytest.mark.parametrize(('name', 'kwargs', 'message'), [
-    ('ddnn_resnet20', dict(channels=(0, 0, 0)), r'channels\[0\] in arguments of .* must be an integer from 1 to 100000, got 0'),
+    ('ddnn_resnet20', dict(channels=(0, 0, 0)), r'channels\[0\] in arguments of .* must be an integer .*, got 0'),
     ('ddnn_resnet20', dict(channels=torch.ones(1000)), r'channels in arguments of .* got <Tensor of shape \(1000,\)>$'),
     ('cifar_resnet20', dict(layers=(3, 0, 3)), r'layers\[1\] in arguments of .*, got 0'),
     ('ddnn_resnet50', dict(channels=(8, 16, 32, 0)), r'channels\[3\] in arguments of .*, got 0'),
