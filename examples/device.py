@@ -11,9 +11,11 @@ Copy this file and the model: it imports nothing of the library.
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import onnxruntime
@@ -30,15 +32,19 @@ class Classifier:
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
         about = self.session.get_modelmeta().custom_metadata_map
-        if 'depths' not in about:
-            raise ValueError(f'{path} must be a file of several depths by `timm-ddnn export --depth all --format onnx`')
-        self.macs = {row['depth']: row['macs'] for row in json.loads(about['depths'])}  # by depth, the deepest first
-        self.channels, self.height, self.width = json.loads(about['input_size'])
-        self.mean, self.std = (np.array(json.loads(about[key]), np.float32) for key in ('mean', 'std'))
-        self.crop_pct = json.loads(about['crop_pct'])
-        self.resampling = PIL.Image.Resampling[about['interpolation'].upper()]
-        self.names = json.loads(about.get('label_names', '[]')) or [
-            f'class {i}' for i in range(json.loads(about['num_classes']))]
+        try:
+            self.macs = {row['depth']: row['macs'] for row in json.loads(about['depths'])}  # the deepest first
+            if not self.macs:
+                raise ValueError('no depths')
+            self.channels, self.height, self.width = json.loads(about['input_size'])
+            self.mean, self.std = (np.array(json.loads(about[key]), np.float32) for key in ('mean', 'std'))
+            self.crop_pct = json.loads(about['crop_pct'])
+            self.resampling = PIL.Image.Resampling[about['interpolation'].upper()]
+            self.names = json.loads(about.get('label_names', '[]')) or [
+                f'class {i}' for i in range(json.loads(about['num_classes']))]
+        except (LookupError, TypeError, ValueError, RecursionError) as e:
+            raise ValueError(
+                f'{path} must be a file of several depths by `timm-ddnn export --depth all --format onnx`') from e
 
     def prepare(self, image: PIL.Image.Image) -> np.ndarray:
         """Scale the shorter side, crop the centre, normalize; -> [1, C, H, W]."""
@@ -115,6 +121,17 @@ class Controller:
         self.latencies.clear()
 
 
+def positive(kind: type) -> Callable[[str], float]:
+    """Make a parser of numbers above 0, for the `type` of an argument."""
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f'{kind.__name__} above 0'
+    return parse
+
+
 def main() -> None:
     """Classify the images of the command line."""
     parser = argparse.ArgumentParser(
@@ -122,17 +139,20 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', help='ONNX file of several depths')
     parser.add_argument('images', nargs='+', help='photographs')
-    parser.add_argument('--depth', type=int, help='the deepest net that is not deeper runs; the deepest if not given')
-    parser.add_argument('--budget-ms', type=float, help='move the depth to keep this time of an image, in milliseconds')
-    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--depth', type=positive(int),
+                        help='the deepest net that is not deeper runs; the deepest if not given')
+    parser.add_argument('--budget-ms', type=positive(float),
+                        help='move the depth to keep this time of an image, in milliseconds')
+    parser.add_argument('--threads', type=int, choices=range(1, 1 + (os.cpu_count() or 1)), default=1)
     args = parser.parse_args()
     try:
         classifier = Classifier(args.model, args.threads)
+        fixed = args.depth and max((d for d in classifier.macs if d <= args.depth), default=min(classifier.macs))
         controller = Controller(classifier.macs, args.budget_ms or math.inf, window=10, patience=20)
         for path in args.images:
             with PIL.Image.open(path) as photograph:
                 images = classifier.prepare(photograph)
-            depth = args.depth or controller.depth
+            depth = fixed or controller.depth
             start = time.perf_counter()
             probabilities, = classifier(images, depth)
             milliseconds = 1000 * (time.perf_counter() - start)

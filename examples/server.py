@@ -12,10 +12,9 @@
 One thread runs one request at a time. Before each it asks the controller for the deepest net at which every request
 that waits is predicted to be answered in time.
 """
-import argparse
 import asyncio
 import io
-import json
+import os
 import threading
 import time
 from collections import deque
@@ -27,6 +26,9 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 
 from timm_ddnn import DepthController
+from timm_ddnn.deploy.profile_file import read_metadata
+from timm_ddnn.utils.errors import InputError
+from timm_ddnn_cli.arguments import ArgumentParser, number, run
 
 
 class Job(NamedTuple):
@@ -42,14 +44,15 @@ class Server:
 
     def __init__(self, path: str, budget_ms: float, depth: int | None = None, threads: int = 1) -> None:
         """Open the file and start the thread that runs it, at one depth if it is given."""
+        about = self.about = read_metadata(path)
+        if 'depth' in about:
+            raise InputError(f'{path} must be a file of several depths, got one of depth {about["depth"]}')
+        depths = [row['depth'] for row in about['depths']]
+        if depth not in (None, *depths):
+            raise InputError(f'depth must be of {depths}, got {depth}')
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-        about = {}
-        for key, value in self.session.get_modelmeta().custom_metadata_map.items():
-            about[key] = value if key in ('input', 'output', 'interpolation', 'crop_mode', 'model', 'library') \
-                else json.loads(value)
-        self.about = about
         self.mean, self.std = (np.array(about[key], np.float32) for key in ('mean', 'std'))
         self.names = about.get('label_names') or [f'class {i}' for i in range(about['num_classes'])]
         self.budget_ms, self.depth = budget_ms, depth
@@ -127,17 +130,17 @@ def create_app(server: Server) -> FastAPI:
 
 def main() -> None:
     """Serve until interrupted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument('model', help='ONNX file of several depths, by `timm-ddnn export --depth all --format onnx`')
-    parser.add_argument('--budget-ms', type=float, required=True, help='milliseconds from a request to its answer')
+    parser.add_argument('--budget-ms', type=number(float, 0.001), required=True,
+                        help='milliseconds from a request to its answer')
     parser.add_argument('--depth', type=int, help='fixed depth, that of the load if not given')
-    parser.add_argument('--threads', type=int, default=1, help='threads of onnxruntime')
-    parser.add_argument('--port', type=int, default=8000)
+    parser.add_argument('--threads', type=number(int, 1, os.cpu_count()), default=1, help='threads of onnxruntime')
+    parser.add_argument('--port', type=number(int, 1, 65535), default=8000)
     args = parser.parse_args()
     app = create_app(Server(args.model, args.budget_ms, args.depth, args.threads))
     uvicorn.run(app, host='127.0.0.1', port=args.port, log_level='warning')
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -129,9 +129,18 @@ def test_device(folder, monkeypatch, capsys):
         probabilities = model(image, depth=14).softmax(-1)[0]
     best = probabilities.argmax().item()
     assert f'photo.png: {NAMES[best]} {100 * probabilities[best]:.1f} %, depth 14,' in result.stdout, result.stderr
-    for args in ([folder / 'none.onnx', folder / 'photo.png'], [file, folder / 'model/config.json']):
-        result = device(*args)
-        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    one = export(model, 14, folder, format='onnx', images=torch.randn(2, 3, 32, 32))[0]['file']
+    for args in (
+        [folder / 'none.onnx', folder / 'photo.png'], [file, folder / 'model/config.json'], [one, folder / 'photo.png'],
+        [file, folder / 'photo.png', '--depth', '0'], [file, folder / 'photo.png', '--budget-ms', 'nan'],
+        [file, folder / 'photo.png', '--threads', '100000'],
+    ):
+        with pytest.raises(SystemExit) as error:
+            run(monkeypatch, 'device.py', *args)
+        assert error.value.code == 2
+        assert sum('error: ' in line for line in capsys.readouterr().err.splitlines()) == 1
+    run(monkeypatch, 'device.py', file, folder / 'photo.png', '--depth', '19')
+    assert 'depth 14,' in capsys.readouterr().out
 
     example = runpy.run_path(str(ROOT / 'examples/device.py'))
     costs, depths = {20: 4.0, 14: 2.5, 8: 1.0}, set()
@@ -146,3 +155,28 @@ def test_device(folder, monkeypatch, capsys):
         assert controllers[0].depth == controllers[1].depth
         depths.add(controllers[0].depth)
     assert depths == {20, 14, 8}
+
+
+def test_server_with_wrong_input(folder, monkeypatch, capsys):
+    """Catches a server that starts with a file, a depth or a budget that it cannot serve, and tracebacks."""
+    model, x = load_model(str(folder / 'model')), torch.randn(2, 3, 32, 32)
+    file, one = (export(model, depth, folder, format='onnx', images=x)[0]['file'] for depth in ('all', 14))
+    monkeypatch.setattr('uvicorn.run', lambda app, **kwargs: print('serves'))
+    for args, message in (
+        ([file], None),
+        ([file, '--depth', '15'], 'depth must be of [20, 14, 8], got 15'),
+        ([file, '--budget-ms', 'nan'], 'argument --budget-ms: must be a number'),
+        ([file, '--threads', '100000'], 'argument --threads: must be an integer from 1 to'),
+        ([one], 'must be a file of several depths, got one of depth 14'),
+        ([folder / 'none.onnx'], 'there must be an ONNX file'),
+        ([folder / 'model/config.json'], 'must be an ONNX file'),
+    ):
+        if message is None:
+            run(monkeypatch, 'server.py', *args, '--budget-ms', '100')
+            assert 'serves' in capsys.readouterr().out
+            continue
+        with pytest.raises(SystemExit) as error:
+            run(monkeypatch, 'server.py', '--budget-ms', '100', *args)
+        assert error.value.code == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert message in line

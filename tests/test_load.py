@@ -9,6 +9,7 @@ import yaml
 from helpers.small_models import make_model, save
 from timm.utils import CheckpointSaver
 
+from timm_ddnn.hub.publish import push_to_hub
 from timm_ddnn.models.dynamic_depth import DynamicDepthMixin
 from timm_ddnn.models.load import create_ddnn, load_model, load_teacher, resolve_name, saved_results
 from timm_ddnn.utils.errors import InputError
@@ -122,7 +123,7 @@ def timm_run(folder, name, model, ema=None, **args):
     return folder
 
 
-def test_a_run_of_timms_script_is_a_model_and_a_teacher(tmp_path):
+def test_a_run_of_timms_script_is_a_model_and_a_teacher(tmp_path, monkeypatch):
     """Catches a training by timm's own script whose result no command takes, or takes with random weights."""
     model = make_model(in_chans=1)
     folder = timm_run(tmp_path / 'run', 'ddnn_resnet20', model, in_chans=1, img_size=48, mean=[0.5], std=[0.2],
@@ -134,6 +135,9 @@ def test_a_run_of_timms_script_is_a_model_and_a_teacher(tmp_path):
         assert loaded.pretrained_cfg['input_size'] == (1, 48, 48)
         assert loaded.pretrained_cfg['mean'] == [0.5] and loaded.pretrained_cfg['crop_pct'] == 1.0
         assert saved_results(loaded) == [] and 'label_names' not in loaded.pretrained_cfg
+    monkeypatch.chdir(tmp_path)
+    published = push_to_hub(folder, 'me/net', dry_run=True).url
+    assert torch.equal(load_model(published)(x, depth=14), model(x, depth=14))
     assert create_ddnn(str(folder)).num_classes == 10
     assert not torch.equal(create_ddnn(str(folder)).conv1.weight, model.conv1.weight)
 

@@ -352,17 +352,23 @@ def count_modules(module, kind):
 
 
 @pytest.mark.parametrize(('name', 'kwargs', 'message'), [
-    ('ddnn_resnet20', dict(channels=(0, 0, 0)), r'positive integers, got .* and \(0, 0, 0\)'),
-    ('ddnn_resnet20', dict(channels=(-4, 8, 8)), r'positive integers, got .* and \(-4, 8, 8\)'),
-    ('cifar_resnet20', dict(layers=(3, 0, 3)), r'positive integers, got \(3, 0, 3\) and'),
-    ('ddnn_resnet50', dict(channels=(8, 16, 32, 0)), 'channels must be at least 1 everywhere, got none in .layer4'),
-    ('ddnn_resnet20', dict(in_chans=0), 'at least 1 everywhere, got none in .conv1.weight'),
+    ('ddnn_resnet20', dict(channels=(0, 0, 0)), r'channels\[0\] in arguments of .* must be an integer .*, got 0'),
+    ('ddnn_resnet20', dict(channels=torch.ones(1000)), r'channels in arguments of .* got <Tensor of shape \(1000,\)>$'),
+    ('cifar_resnet20', dict(layers=(3, 0, 3)), r'layers\[1\] in arguments of .*, got 0'),
+    ('ddnn_resnet50', dict(channels=(8, 16, 32, 0)), r'channels\[3\] in arguments of .*, got 0'),
+    ('ddnn_resnet20', dict(in_chans=0), 'in_chans in arguments of .* must be an integer from 1 to 4096, got 0'),
     ('ddnn_resnet20', dict(global_pool=''), "global_pool must not be '' where there is a classifier"),
     ('ddnn_resnet50', dict(global_pool=''), "global_pool must not be '' where there is a classifier"),
     ('ddnn_resnet20', dict(avg_down=True), r"must be of .*, got \['avg_down'\]"),
     ('ddnn_resnet20', dict(global_pool='most'), 'most'),
     ('ddnn_resnet20', dict(aa_layer='none of these'), 'none of these'),
     ('ddnn_resnet20', dict(block_args=dict(gamma=1)), 'gamma'),
+    ('ddnn_vit_tiny_patch16_224', dict(drop_path_rate=-0.1), 'drop_path_rate in .* a number from 0 to 1, got -0.1'),
+    ('ddnn_convnext_tiny', dict(drop_rate=float('nan')), 'drop_rate in arguments of .*, got nan'),
+    ('ddnn_resnet20', dict(shared_affine='no'), "shared_affine in arguments of .* must be true or false, got 'no'"),
+    ('ddnn_resnet20', dict(num_classes=-1), 'num_classes in arguments of .* must be an integer from 0 to 1000000'),
+    ('ddnn_resnet20', dict(layers=(10 ** 5, 1, 1)), r'layers\[0\] in arguments of .* from 1 to 1000, got 100000'),
+    ('ddnn_resnet20', dict(channels=(10 ** 5,) * 3), 'memory must be [0-9]+ GiB or more for the model alone, got'),
     ('ddnn_resnet20', dict(device='meta'), 'device is not an argument of a model here'),
 ])
 def test_arguments_that_make_no_model_are_one_line(name, kwargs, message):

@@ -224,6 +224,7 @@ def test_saved_images_do_not_replace_one_another(folder, place, capsys):
 @pytest.mark.parametrize(('args', 'message'), [
     (['missing.jpg'], "'missing.jpg'"), (['empty'], "'empty'"), (['none*.png'], "'none*.png'"),
     (['broken.png', 'broken.png'], '2 in all'), (['x.png', '--csv', 'nowhere/x.csv'], 'nowhere'),
+    (['x.png', '--csv', '.'], "--csv must be a file in a folder that is there, got '.'"),
     (['x.png', '--cascade', '8', '20'], 'together'), (['x.png', '--depth', '9'], 'depth must be'),
     (['x.png', '--depth', '8', '--cascade', '8', '20'], 'not allowed with'),
 ])

@@ -470,6 +470,9 @@ def test_profile_of_a_file(exported, tmp_path, capsys, monkeypatch):
     (['--file', '{t}/none.onnx'], 'there must be an ONNX file'),
     (['--file', '{t}/text.onnx'], 'must be an ONNX file: '),
     (['--file', '{t}/other.onnx'], 'as `timm-ddnn export --format onnx` writes them must be'),
+    (['--file', '{t}/larger.onnx'], "must be {'images': [3, 64, 64], 'depth': []} as its metadata say, got"),
+    (['--file', '{t}/nested.onnx'], 'depths in metadata of'),
+    (['--file', '{t}/twice.onnx'], 'depths[2].depth in metadata of'),
 ])
 def test_wrong_input_of_a_profile_of_a_file(args, message, exported, tmp_path, capsys):
     """Catches tracebacks, options that are passed over, and a file of another producer that is measured."""
@@ -478,6 +481,15 @@ def test_wrong_input_of_a_profile_of_a_file(args, message, exported, tmp_path, c
     graph = onnx.load(one)
     del graph.metadata_props[:]
     onnx.save(graph, tmp_path / 'other.onnx')
+    for name, key, change in (
+        ('larger', 'input_size', lambda value: '[3, 64, 64]'),
+        ('nested', 'depths', lambda value: '[' * 100_000),
+        ('twice', 'depths', lambda value: json.dumps(json.loads(value) * 2)),
+    ):
+        graph = onnx.load(several)
+        entry, = (entry for entry in graph.metadata_props if entry.key == key)
+        entry.value = change(entry.value)
+        onnx.save(graph, tmp_path / f'{name}.onnx')
     words = [arg.format(all=several, one=one, t=tmp_path) for arg in args]
     assert message in failing(capsys, 'profile', *words, '--output', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()

@@ -35,6 +35,7 @@ FILE = record({'rows': items(ROW, least=1, most=3)}, {'note': optional(text(5))}
     (flag, [True, False], [0, 1, 'true', None]),
     (choice('a', 1), ['a', 1], ['b', True, 1.0]),
     (items(integer(), 1, 2), [[1], [1, 2]], [[], [1, 2, 3], [1, 'a'], {'0': 1}, '1']),
+    (items(ROW, key='depth'), [[{'depth': 1}, {'depth': 2}]], [[{'depth': 1}, {'depth': 1}], [{}, {}]]),
     (mapping(integer(), most=1), [{}, {'a': 1}], [{'a': 'b'}, {'a': 1, 'b': 2}, [1]]),
     (record({'a': flag}, {'b': flag}), [{'a': True}, {'a': True, 'c': 1}], [{}, {'a': 1}, {'a': True, 'b': 1}, []]),
     (record({'a': flag}, strict=True), [{'a': True}], [{'a': True, 'c': 1}]),

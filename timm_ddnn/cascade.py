@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .utils.errors import InputError
 from .utils.modules import eval_mode
+from .utils.schema import brief, judge, number
 
 __all__ = ['Cascade', 'StepCost', 'confidence']
 
@@ -68,10 +69,9 @@ class Cascade:
         if not known or len(self.depths) < 2 or list(self.depths) != sorted(set(self.depths)):
             raise InputError(
                 f'cascade must be two or more of the depths {model.depths[::-1]}, the shallowest first, '
-                f'got {self.depths}'
+                f'got {brief(self.depths)}'
             )
-        if not 0 <= threshold <= 1:
-            raise InputError(f'threshold of a cascade must be from 0 to 1, got {threshold!r}')
+        judge(threshold, number(0, 1), 'threshold of a cascade')
         self.model = model
         self.threshold = threshold
         self._temperatures = [model.temperature(depth) for depth in self.depths]

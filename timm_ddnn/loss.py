@@ -1,5 +1,4 @@
 """The terms of embedded knowledge distillation as pure functions of tensors, and the loss that adds them up."""
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import nn
 
 from .models.dynamic_depth import SubNetOutput
 from .utils.errors import InputError
+from .utils.schema import brief
 
 __all__ = ['EKDLoss', 'attention_map', 'attention_transfer', 'kl_divergence']
 
@@ -83,7 +83,7 @@ def attention_map(feature: torch.Tensor, form: str = 'energy') -> torch.Tensor:
         attention = feature.sum(dim=1, dtype=dtype).flatten(1)
         variance, mean = torch.var_mean(attention, dim=1, correction=0, keepdim=True)
         return (attention - mean) / (variance + 1e-6).sqrt()
-    raise InputError(f'attention must be of {ATTENTION_FORMS}, got {reprlib.repr(form)}')
+    raise InputError(f'attention must be of {ATTENTION_FORMS}, got {brief(form)}')
 
 
 def attention_transfer(feature: torch.Tensor, teacher_feature: torch.Tensor, form: str = 'energy') -> torch.Tensor:
@@ -126,7 +126,7 @@ def _full_precision(x: torch.Tensor) -> torch.Tensor:
 
 def _check_number(name: str, value: float, low: float, high: float) -> float:
     if isinstance(value, bool) or not (isinstance(value, (int, float)) and low <= value <= high):
-        raise InputError(f'{name} must be a number from {low:g} to {high:g}, got {reprlib.repr(value)}')
+        raise InputError(f'{name} must be a number from {low:g} to {high:g}, got {brief(value)}')
     return float(value)
 
 
@@ -175,15 +175,15 @@ class EKDLoss(nn.Module):
         """
         super().__init__()
         if attention not in ATTENTION_FORMS:
-            raise InputError(f'attention must be of {ATTENTION_FORMS}, got {reprlib.repr(attention)}')
+            raise InputError(f'attention must be of {ATTENTION_FORMS}, got {brief(attention)}')
         if stages is not None and not (
                 isinstance(stages, (tuple, list)) and stages and all(type(s) is int for s in stages)):
             raise InputError(
-                f'stages must be one or more indices, or None for all, got {reprlib.repr(stages)}; beta=0 leaves the '
+                f'stages must be one or more indices, or None for all, got {brief(stages)}; beta=0 leaves the '
                 'attention out')
         if weights is not None and not (isinstance(weights, Mapping) and all(type(d) is int for d in weights)):
             raise InputError(
-                f'weights must be a mapping from depths, integers, to weights, got {reprlib.repr(weights)}')
+                f'weights must be a mapping from depths, integers, to weights, got {brief(weights)}')
         self.temperature = _check_number('temperature', temperature, 0.01, 100)
         self.alpha = _check_number('alpha', alpha, 0, MAX_WEIGHT)
         self.beta = _check_number('beta', beta, 0, MAX_WEIGHT)

@@ -22,7 +22,7 @@ _ABOUT = {
     'input_size': items(_COUNT, least=3, most=3),
 }
 _TOP1 = number(0, 100)
-EVALUATION = record({'depths': items(record({'depth': _COUNT, 'top1': _TOP1}), 1, _ROWS_MOST)}, _ABOUT)
+EVALUATION = record({'depths': items(record({'depth': _COUNT, 'top1': _TOP1}), 1, _ROWS_MOST, 'depth')}, _ABOUT)
 _COSTS = record({'depth': _COUNT, 'macs': _AMOUNT}, {'top1': optional(_TOP1)})
 _MEASUREMENT = record(
     {
@@ -33,7 +33,7 @@ _MEASUREMENT = record(
 )
 _ANYTHING = mapping(lambda value: None)
 PROFILE = record(
-    {'depths': items(_COSTS, 1, _ROWS_MOST), 'measurements': items(_MEASUREMENT, 1, _ROWS_MOST)},
+    {'depths': items(_COSTS, 1, _ROWS_MOST, 'depth'), 'measurements': items(_MEASUREMENT, 1, _ROWS_MOST)},
     {**_ABOUT, 'hardware': _ANYTHING, 'versions': _ANYTHING},
 )
 _COLUMNS = {'latency_ms': 'p90_ms', 'macs': 'macs', 'memory_mb': 'memory_mb', 'min_top1': 'top1'}  # by limit

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..utils.errors import InputError
-from ..utils.schema import integer, judge, number
+from ..utils.schema import brief, integer, judge, number
 from .choose import percentile_90
 
 __all__ = ['DepthController']
@@ -69,7 +69,7 @@ class DepthController:
             InputError: If an argument is out of its range.
         """
         if not (isinstance(costs, Mapping) and costs):
-            raise InputError(f'costs must be a mapping from depths to numbers, got {costs!r}')
+            raise InputError(f'costs must be a mapping from depths to numbers, got {brief(costs)}')
         for depth, cost in costs.items():
             judge(depth, _COUNT, 'depth in costs')
             judge(cost, _POSITIVE, f'cost of depth {depth}')
@@ -148,7 +148,7 @@ class DepthController:
         """
         judge(latency_ms, number(0), 'latency_ms')
         if depth is not None and depth not in self._costs:
-            raise InputError(f'depth must be one of {self.depths}, got {depth!r}')
+            raise InputError(f'depth must be one of {self.depths}, got {brief(depth)}')
         with self._lock:
             self._ratios.append(latency_ms / self._costs[self._depth if depth is None else depth])
             if depth in (None, self._depth):

@@ -61,7 +61,8 @@ def push_to_hub(
     `hf auth login` or HF_TOKEN.
 
     Args:
-        source: Dynamic-depth model, or a training run's output folder. A folder knows accuracies and recipe.
+        source: Dynamic-depth model, or a training run's output folder, timm's too. A folder of this library's training
+            knows accuracies and recipe.
         repo_id: 'owner/name'.
         depth: Publish the plain net of this depth, which timm loads without this library (of the CIFAR family, with
             it). All depths if None.
@@ -115,7 +116,7 @@ def _write_files(
         model, results = source, {}
     else:
         source = Path(source)
-        if not (source / 'config.json').is_file():
+        if not any((source / name).is_file() for name in ('config.json', 'args.yaml')):  # the other is timm's
             raise FileNotFoundError(f'source must be a model or the output folder of a run, got {source}')
         model = load_model(f'local-dir:{source}')
         results = {row['depth']: row for row in saved_results(model)}

@@ -1,5 +1,4 @@
 """ResNets for images of 32 px, plain nets in timm's dialect; the dynamic ones are in `ddnn_resnet.py`."""
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet, make_blocks
 from torch import nn
 
 from ..utils.errors import InputError
+from ..utils.schema import brief
 from ..weights.build import build_model
 
 __all__ = ['CIFAR100_ARGS', 'CifarResNet', 'cifar100_cfg', 'cifar_cfg', 'feature_cfg']
@@ -98,9 +98,9 @@ class CifarResNet(ResNet):
                 type(n) is int and n > 0 for n in (*layers, *channels))):
             raise InputError(
                 'layers and channels must be of three stages, or both of four, and positive integers, got '
-                f'{reprlib.repr(layers)} and {reprlib.repr(channels)}')
+                f'{brief(layers)} and {brief(channels)}')
         if output_stride not in (1, 2, 4, 8, 16, 32):
-            raise InputError(f'output_stride must be 1, 2, 4, 8, 16 or 32, got {reprlib.repr(output_stride)}')
+            raise InputError(f'output_stride must be 1, 2, 4, 8, 16 or 32, got {brief(output_stride)}')
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans

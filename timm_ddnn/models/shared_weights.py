@@ -3,7 +3,6 @@
 State dicts are in `state_dict.py`, the forward and the extraction of plain nets in `dynamic_depth.py`.
 """
 import copy
-import reprlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from ..utils.errors import InputError
 from ..utils.modules import find_norms
+from ..utils.schema import brief
 
 __all__ = [
     'Blocks', 'Node', 'SharedWeightsMixin', 'SubNetModule', 'SubNets', 'count_resnet_layers', 'count_shared_blocks',
@@ -288,7 +288,7 @@ class SharedWeightsMixin:
         """
         depths, single = self._match(depth)
         if not (single and depths):
-            raise InputError(f'depth must be one of {self.depths}, got {reprlib.repr(depth)}')
+            raise InputError(f'depth must be one of {self.depths}, got {brief(depth)}')
         return depths[0]
 
     def resolve_depths(self, depth: int | str | Sequence[int] | None) -> tuple[tuple[int, ...], bool]:
@@ -303,7 +303,7 @@ class SharedWeightsMixin:
         depths, single = self._match(depth)
         if not depths:
             raise InputError(
-                f"depth must be of {self.depths}, a sequence of these, or 'all', got {reprlib.repr(depth)}")
+                f"depth must be of {self.depths}, a sequence of these, or 'all', got {brief(depth)}")
         return depths, single
 
     def _match(self, depth: Any) -> tuple[tuple[int, ...], bool]:
@@ -400,7 +400,7 @@ class SharedWeightsMixin:
             type(n) is int and 1 <= n <= most for n, most in zip(blocks, full, strict=True))
         if not valid:
             raise InputError(
-                f'blocks of a sub-net must be {len(full)} integers, from 1 up to {full}, got {reprlib.repr(blocks)}')
+                f'blocks of a sub-net must be {len(full)} integers, from 1 up to {full}, got {brief(blocks)}')
         for n, least, (*_, container), names in zip(
                 blocks, self._least, self._stages, self._block_names, strict=False):
             if n < least:

@@ -18,7 +18,7 @@ from .errors import InputError
 
 __all__ = [
     'Check', 'Fault', 'all_of', 'any_of', 'brief', 'choice', 'flag', 'integer', 'items', 'judge', 'mapping', 'number',
-    'optional', 'read_json', 'record', 'text',
+    'optional', 'parse_json', 'read_json', 'record', 'text',
 ]
 
 
@@ -77,13 +77,25 @@ def read_json(path: str | Path, check: Check, name: str | None = None) -> Any:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise InputError(f'{name} must have at most {MAX_BYTES} bytes')
-    try:
-        # NaN and infinity are not JSON: as text they are refused where a number is expected
-        value = json.loads(content.decode('utf-8'), parse_constant=str)
-    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, or nested by the thousand
-        raise InputError(f'{name} must be JSON in UTF-8: {e}') from None
+    value = parse_json(content, name)
     judge(value, check, name)
     return value
+
+
+def parse_json(content: str | bytes, name: str) -> Any:
+    """Parse JSON, in which NaN and infinity, which it has not, become text: they are refused where a number must be.
+
+    Args:
+        content: Text, or its bytes in UTF-8.
+        name: What the error message calls it.
+
+    Raises:
+        InputError: If it is not JSON.
+    """
+    try:
+        return json.loads(content if isinstance(content, str) else content.decode('utf-8'), parse_constant=str)
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, or nested by the thousand
+        raise InputError(f'{name} must be JSON in UTF-8: {e}') from None
 
 
 def judge(value: Any, check: Check, name: str) -> None:
@@ -155,19 +167,28 @@ def choice(*values: Any) -> Check:
     )
 
 
-def items(check: Check, least: int = 0, most: int = 1_000) -> Check:
+def items(check: Check, least: int = 0, most: int = 1_000, key: str | None = None) -> Check:
     """Check for a list, or a tuple, which is not JSON but may stand for a list in Python.
 
     Args:
         check: What each item must be.
         least: The least length allowed.
         most: The greatest length allowed.
+        key: Entry by which the items are known, so that no two may have the same.
     """
     def check_items(value: Any) -> Fault | None:
         if not (isinstance(value, list | tuple) and least <= len(value) <= most):
             length = f'{most} items' if least == most else f'{least} to {most} items'
             return Fault('', f'a list of {length}', value)
-        return _first((f'[{i}]', check(item)) for i, item in enumerate(value))
+        fault = _first((f'[{i}]', check(item)) for i, item in enumerate(value))
+        if fault or key is None:
+            return fault
+        known = set()
+        for i, item in enumerate(value):
+            if item[key] in known:
+                return Fault(f'[{i}].{key}', 'another one in each item', item[key])
+            known.add(item[key])
+        return None
     return check_items
 
 

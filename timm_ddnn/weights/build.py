@@ -2,15 +2,17 @@
 
 To import this module is to call `verify_configs`: `timm.create_model` then verifies what it reads.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import PretrainedCfg, _factory, build_model_with_cfg, create_model, resolve_pretrained_cfg
 from torch import nn
 
 from ..utils.errors import InputError
-from .config_checks import check_names, check_size
+from ..utils.schema import brief
+from .config_checks import check_arguments, check_size
 from .download import SavedConfig, find_weights, read_config
 from .weight_checks import check_tensors, check_weights
 
@@ -58,8 +60,12 @@ def build_model(
     given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
     from_config = given.get('source') in ('local-dir', 'hf-hub')  # its arguments are those of a config.json
     if from_config:
-        check_names(cls, kwargs.get('pretrained_model_args') or {}, saved=True)
+        check_arguments(cls, kwargs.get('pretrained_model_args') or {}, saved=True)
     overlay, weights = dict(pretrained_cfg_overlay or {}), None
+    for tensors in (given.get('state_dict'), overlay.get('state_dict')):
+        if tensors is not None and not (isinstance(tensors, Mapping) and tensors and all(
+                isinstance(tensor, torch.Tensor) for tensor in tensors.values())):
+            raise InputError(f'state_dict must be tensors by their names, got {brief(tensors)}')
     # weights that the caller names go before those that come with this library or lie beside a config.json
     if any(overlay.get(key) for key in ('file', 'url', 'state_dict', 'hf_hub_id')):
         overlay, saved = {**dict.fromkeys(('source', 'file', 'tag', 'label_names')), **overlay}, None
@@ -74,7 +80,7 @@ def build_model(
         overlay |= {'source': None, 'file': None, 'state_dict': {'verified': weights.source}}
 
     def build(**model_args: Any) -> nn.Module:
-        check_names(cls, model_args)
+        check_arguments(cls, model_args)
         if from_config:
             check_size(judge_arguments(make, variant, **{**model_args, 'device': 'meta'}), weights and weights.tensors)
         model = (construct or make)(**model_args)

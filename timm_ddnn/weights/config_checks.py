@@ -16,6 +16,7 @@ from ..utils.schema import (
     flag,
     integer,
     items,
+    judge,
     mapping,
     number,
     optional,
@@ -23,7 +24,7 @@ from ..utils.schema import (
     text,
 )
 
-__all__ = ['BASE_MODEL', 'CONFIG', 'ROW', 'SAVED', 'check_names', 'check_size']
+__all__ = ['BASE_MODEL', 'CONFIG', 'ROW', 'SAVED', 'check_arguments', 'check_size']
 
 
 MAX_BLOCKS = 1_000  # of all nets of a model together
@@ -54,19 +55,22 @@ BASE_MODEL = items(text(200), most=100)
 # What this library adds to a config.json
 SAVED = record({}, {
     'weights_sha256': text(pattern='[0-9a-fA-F]{64}'),
-    'depths': items(ROW),
+    'depths': items(ROW, key='depth'),
     'base_model': BASE_MODEL,
     'epoch': integer(0),
 })
+RATES = 'drop_rate', 'drop_path_rate', 'drop_block_rate', 'attn_drop_rate', 'pos_drop_rate', 'proj_drop_rate'
+# Arguments of a model by any caller; the classes judge the others themselves
+ARGUMENTS = record({}, {
+    'layers': BLOCKS,
+    'channels': items(integer(1, 100_000), 1, 8),
+    'in_chans': integer(1, MAX_SIDE),
+    'num_classes': integer(0, MAX_CLASSES),
+    **dict.fromkeys(RATES, optional(number(0, 1))),
+})
 MODEL_ARGS = all_of(
-    record({}, {
-        'base': text(100),
-        'blocks': BLOCKS,
-        'layers': BLOCKS,
-        'subnets': items(BLOCKS),
-        'channels': items(integer(1, 100_000), 1, 8),
-        'in_chans': integer(1, MAX_SIDE),
-    }),
+    ARGUMENTS,
+    record({}, {'base': text(100), 'blocks': BLOCKS, 'subnets': items(BLOCKS)}),
     mapping(optional(any_of(items(PLAIN), mapping(PLAIN), items(items(PLAIN)), PLAIN))),
 )
 # timm's PretrainedCfg, but for entries that say where weights are
@@ -142,8 +146,8 @@ CONFIG = all_of(
 )
 
 
-def check_names(cls: type[nn.Module], model_args: Mapping[str, Any], *, saved: bool = False) -> None:
-    """Check the names of model arguments.
+def check_arguments(cls: type[nn.Module], model_args: Mapping[str, Any], *, saved: bool = False) -> None:
+    """Check the names of model arguments, those that a class takes by any value, and those that switch something.
 
     Args:
         cls: Class of the model.
@@ -151,20 +155,23 @@ def check_names(cls: type[nn.Module], model_args: Mapping[str, Any], *, saved: b
         saved: Whether they are those of a config.json, which are not about where a model is put.
 
     Raises:
-        InputError: If one is not an argument of the class.
+        InputError: If one is not an argument of the class, or is out of its range.
     """
-    known = set()
+    known = {}
     for made in (cls, getattr(cls, 'plain_cls', cls)):  # a dynamic class makes a net of the plain one
         for parent in made.__mro__:
             parameters = signature(parent.__init__).parameters
-            known |= parameters.keys()
+            known = {**parameters, **known}
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                 break  # this one passes nothing on to its parents
-    known -= {'self', 'args', 'kwargs', 'net'} | ({'block', 'device', 'dtype'} if saved else set())
-    unknown = sorted(set(model_args) - known)
+    for name in ('self', 'args', 'kwargs', 'net', *(('block', 'device', 'dtype') if saved else ())):
+        known.pop(name, None)
+    unknown = sorted(set(model_args) - known.keys())
+    where = 'model_args in config.json' if saved else f'arguments of {cls.__name__}'
     if unknown:
-        where = 'model_args in config.json' if saved else f'arguments of {cls.__name__}'
         raise InputError(f'{where} must be of {sorted(known)}, got {brief(unknown)}')
+    flags = {name: optional(flag) for name in model_args if isinstance(known[name].default, bool)}
+    judge(model_args, all_of(ARGUMENTS, record({}, flags)), where)
 
 
 def check_size(model: nn.Module, weights: Mapping[str, torch.Tensor] | None) -> None:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Classify, and print or write the rows."""
-    if args.csv and not args.csv.parent.is_dir():
+    if args.csv and (args.csv.is_dir() or not args.csv.parent.is_dir()):
         fail(f'--csv must be a file in a folder that is there, got {str(args.csv)!r}')
 
     from ..tables import print_line, print_table, show_progress, show_status

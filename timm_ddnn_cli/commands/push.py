@@ -12,7 +12,7 @@ EXAMPLES = """  hf auth login                                                   
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument('source', type=Path, help='output folder of a training run')
+    parser.add_argument('source', type=Path, help="output folder of a training run, timm's too")
     parser.add_argument('repo_id', help='owner/name of the repository, created if it does not exist')
     parser.add_argument('--depth', type=int, help='publish the plain net of this depth alone')
     parser.add_argument('--license', metavar='NAME', help="the Hub's identifier of the weights' license, such as "
