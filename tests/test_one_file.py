@@ -1,10 +1,13 @@
 """One ONNX file for several depths, in float and in int8: what it stores once, what it computes, what it refuses."""
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 from helpers.models import create, images, logits_by_depth, narrow, some_at_once
 from helpers.saved_model import failing, files, save
@@ -14,10 +17,12 @@ from timm_ddnn.deploy.export import ExportMismatchError, describe_net, export
 from timm_ddnn.deploy.formats import open_onnx
 from timm_ddnn.deploy.int8 import Int8Images, Int8LossError, measure_loss
 from timm_ddnn.deploy.onnx_graph import merge_nets, trace_net
-from timm_ddnn.deploy.quantize import quantize_nets
+from timm_ddnn.deploy.quantize import quantize, quantize_nets
+from timm_ddnn.models.load import saved_results
 from timm_ddnn.utils.errors import InputError
 from timm_ddnn_cli.main import main
 
+ROOT = Path(__file__).resolve().parent.parent
 NOT_NESTED = dict(layers=(2, 2, 2), subnets=((2, 1, 2), (1, 2, 1)), channels=(4, 8, 16))
 
 
@@ -82,6 +87,45 @@ def test_every_entrypoint(name):
     """Catches a kind of block, or an operator of it, that a file of several depths cannot hold."""
     model = create(name, **narrow(name))
     check_both(model, images(model, 4))
+
+
+@pytest.fixture(scope='module')
+def page():
+    """The page that runs a file in the browser, that file, and the model that the page names."""
+    text = (ROOT / 'docs/demo.md').read_text()
+    tag = re.search(r'timm-ddnn export (\S+) --depth all --format onnx --int8', text)[1]
+    file = onnx.load(ROOT / 'docs/demo/ddnn_resnet20-int8.onnx')
+    return text, file, timm.create_model(tag, pretrained=True).eval()
+
+
+def test_the_file_of_the_page_is_what_the_page_says(page):
+    """Catches a file of an older exporter or of other weights, and accuracies on fewer images than the page says."""
+    text, file, model = page
+    about = {entry.key: entry.value for entry in file.metadata_props}
+    expected = describe_net(model, 'all', saved_results(model))
+    assert about.keys() == {*expected, 'dynamic_batch'}
+    for key in expected.keys() - {'library', 'depths'}:
+        text_or_json = expected[key] if isinstance(expected[key], str) else json.dumps(expected[key])
+        assert about[key] == text_or_json, key
+    for row, saved in zip(json.loads(about['depths']), expected['depths'], strict=True):
+        saved.pop('top5')
+        assert saved.pop('top1') == row['float_top1'] <= row.pop('top1') + 0.5
+        assert row == saved | {'float_top1': row['float_top1']}
+    *names, last = model.pretrained_cfg['label_names']
+    words = ' '.join(text.split())
+    assert f'{", ".join(names)} and {last}, at 32 x 32 pixels' in words and 'holds depths 20, 14 and 8 of' in words
+
+
+@pytest.mark.slow
+def test_the_file_of_the_page_is_of_this_exporter(page):
+    """Catches a file that was not written anew when the exporter changed."""
+    _, file, model = page
+    written = quantize({d: model.extract(d).eval() for d in model.depths}, images(model, 4))
+    graphs = [file.graph, written.graph]
+    # ranges are of other images, and with them the number of scales that are picked
+    nodes = [[(node.op_type, node.name) for node in walk(graph) if node.op_type != 'Gather'] for graph in graphs]
+    integers = [{t.name: t.raw_data for t in graph.initializer if len(t.dims) == 4} for graph in graphs]
+    assert nodes[0] == nodes[1] and integers[0] == integers[1] and len(integers[0]) == 19
 
 
 def test_channels_last_images_give_the_same_graph():
