@@ -123,16 +123,17 @@ def main() -> None:
     parser.add_argument('model', help='ONNX file of several depths')
     parser.add_argument('images', nargs='+', help='photographs')
     parser.add_argument('--depth', type=int, help='the deepest net that is not deeper runs; the deepest if not given')
-    parser.add_argument('--budget-ms', type=float, help='move the depth to keep this time of an image, in milliseconds')
+    parser.add_argument('--budget-ms', type=float, default=math.inf,
+                        help='move the depth to keep this time of an image, in milliseconds')
     parser.add_argument('--threads', type=int, default=1)
     args = parser.parse_args()
     try:
         classifier = Classifier(args.model, args.threads)
-        controller = Controller(classifier.macs, args.budget_ms or math.inf, window=10, patience=20)
+        controller = Controller(classifier.macs, args.budget_ms, window=10, patience=20)
         for path in args.images:
             with PIL.Image.open(path) as photograph:
                 images = classifier.prepare(photograph)
-            depth = args.depth or controller.depth
+            depth = controller.depth if args.depth is None else args.depth
             start = time.perf_counter()
             probabilities, = classifier(images, depth)
             milliseconds = 1000 * (time.perf_counter() - start)
