@@ -37,7 +37,7 @@ lint: $(STAMP)  ## Check the code with ruff
 	@$(BIN)/ruff check $(ARGS)
 
 docs: $(STAMP) $(ONNXRUNTIME_WEB)  ## Build the documentation site into site/; a warning is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'site/index.html'
 
 clean:  ## Remove .venv, caches, the site and built packages; output/ stays

@@ -5,7 +5,8 @@
 
 The same requests, at the same moments, go to three servers in turn: with the depth that the load allows, with the
 full-net alone and with the shallowest net alone. A request is a batch of images; it is in time if its answer is back
-within the budget, `--budget` times what the full-net takes for a request. It writes server.json and server.png.
+within the budget, `--budget` times what the full-net takes for a request. It writes server.json and server.png, and
+the table of the replay in README.md unless `--output` is another folder.
 """
 import asyncio
 import io
@@ -23,10 +24,12 @@ import numpy as np
 from timm_ddnn.data.datasets import load_image_data
 from timm_ddnn.deploy.profile_file import read_metadata
 from timm_ddnn.utils.environment import describe_machine
-from timm_ddnn.utils.files import staged_folder, write_json
+from timm_ddnn.utils.files import staged_folder, write_json, write_section
 from timm_ddnn_cli.arguments import ArgumentParser, number, run
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / 'results'
+FIGURES = {'late': 2, 'top1': 2, 'median_ms': 0, 'p99_ms': 0}  # of the table, with digits
 TIMES = 0, 0.15, 0.4, 0.65, 0.85, 1  # parts of the replay, at which the load is low, low, high, high, low, low
 
 
@@ -123,6 +126,24 @@ def summarize(rows, budget_ms):
     }
 
 
+def table(result):
+    """The picture of a replay, and what became of each server."""
+    versions = ', '.join(f'{name} {result["versions"][name]}' for name in ('python', 'onnxruntime'))
+    lines = [
+        f'![Load, latency, depth and accuracy of three servers over {result["seconds"]:g} seconds](results/server.png)',
+        '',
+        f'{result["title"]}; {result["hardware"]["cpu"]}; {versions}.',
+        '',
+        '| server | late (%) | mean top-1 (%) | median (ms) | 99th percentile (ms) | requests at each depth |',
+        '|---|---|---|---|---|---|',
+    ]
+    for name, server in result['servers'].items():
+        figures = ' | '.join(f'{server[key]:.{digits}f}' for key, digits in FIGURES.items())
+        depths = ', '.join(f'{depth}: {count}' for depth, count in reversed(server['depths'].items()))
+        lines.append(f'| {name} | {figures} | {depths} |')
+    return '\n'.join(lines) + '\n'
+
+
 def draw(path, result):
     figure, panels = plt.subplots(4, 1, figsize=(8, 9), sharex=True, layout='constrained')
     panels[0].plot([result['seconds'] * t for t in TIMES], result['rates'], color='black')
@@ -156,7 +177,7 @@ def main():
     parser.add_argument('--high', type=number(float, 0), default=1.6, help='load at its highest, likewise')
     parser.add_argument('--seconds', type=number(float, 1), default=90, help='length of the replay')
     parser.add_argument('--port', type=number(int, 1, 65535), default=8123)
-    parser.add_argument('--output', type=Path, default=HERE / 'results')
+    parser.add_argument('--output', type=Path, default=RESULTS)
     args = parser.parse_args()
     metadata = read_metadata(args.file)
     depths = [row['depth'] for row in metadata['depths']]
@@ -182,6 +203,8 @@ def main():
     with staged_folder(args.output) as folder:
         write_json(folder / 'server.json', result)
         draw(folder / 'server.png', result)
+    if args.output == RESULTS:
+        write_section(HERE / 'README.md', 'server', table(result))
 
 
 if __name__ == '__main__':

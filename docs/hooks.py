@@ -11,8 +11,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = (
-    'MODEL_CARD.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'benchmarks/README.md', 'results/README.md',
-    'results/PROTOCOL.md', 'results/*.png', 'results/*.csv')
+    'MODEL_CARD.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'benchmarks/README.md', 'benchmarks/results/*.png',
+    'results/README.md', 'results/PROTOCOL.md', 'results/*.png', 'results/*.csv')
 
 ONNXRUNTIME = ROOT / '.venv/node_modules/onnxruntime-web/dist'  # by `make docs`, as docs/demo/package-lock.json says
 ONNXRUNTIME_FILES = ('ort.wasm.bundle.min.mjs', 'ort-wasm-simd-threaded.wasm')

@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 
 import numpy as np
 import onnxruntime
@@ -121,15 +120,12 @@ class Controller:
         self.latencies.clear()
 
 
-def positive(kind: type) -> Callable[[str], float]:
-    """Make a parser of numbers above 0, for the `type` of an argument."""
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise ValueError
-        return value
-    parse.__name__ = f'{kind.__name__} above 0'
-    return parse
+def positive(text: str) -> float:
+    """Read a number above 0 from the command line."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
 
 
 def main() -> None:
@@ -139,16 +135,16 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', help='ONNX file of several depths')
     parser.add_argument('images', nargs='+', help='photographs')
-    parser.add_argument('--depth', type=positive(int),
-                        help='the deepest net that is not deeper runs; the deepest if not given')
-    parser.add_argument('--budget-ms', type=positive(float),
+    parser.add_argument('--depth', type=int, help='the deepest net that is not deeper runs; the deepest if not given')
+    parser.add_argument('--budget-ms', type=positive, default=math.inf,
                         help='move the depth to keep this time of an image, in milliseconds')
     parser.add_argument('--threads', type=int, choices=range(1, 1 + (os.cpu_count() or 1)), default=1)
     args = parser.parse_args()
     try:
         classifier = Classifier(args.model, args.threads)
-        fixed = args.depth and max((d for d in classifier.macs if d <= args.depth), default=min(classifier.macs))
-        controller = Controller(classifier.macs, args.budget_ms or math.inf, window=10, patience=20)
+        fixed = args.depth is not None and max(
+            (d for d in classifier.macs if d <= args.depth), default=min(classifier.macs))
+        controller = Controller(classifier.macs, args.budget_ms, window=10, patience=20)
         for path in args.images:
             with PIL.Image.open(path) as photograph:
                 images = classifier.prepare(photograph)

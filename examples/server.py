@@ -93,7 +93,7 @@ class Server:
                 start = time.perf_counter()
                 remaining = [self.budget_ms - 1000 * (start - job.arrival) for job in self.jobs]
                 job = self.jobs.popleft()
-            depth = self.depth or self.controller.choose(remaining)
+            depth = self.controller.choose(remaining) if self.depth is None else self.depth
             classes = self._run(job.images, depth).argmax(1).tolist()
             milliseconds = 1000 * (time.perf_counter() - start)
             self.controller.record(milliseconds, depth)

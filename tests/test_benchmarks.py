@@ -18,11 +18,21 @@ from timm_ddnn import EKDTask
 from timm_ddnn.deploy.export import export
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    spec = importlib.util.spec_from_file_location('benchmark', ROOT / 'benchmarks' / 'benchmark.py')
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'benchmarks' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def server():
+    return load('server')
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    module = load('benchmark')
     monkeypatch.setattr(module, 'STEP_BATCH', {64: 2})
     monkeypatch.setattr(module, 'TRAINED', {'ddnn_resnet20': (32, 4)})
     monkeypatch.setattr(module, 'FAMILIES', [('convnext_atto', {'dims': (8, 16, 24, 32)}, 64)])
@@ -106,18 +116,18 @@ def test_every_figure_is_measured(benchmark, monkeypatch):
     assert 0.5 < figures['peak memory of the step, against held together'] < 0.95
 
 
-def test_the_table_is_that_of_the_results(benchmark):
+def test_the_table_is_that_of_the_results(benchmark, server):
     """Catches a table that was edited by hand, or is of another run than the JSON beside it."""
     readme = (ROOT / 'benchmarks' / 'README.md').read_text(encoding='utf-8')
     results = sorted((ROOT / 'benchmarks' / 'results').glob('*.json'))
     assert results
     for path in results:
-        table = benchmark.table(json.loads(path.read_text(encoding='utf-8')))
+        table = (server if path.stem == 'server' else benchmark).table(json.loads(path.read_text(encoding='utf-8')))
         assert f'<!-- {path.stem} -->\n{table}<!-- end of {path.stem} -->' in readme
 
 
 @pytest.mark.slow
-def test_replay_of_a_load(tmp_path):
+def test_replay_of_a_load(server, tmp_path):
     """Catches servers that are not asked the same, latency that leaves the queue out, and a depth that stays."""
     model = create('ddnn_resnet20', layers=(6, 6, 6), subnets=((1, 1, 1),))
     row, *_ = export(model, 'all', tmp_path, format='onnx', images=images(model))
@@ -128,11 +138,13 @@ def test_replay_of_a_load(tmp_path):
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / 'server.json').read_text())
     controller, full, shallow = result['servers'].values()
-    assert len({server['requests'] for server in result['servers'].values()}) == 1
+    assert len({found['requests'] for found in result['servers'].values()}) == 1
     assert (set(full['depths']), set(shallow['depths'])) == ({'38'}, {'8'})
     assert set(controller['depths']) == {'38', '8'}
-    for server in result['servers'].values():
-        late = [row['latency_ms'] > result['budget_ms'] for row in server['rows']]
-        assert server['late'] == pytest.approx(100 * sum(late) / len(late))
+    table = server.table(result)
+    for name, found in result['servers'].items():
+        late = [row['latency_ms'] > result['budget_ms'] for row in found['rows']]
+        assert found['late'] == pytest.approx(100 * sum(late) / len(late))
+        assert f'| {name} | {found["late"]:.2f} | {found["top1"]:.2f} |' in table
     assert controller['late'] < full['late']
     assert (tmp_path / 'server.png').stat().st_size > 10_000

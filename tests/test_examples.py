@@ -132,7 +132,7 @@ def test_device(folder, monkeypatch, capsys):
     one = export(model, 14, folder, format='onnx', images=torch.randn(2, 3, 32, 32))[0]['file']
     for args in (
         [folder / 'none.onnx', folder / 'photo.png'], [file, folder / 'model/config.json'], [one, folder / 'photo.png'],
-        [file, folder / 'photo.png', '--depth', '0'], [file, folder / 'photo.png', '--budget-ms', 'nan'],
+        [file, folder / 'photo.png', '--depth', 'x'], [file, folder / 'photo.png', '--budget-ms', 'nan'],
         [file, folder / 'photo.png', '--threads', '100000'],
     ):
         with pytest.raises(SystemExit) as error:

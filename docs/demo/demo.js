@@ -148,16 +148,18 @@ async function start() {
       picture, (picture.width - side) / 2, (picture.height - side) / 2, side, side, 0, 0, width, height)
     await classify()
   }
-  const drawSample = async name => {
+  const drawSample = async image => { // from the page, which may be offline by now
     setState('busy')
-    await draw(await (await fetch(here(`samples/${name}.png`))).blob())
+    await image.decode()
+    await draw(image)
   }
 
   for (const name of SAMPLES) {
     const label = document.createElement('label')
     const radio = Object.assign(document.createElement('input'), { type: 'radio', name: 'sample', value: name })
-    radio.addEventListener('change', () => drawSample(name))
-    label.append(radio, Object.assign(new Image(), { src: here(`samples/${name}.png`), alt: '' }), name)
+    const image = Object.assign(new Image(), { src: here(`samples/${name}.png`), alt: '' })
+    radio.addEventListener('change', () => drawSample(image))
+    label.append(radio, image, name)
     byId('samples').append(label)
   }
   const drawFile = file => {
@@ -178,7 +180,7 @@ async function start() {
 
   byId('body').hidden = false
   document.getElementsByName('sample')[0].checked = true
-  await drawSample(SAMPLES[0])
+  await drawSample(byId('samples').querySelector('img'))
 }
 
 start().catch(error => {

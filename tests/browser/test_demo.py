@@ -113,7 +113,8 @@ def test_slider_changes_the_cost(page):
 
 def test_keyboard_and_a_phone(page):
     """Catches a control that only a mouse reaches, and a page that is wider than a phone."""
-    assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')
+    for selector in ('html', '#demo-depths'):
+        assert page.locator(selector).evaluate('element => element.scrollWidth <= element.clientWidth')
     page.locator('#demo-samples input:checked').focus()
     page.keyboard.press('ArrowRight')
     wait(page)
@@ -122,6 +123,19 @@ def test_keyboard_and_a_phone(page):
     page.keyboard.press('Home')
     wait(page)
     assert page.locator('#demo-depth-name').inner_text() == '8'
+
+
+def test_offline_once_it_is_loaded(context, page):
+    """Catches parts that are fetched when they are needed first."""
+    context.set_offline(True)
+    try:
+        page.locator('#demo-samples input[value=truck]').check(force=True)
+        wait(page)
+        assert page.locator('#demo-depths tr.chosen td').nth(1).inner_text() == 'truck'
+        choose(page, 8)
+        assert page.locator('#demo-depth-name').inner_text() == '8'
+    finally:
+        context.set_offline(False)
 
 
 def test_photographs_of_ones_own(page, tmp_path):
