@@ -98,7 +98,7 @@ def test_feature_pyramid(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(('args', 'message'), [
-    (['--depth', '17'], 'depth must be of (34, 18, 10)'),
+    (['--depth', '17'], 'depth must be one of (34, 18, 10)'),
     (['--model', 'resnet18'], "invalid choice: 'resnet18'"),
     (['--steps', '0'], 'must be an integer of at least 1'),
 ])
