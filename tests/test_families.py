@@ -269,6 +269,8 @@ def test_what_cannot_be_made_is_one_line_that_says_why():
             ('vit_tiny_patch16_224.none', 'with or without one of its tags')):
         with pytest.raises(InputError, match=message):
             make_dynamic(name, device='meta')
+    with pytest.raises(InputError, match='private_norm is for a LayerNorm or GroupNorm'):
+        make_dynamic('regnety_002', private_norm=True)
     net = timm.create_model('mobilenetv4_conv_small', device='meta')
     with pytest.raises(InputError, match=r'blocks\.1\.1 changes the shape .* at least 2 blocks, got 1'):
         make_dynamic(net, ((1, 1, 1, 1, 1),))
@@ -288,6 +290,43 @@ def test_statistics_of_a_new_sub_net_are_calibrated_alone():
         assert torch.equal(model.extract(depth)(x), model(x, depth=depth))
         assert all(torch.equal(model(x, depth=d), logits) for d, logits in before.items())
     assert any(k.startswith(f'subnets.{depth}.norm_head.') for k in model.state_dict())
+
+
+@pytest.mark.parametrize('family', ['vit', 'convnext', *(
+    pytest.param(family, marks=pytest.mark.slow) for family in ('vit_pooled', 'swin', 'bit'))])
+def test_a_private_final_norm_is_kept_extracted_and_saved(family, tmp_path):
+    """Catches a norm that stays shared, is lost when saved or extracted, or gets no gradient."""
+    model, x = small(family, private_norm=True)  # `randomize` gave each its own values
+    shared = small_net(family)
+    own = [name for name, _ in model.named_parameters() if name.startswith('subnets.')]
+    depths = [f'subnets.{depth}.' for depth in model.depths[1:]]
+    assert {name.partition('norm')[0] for name in own} <= {prefix + part for prefix in depths for part in (
+        '', 'head.', 'fc_')}
+    assert len(own) == 2 * len(depths)
+    size = SMALL[family][2]
+    save_model(model, tmp_path, data_config=dict(input_size=(3, size, size)), class_names=[], rows=[])
+    again = load_model(str(tmp_path)).eval()
+    with torch.no_grad():
+        for depth, output in model(x, depth='all').items():
+            plain = model.extract(depth)
+            assert type(plain) is type(shared) and 'private_norm' not in plain._model_args
+            assert torch.equal(plain(x), output.logits) and torch.equal(again(x, depth=depth), output.logits)
+            plain.load_state_dict(model.extract_state_dict(model.state_dict(), depth))
+            assert torch.equal(plain(x), output.logits)
+            features = model.forward_features(x, depth=depth)
+            pooled = model.forward_head(features, pre_logits=True, depth=depth)
+            assert torch.equal(pooled, plain.forward_head(features, pre_logits=True))
+    sum(output.logits.square().sum() for output in model.train()(x, depth='all').values()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name in own)
+    private, common = (make_dynamic(copy.deepcopy(shared), private_norm=private).eval() for private in (True, False))
+    with torch.no_grad():
+        for depth in model.depths:  # norms begin as copies of the full-net's, of a stock net's weights too
+            assert torch.equal(private(x, depth=depth), common(x, depth=depth))
+        model.load_state_dict(shared.state_dict())
+        for depth in model.depths:
+            assert torch.equal(model.eval()(x, depth=depth), common(x, depth=depth))
+    with pytest.raises(InputError, match='private_norm=True'):
+        common.load_state_dict(again.state_dict())
 
 
 def test_pruning_and_gradient_checkpointing_at_every_depth():

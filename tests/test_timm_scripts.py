@@ -116,6 +116,14 @@ def test_the_task_in_the_place_of_train_pys_own(trained):
         assert min(top1(model, depth) for depth in (14, 8)) > 60
 
 
+@pytest.mark.slow
+def test_another_family():
+    """Catches a script for ResNets alone."""
+    kwargs = "base='vit_tiny_patch16_224'", 'img_size=16', 'patch_size=4', 'embed_dim=24'
+    run(TRAIN_TIMM, TRAIN, '--model', 'dynamic_timm', '--model-kwargs', *kwargs, '--epochs', 1, '--output', 'out')
+    assert {'ce_12', 'ce_8', 'ce_4', 'attention_4'} < set(log('out')['keys'])
+
+
 def test_options_reach_the_loss():
     """Catches an option of the loss under another name or with another value than the one given."""
     options = dict(temperature=3.0, alpha=0.7, beta=0.9, attention='standardized', stages=(1, -1), weights={8: 0.25})

@@ -24,9 +24,9 @@ REFUSAL = 'convert what extract(depth) returns, not a model of several depths'
 
 
 class SubNetModule(nn.Module):
-    """A module of the full-net as a sub-net runs it: the same module but for the running statistics of its norms.
+    """A module of the full-net as a sub-net runs it: the same module but for what its norms have for themselves.
 
-    Only these statistics are registered here (and scale and shift where a sub-net has its own). Everything else is
+    Only running statistics are registered here (and scale and shift where a sub-net has its own). Everything else is
     looked up in the full-net's module whenever this one runs, and stands in the module tree once. So nothing can come
     apart: whatever replaces, freezes, converts or moves a module or a parameter of the full-net does so for all depths.
     """
@@ -44,15 +44,15 @@ class SubNetModule(nn.Module):
         self._is_norm = False
         original = self.original
         self.training = original.training
-        self._is_norm = original in find_norms(original)
+        self._is_norm = original in model.find_own(name)
         if self._is_norm:
             own = dict(original.named_buffers(recurse=False))
-            if not shared_affine:
+            if not (shared_affine and own):
                 own |= original.named_parameters(recurse=False)
             for key, tensor in copy.deepcopy(own).items():
                 (self._parameters if isinstance(tensor, nn.Parameter) else self._buffers)[key] = tensor
-        for key, child in original.named_children():
-            if find_norms(child):
+        for key, _ in original.named_children():
+            if model.find_own(f'{name}.{key}'):
                 self.add_module(key, SubNetModule(model, f'{name}.{key}', shared_affine))
 
     @property
@@ -64,7 +64,8 @@ class SubNetModule(nn.Module):
         """
         model, name = self._place
         module = model._find(name)
-        for own in ('running_mean', *self._parameters) if self._is_norm else self._modules:
+        statistics = ('running_mean',) if self._buffers else ()
+        for own in (*statistics, *self._parameters, *self._modules):
             if all(held.get(own) is None for held in (module._buffers, module._parameters, module._modules)):
                 raise InputError(
                     f'{type(module).__name__} in the place of {name} has no {own}, which differs by depth: {REFUSAL}')
@@ -106,7 +107,7 @@ class SubNetModule(nn.Module):
             }
         return module
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Compute what the full-net's module computes, by the statistics of this one."""
         original, module = self.original, self._assemble()
         if self._is_norm:
@@ -114,7 +115,7 @@ class SubNetModule(nn.Module):
                 hook(module, (x,))
             if isinstance(x, torch.fx.Proxy):  # torch.fx does not trace into norms of torch.nn, whose check it cannot
                 vars(module)['_check_input_dim'] = lambda x: None
-        return type(original).forward(module, x)
+        return type(original).forward(module, x, **kwargs)
 
     def plain(self) -> nn.Module:
         """Return an instance of the original's class with the statistics of this one; nothing is copied."""
@@ -184,6 +185,7 @@ class SharedWeightsMixin:
             subnets: Sequence[Sequence[int]] | None = (),
             depth: int | None = None,
             shared_affine: bool = True,
+            private_norm: bool = False,
     ) -> None:
         """Make a plain net the full-net, whose modules are taken over, and give it sub-nets.
 
@@ -192,11 +194,12 @@ class SharedWeightsMixin:
             subnets: Number of blocks per stage of every sub-net, from 1 to the full-net's. `default_subnets` if None.
             depth: The depth that `forward` runs when it is given none. The full-net's when None.
             shared_affine: Whether a norm with statistics of its own still shares scale and shift with the full-net.
-                If so, the model has exactly the parameters of the full-net.
+                If so, and not `private_norm`, the model has exactly the parameters of the full-net.
+            private_norm: Whether sub-nets have a final norm without statistics, behind the last block, for themselves.
 
         Raises:
-            InputError: If a layer has no channels, the blocks of a sub-net are not within the full-net's, two nets have
-                the same depth, or no net has the default depth asked for.
+            InputError: If a layer has no channels, there is no such final norm, the blocks of a sub-net are not within
+                the full-net's, two nets have the same depth, or no net has the default depth asked for.
         """
         self.check(net)
         nn.Module.__init__(self)
@@ -206,7 +209,9 @@ class SharedWeightsMixin:
             raise InputError(f'channels must be at least 1 everywhere, got none in {empty[0]!r}')
         vars(self).setdefault('base_models', [])
         self.grad_checkpointing = any(getattr(m, 'grad_checkpointing', False) for m in self.modules())
-        self.shared_affine = shared_affine
+        self.shared_affine, self.private_norm = shared_affine, private_norm
+        if private_norm and not any(map(self._find_final, (*self.tail_names, *self.head_names))):
+            raise InputError('private_norm is for a LayerNorm or GroupNorm behind the last block, this net has none')
         self.subnets = SubNets(next(self.parameters()).device)
         full = self._note_stages()
         self._blocks: dict[int, Blocks] = {self.depth_of(full): full}
@@ -345,6 +350,23 @@ class SharedWeightsMixin:
         """
         return count_shared_blocks(self.blocks(depth), self.blocks(other))
 
+    def find_own(self, name: str) -> list[nn.Module]:
+        """List the norms that a sub-net has for itself, or something of them, in a module of the full-net.
+
+        Args:
+            name: Name of the module.
+        """
+        return find_norms(self._find(name)) + (self._find_final(name) if self.private_norm else [])
+
+    def _find_final(self, name: str) -> list[nn.Module]:
+        """List the norms without statistics behind the last block: what has vectors as parameters and nothing else."""
+        top = name.partition('.')[0]
+        if top not in (*self.tail_names, *self.head_names) or top not in self._modules:
+            return []
+        return [
+            m for m in self._find(name).modules()
+            if m._parameters.get('weight') is not None and m.weight.ndim == 1 and not find_norms(m)]
+
     @torch.no_grad()
     def _find_least(self, net: nn.Module) -> Blocks:
         """Count the blocks of every stage up to the last that changes the shape: by a run on the meta device."""
@@ -444,7 +466,7 @@ class SharedWeightsMixin:
                 if node in self._places:
                     continue
                 self._places[node] = name
-                if depth != full and find_norms(self._find(name)):
+                if depth != full and self.find_own(name):
                     self._places[node] = f'subnets.{depth}.{name}'
                     module = own.get(node) or SubNetModule(self, name, self.shared_affine)
                     self._put(self.subnets[str(depth)], name, module)
@@ -516,8 +538,8 @@ class SharedWeightsMixin:
         return net
 
     _OWN: ClassVar[frozenset[str]] = frozenset({
-        '_block_names', '_blocks', '_ends', '_least', '_places', '_stages', '_steps', 'default_depth', 'saved_results',
-        'shared_affine',
+        '_block_names', '_blocks', '_ends', '_least', '_places', '_stages', '_steps', 'default_depth', 'private_norm',
+        'saved_results', 'shared_affine',
     })
 
 

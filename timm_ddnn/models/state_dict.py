@@ -68,17 +68,17 @@ class StateDictMixin(SharedWeightsMixin):
     def _check_names(self, given: Iterable[str], own: Iterable[str], alone: bool) -> None:
         """Refuse weights of other sub-nets, and such as lack entries, though timm loads them non-strictly."""
         held, wanted = _subnets_in(given), _subnets_in(own)
-        if not set(held) <= set(wanted):
+        if not set(held) <= {*wanted, *self.depths}:
             raise InputError(
                 f'the weights have statistics of sub-nets {held}, the model with depths {self.depths} of {wanted}: '
                 'create it with the sub-nets of the weights, then add_subnet() may add others'
             )
         unknown = [name for name in given if name.startswith('subnets.') and name not in own]
         if unknown:
-            affine = self.shared_affine and unknown[0].endswith(('.weight', '.bias'))
+            affine = unknown[0].endswith(('.weight', '.bias'))
             raise InputError(
                 f'the weights have {len(unknown)} entries of sub-nets that the model has not, the first being '
-                f'{unknown[0]!r}' + affine * ': create it with shared_affine=False'
+                f'{unknown[0]!r}' + affine * ': create it with shared_affine=False or private_norm=True'
             )
         classifier = self.get_classifier()
         head, = (name for name, module in self.named_modules() if module is classifier)

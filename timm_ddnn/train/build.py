@@ -380,7 +380,8 @@ def check_sizes(
     if args.full_net_updates >= updates:
         raise InputError(
             f'--full-net-updates must be less than the {updates} updates of the run, got {args.full_net_updates}')
-    if args.full_net_updates and accelerator.num_processes > 1 and not model.shared_affine:
+    private = not model.shared_affine or model.private_norm
+    if args.full_net_updates and accelerator.num_processes > 1 and private:
         raise InputError(
             '--full-net-updates is for one process, or for scale and shift that the depths share, got '
-            f'{accelerator.num_processes} processes and shared_affine=False')
+            f'{accelerator.num_processes} processes and shared_affine=False or private_norm=True')
