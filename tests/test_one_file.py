@@ -3,6 +3,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import timm
 import torch
 from helpers.models import create, images, logits_by_depth, narrow, some_at_once
 from helpers.saved_model import failing, files, save
+from onnx import helper
 
 from timm_ddnn.deploy import formats
 from timm_ddnn.deploy.export import ExportMismatchError, describe_net, export
@@ -24,6 +26,7 @@ from timm_ddnn_cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_NESTED = dict(layers=(2, 2, 2), subnets=((2, 1, 2), (1, 2, 1)), channels=(4, 8, 16))
+SMALL = dict(layers=(2, 1, 1), subnets=((1, 1, 1),), channels=(4, 8, 16))
 
 
 def walk(graph):
@@ -128,19 +131,12 @@ def test_the_file_of_the_page_is_of_this_exporter(page):
     assert nodes[0] == nodes[1] and integers[0] == integers[1] and len(integers[0]) == 19
 
 
-def test_channels_last_images_give_the_same_graph():
+def test_channels_last_images_give_no_other_graph():
     """Catches a mean that is gathered element by element, which torch.export makes of such an example."""
-    model = create('ddnn_resnet20', **NOT_NESTED)
-    x = images(model, 4)
-    kinds = [
-        [node.op_type for node in trace_net(model.extract(), example, True).graph.node]
-        for example in (x, x.contiguous(memory_format=torch.channels_last))]
-    assert kinds[0] == kinds[1]
-
-
-@pytest.fixture
-def model():
-    return create('ddnn_resnet20', **NOT_NESTED)
+    model = create('ddnn_resnet20', **SMALL)
+    x = images(model, 4).contiguous(memory_format=torch.channels_last)
+    kinds = Counter(node.op_type for node in trace_net(model.extract(8), x, True).graph.node)
+    assert kinds == dict(Conv=7, Relu=7, Slice=4, Add=3, Pad=2, ReduceMean=1, Reshape=1, Gemm=1)  # as of any example
 
 
 def int8_images(model, labels_of=None):
@@ -151,40 +147,63 @@ def int8_images(model, labels_of=None):
     return Int8Images(x[:16], list(zip(x.split(20), labels.split(20), strict=True)))
 
 
-@pytest.mark.parametrize(('format', 'is_int8'), [
-    ('onnx', True), *(pytest.param(format, False, marks=pytest.mark.slow) for format in formats.FORMATS)])
-def test_logits_are_at_the_temperature_of_their_depth(format, is_int8, model, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize('format', formats.FORMATS)
+def test_logits_are_at_the_temperature_of_their_depth(format, tmp_path):
     """Catches files whose probabilities are not those of `predict`, and a depth at the temperature of another one."""
+    model = create('ddnn_resnet20', **NOT_NESTED)
     temperatures = {14: 1.5, 12: 1.0, 10: 0.25}
     model.saved_results = [{'depth': depth, 'temperature': temperatures[depth]} for depth in (14, 10)]
     x = images(model, 3)
-    expected = {depth: z / temperatures[depth] for depth, z in logits_by_depth(model, x).items()}
-    int8 = int8_images(model, 12) if is_int8 else None
-    for row in export(model, 'all', tmp_path, format=format, images=x, dynamic_batch=True, int8=int8, max_loss=100):
-        depth = row['depth']
-        logits = formats.FORMATS[format].open(row['file'])(x, depth).detach()
-        tolerance = (0.1 if is_int8 else 1e-5) * float(logits.abs().max())
-        torch.testing.assert_close(logits, expected[depth], atol=tolerance, rtol=0)
-        assert describe_net(model, depth)['temperature'] == temperatures[depth]
+    for row in export(model, 'all', tmp_path, format=format, images=x, dynamic_batch=True):
+        check_temperature(model, row, x, temperatures, tolerance=1e-5)
 
 
-def test_int8_file_has_its_own_accuracy(model, tmp_path):
-    """Catches an accuracy of float weights in an int8 file, or one of another depth."""
-    x = images(model, 3)
-    args = dict(format='onnx', images=x, int8=int8_images(model, 12), max_loss=100)
-    rows = export(model, 'all', tmp_path, **args, results=[{'depth': 20, 'top1': 1.0, 'top5': 2.0}])
-    assert [row['depth'] for row in rows] == [*model.depths] == [14, 12, 10]
+def check_temperature(model, row, x, temperatures, tolerance):
+    depth = row['depth']
+    logits = formats.FORMATS[row['format']].open(row['file'])(x, depth).detach()
+    expected = logits_by_depth(model, x)[depth] / temperatures[depth]
+    torch.testing.assert_close(logits, expected, atol=tolerance * float(logits.abs().max()), rtol=0)
+    assert describe_net(model, depth)['temperature'] == temperatures[depth]
+
+
+class Written(NamedTuple):
+    """Files in int8, all depths in one and depth 8 in another: their rows of `export`, and what they were made of."""
+    model: torch.nn.Module
+    arguments: dict
+    temperatures: dict
+    rows: list
+    alone: dict
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+    model, temperatures = create('ddnn_resnet20', **SMALL), {10: 1.5, 8: 0.25}
+    with torch.no_grad():
+        model.layer1[1].bn2.weight.mul_(20)  # so that depth 10, which alone has it, says other classes
+    model.saved_results = [{'depth': depth, 'temperature': value} for depth, value in temperatures.items()]
+    arguments = dict(format='onnx', images=images(model, 3), int8=int8_images(model, 8), max_loss=100)
+    folder = tmp_path_factory.mktemp('int8')
+    rows = export(model, 'all', folder, **arguments, results=[{'depth': 10, 'top1': 1.0, 'top5': 2.0}])
+    return Written(model, arguments, temperatures, rows, *export(model, 8, folder, **arguments))
+
+
+def test_int8_file_has_its_own_accuracy(written):
+    """Catches an accuracy of float weights in an int8 file, or one of another depth, and a wrong temperature."""
+    x, rows = written.arguments['images'], written.rows
+    assert [row['depth'] for row in rows] == [*written.model.depths] == [10, 8]
     meta = {entry.key: entry.value for entry in onnx.load(rows[0]['file']).metadata_props}
-    run_file = open_onnx(tmp_path / 'ddnn_resnet20-int8.onnx')
+    run_file = open_onnx(rows[0]['file'])
     for row, about in zip(rows, json.loads(meta['depths']), strict=True):
-        hits = [run_file(x, row['depth']).argmax(1) == y for x, y in args['int8'].held_out]
+        check_temperature(written.model, row, x, written.temperatures, tolerance=0.1)
+        hits = [run_file(x, row['depth']).argmax(1) == y for x, y in written.arguments['int8'].held_out]
         assert row['top1'] == about['top1'] == round(100 * torch.cat(hits).float().mean().item(), 4)
-        assert (row['float_top1'] == 100) is (row['depth'] == 12) and row['held_out_images'] == 48
+        assert (row['float_top1'] == 100) is (row['depth'] == 8) and row['held_out_images'] == 48
         assert about['float_top1'] == row['float_top1'] and 'top5' not in about
         assert row['allowed'] is None and row['max_difference'] > 0 and row['batch_sizes'] == [1, 3]
-    one, = export(model, 12, tmp_path, **args)
-    assert one['file'] == str(tmp_path / 'ddnn_resnet20-12-int8.onnx')
-    assert not torch.equal(open_onnx(one['file'])(x, 12), run_file(x, 12))  # ranges are of one depth
+    one = written.alone
+    assert Path(one['file']).name == 'ddnn_resnet20-8-int8.onnx'
+    assert not torch.equal(open_onnx(one['file'])(x, 8), run_file(x, 8))  # ranges are of one depth
     assert one['top1'] >= 90
 
 
@@ -204,9 +223,25 @@ def test_int8_that_loses_too_much_is_refused():
     assert error.value.exit_status == 1
 
 
-def test_signs_that_differ_by_depth_are_refused_in_int8_alone(tmp_path):
-    """Catches wrong integers where norms have scales of their own: one channel of one depth has another sign."""
-    model = create('ddnn_resnet20', layers=(2, 1, 1), subnets=((1, 1, 1),), channels=(4, 8, 16), shared_affine=False)
+def test_other_signs_of_a_depth_are_refused():
+    """Catches wrong integers where norms have scales of their own."""
+    nets = {}
+    for depth, sign in (20, 1), (8, -1):
+        weight = torch.ones(2, 3, 1, 1)
+        weight[1] *= sign
+        values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, None, 4, 4]) for name in ('x', 'y')]
+        node = helper.make_node('Conv', ['x', 'w'], ['y'], name='layer3.0')
+        graph = helper.make_graph(
+            [node], 'net', values[:1], values[1:], [onnx.numpy_helper.from_array(weight.numpy(), 'w')])
+        nets[depth] = helper.make_model(graph)
+    with pytest.raises(InputError, match=r'shared_affine=True, got other signs in layer3\.0 at depth 8'):
+        quantize_nets(nets, torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.slow
+def test_signs_that_differ_by_depth_are_refused_in_int8_alone():
+    """Catches a float file that shares what differs by depth: one channel of one depth has another sign."""
+    model = create('ddnn_resnet20', **SMALL, shared_affine=False)
     x = images(model, 4)
     with torch.no_grad():
         model.path_norms(8)[-1].weight[3] *= -1
@@ -217,7 +252,7 @@ def test_signs_that_differ_by_depth_are_refused_in_int8_alone(tmp_path):
         quantize_nets(trace(model, x, fold_norms=True), x)
 
 
-def test_int8_that_mixes_images_of_a_batch_is_refused(model, tmp_path, monkeypatch):
+def test_int8_that_mixes_images_of_a_batch_is_refused(written, tmp_path, monkeypatch):
     """Catches a file in int8 that is right one image at a time alone."""
     def open_mixing(file):
         compute = open_onnx(file)
@@ -228,15 +263,16 @@ def test_int8_that_mixes_images_of_a_batch_is_refused(model, tmp_path, monkeypat
         return mixing
 
     monkeypatch.setitem(formats.FORMATS, 'onnx', formats.FORMATS['onnx']._replace(open=open_mixing))
-    with pytest.raises(ExportMismatchError, match=r'ddnn_resnet20-10-int8.onnx is not written'):
-        export(model, 10, tmp_path, format='onnx', images=images(model), int8=int8_images(model), max_loss=100)
+    monkeypatch.setattr('timm_ddnn.deploy.quantize.quantize', lambda *_: onnx.load(written.alone['file']))
+    with pytest.raises(ExportMismatchError, match=r'ddnn_resnet20-8-int8.onnx is not written'):
+        export(written.model, 8, tmp_path, **written.arguments)
     assert not files(tmp_path)
 
 
 def test_command_writes_int8(tmp_path, capsys):
     """Catches training images that accuracy is measured on, and options that are not handed on."""
-    save(tmp_path / 'model', **NOT_NESTED)
-    args = ['export', tmp_path / 'model', '--depth', 'all', '--format', 'onnx', '--int8', '--output', tmp_path / 'out']
+    save(tmp_path / 'model', **SMALL)
+    args = ['export', tmp_path / 'model', '--depth', 8, '--format', 'onnx', '--int8', '--output', tmp_path / 'out']
     assert 'data must be given for int8' in failing(capsys, *args)
     assert "format must be 'onnx' for int8" in failing(
         capsys, *['torchscript' if arg == 'onnx' else arg for arg in args], '--data', 'digits')
@@ -244,7 +280,7 @@ def test_command_writes_int8(tmp_path, capsys):
     more = ['--data', 'digits', '--max-loss', '100', '--held-out', '30', '--images', '3']
     main([*map(str, args), *more])
     assert 'top-1 accuracy on 30 validation images' in capsys.readouterr().out
-    assert [path.name for path in files(tmp_path / 'out')] == ['ddnn_resnet20-int8.onnx']
-    graph = onnx.load(tmp_path / 'out' / 'ddnn_resnet20-int8.onnx').graph
+    assert [path.name for path in files(tmp_path / 'out')] == ['ddnn_resnet20-8-int8.onnx']
+    graph = onnx.load(tmp_path / 'out' / 'ddnn_resnet20-8-int8.onnx').graph
     integers = [onnx.numpy_helper.to_array(t) for t in graph.initializer if len(t.dims) == 4]
-    assert all(w.dtype == np.int8 and np.abs(w).max() <= 64 for w in integers) and len(integers) == 13
+    assert all(w.dtype == np.int8 and np.abs(w).max() <= 64 for w in integers) and len(integers) == 7
