@@ -12,6 +12,7 @@ import timm
 import torch
 from helpers.models import create, images, logits_by_depth, narrow, some_at_once
 from helpers.saved_model import failing, files, save
+from onnx import helper
 from test_families import SMALL, small
 
 from timm_ddnn.deploy import formats
@@ -199,6 +200,8 @@ class Written(NamedTuple):
 @pytest.fixture(scope='module')
 def written(tmp_path_factory):
     model, temperatures = create('ddnn_resnet20', **TINY), {10: 1.5, 8: 0.25}
+    with torch.no_grad():
+        model.layer1[1].bn2.weight.mul_(20)  # so that depth 10, which alone has it, says other classes
     model.saved_results = [{'depth': depth, 'temperature': value} for depth, value in temperatures.items()]
     arguments = dict(format='onnx', images=images(model, 3), int8=int8_images(model, 8), max_loss=100)
     folder = tmp_path_factory.mktemp('int8')
@@ -241,8 +244,24 @@ def test_int8_that_loses_too_much_is_refused():
     assert error.value.exit_status == 1
 
 
-def test_signs_that_differ_by_depth_are_refused_in_int8_alone(tmp_path):
-    """Catches wrong integers where norms have scales of their own: one channel of one depth has another sign."""
+def test_other_signs_of_a_depth_are_refused():
+    """Catches wrong integers where norms have scales of their own."""
+    nets = {}
+    for depth, sign in (20, 1), (8, -1):
+        weight = torch.ones(2, 3, 1, 1)
+        weight[1] *= sign
+        values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, None, 4, 4]) for name in ('x', 'y')]
+        node = helper.make_node('Conv', ['x', 'w'], ['y'], name='layer3.0')
+        graph = helper.make_graph(
+            [node], 'net', values[:1], values[1:], [onnx.numpy_helper.from_array(weight.numpy(), 'w')])
+        nets[depth] = helper.make_model(graph)
+    with pytest.raises(InputError, match=r'shared_affine=True, got other signs in layer3\.0 at depth 8'):
+        quantize_nets(nets, torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.slow
+def test_signs_that_differ_by_depth_are_refused_in_int8_alone():
+    """Catches a float file that shares what differs by depth: one channel of one depth has another sign."""
     model = create('ddnn_resnet20', **TINY, shared_affine=False)
     x = images(model, 4)
     with torch.no_grad():
@@ -274,7 +293,7 @@ def test_int8_that_mixes_images_of_a_batch_is_refused(written, tmp_path, monkeyp
 def test_command_writes_int8(tmp_path, capsys):
     """Catches training images that accuracy is measured on, and options that are not handed on."""
     save(tmp_path / 'model', **TINY)
-    args = ['export', tmp_path / 'model', '--depth', 'all', '--format', 'onnx', '--int8', '--output', tmp_path / 'out']
+    args = ['export', tmp_path / 'model', '--depth', 8, '--format', 'onnx', '--int8', '--output', tmp_path / 'out']
     assert 'data must be given for int8' in failing(capsys, *args)
     assert "format must be 'onnx' for int8" in failing(
         capsys, *['torchscript' if arg == 'onnx' else arg for arg in args], '--data', 'digits')
@@ -282,7 +301,7 @@ def test_command_writes_int8(tmp_path, capsys):
     more = ['--data', 'digits', '--max-loss', '100', '--held-out', '30', '--images', '3']
     main([*map(str, args), *more])
     assert 'top-1 accuracy on 30 validation images' in capsys.readouterr().out
-    assert [path.name for path in files(tmp_path / 'out')] == ['ddnn_resnet20-int8.onnx']
-    graph = onnx.load(tmp_path / 'out' / 'ddnn_resnet20-int8.onnx').graph
+    assert [path.name for path in files(tmp_path / 'out')] == ['ddnn_resnet20-8-int8.onnx']
+    graph = onnx.load(tmp_path / 'out' / 'ddnn_resnet20-8-int8.onnx').graph
     integers = [onnx.numpy_helper.to_array(t) for t in graph.initializer if len(t.dims) == 4]
-    assert all(w.dtype == np.int8 and np.abs(w).max() <= 64 for w in integers) and len(integers) == 9
+    assert all(w.dtype == np.int8 and np.abs(w).max() <= 64 for w in integers) and len(integers) == 7

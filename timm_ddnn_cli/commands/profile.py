@@ -69,22 +69,26 @@ def _table(profile: Mapping[str, Any]) -> Any:
     rows = {row['depth']: row for row in profile['depths']}
     compiled = any(m['compile_s'] is not None for m in profile['measurements'])
     known = any('top1' in row for row in rows.values())
-    columns = ['runtime', 'batch', 'threads', 'depth', 'MACs', 'median', '90 %', 'peak']
+    runtimes = {m['runtime'] for m in profile['measurements']}
+    ways = ('runtime', 'batch', 'threads') if len(runtimes) > 1 else ('batch', 'threads')
+    columns = [*ways, 'depth', 'MACs', 'median', '90 %', 'peak']
     switched = any(m.get('switch_ms') is not None for m in profile['measurements'])
     columns += ['compile'] * compiled + ['switch', 'all'] * switched + ['top-1'] * known
     memory = 'memory of a process' if profile['device'] == 'cpu' else 'memory of the tensors'
     table = create_table(
-        columns, left=('runtime',), title=f'{profile["architecture"]} on {profile["device"]}',
+        columns, left=('runtime',),
+        title=f'{profile["architecture"]} on {profile["device"]}, {", ".join(sorted(runtimes))}',
         caption=f'latency of a batch (ms): median and 90th percentile of {profile["measurements"][0]["runs"]} runs\n'
                 f'peak {memory} with {"this depth" if switched else "the plain net"} alone (MB)'
                 + '; compile: first call (s)' * compiled
                 + '\nswitch: first call after another depth (ms); all: peak memory of all depths (MB)' * switched
                 + ('' if profile['trained_depths'] else '\nthe weights are not trained'))
-    ways = itertools.groupby(profile['measurements'], key=lambda m: (m['runtime'], m['batch_size'], m['threads']))
-    for way, group in ways:
+    groups = itertools.groupby(profile['measurements'], key=lambda m: (m['runtime'], m['batch_size'], m['threads']))
+    for way, group in groups:
         for i, m in enumerate(group):
             row = rows[m['depth']]
-            cells = [*(('', '', '') if i else map(str, way)), str(m['depth']), format_count(row['macs'])]
+            cells = ['' if i else str(value) for value in way[-len(ways):]]
+            cells += [str(m['depth']), format_count(row['macs'])]
             cells += [f'{m["median_ms"]:.2f}', f'{m["p90_ms"]:.2f}', f'{m["memory_mb"]:.1f}']
             if compiled:
                 cells.append('' if m['compile_s'] is None else f'{m["compile_s"]:.1f}')
