@@ -368,6 +368,7 @@ def count_modules(module, kind):
     ('ddnn_resnet20', dict(shared_affine='no'), "shared_affine in arguments of .* must be true or false, got 'no'"),
     ('ddnn_resnet20', dict(num_classes=-1), 'num_classes in arguments of .* must be an integer from 0 to 1000000'),
     ('ddnn_resnet20', dict(layers=(10 ** 5, 1, 1)), r'layers\[0\] in arguments of .* from 1 to 1000, got 100000'),
+    ('ddnn_convnext_tiny', dict(depths=(10 ** 6, 1, 1, 1)), r'depths\[0\] in arguments of .*, got 1000000'),
     ('ddnn_resnet20', dict(channels=(10 ** 5,) * 3), 'memory must be [0-9]+ GiB or more for the model alone, got'),
     ('ddnn_resnet20', dict(device='meta'), 'device is not an argument of a model here'),
 ])

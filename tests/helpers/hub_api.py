@@ -157,7 +157,8 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             if repo_id in self.hub.repos:
                 raise Refusal(409, 'You already created this model repo', url=f'{self.hub.url}/{repo_id}')
-            self.hub.repos[repo_id] = Repo(self.user.name, wanted.get('visibility') == 'private')
+            private = wanted.get('visibility') == 'private' or wanted.get('private', False)  # of clients before 2
+            self.hub.repos[repo_id] = Repo(self.user.name, private)
         return {'url': f'{self.hub.url}/{repo_id}'}
 
     # What is in a repository

@@ -159,11 +159,11 @@ def train_one_epoch(
     model = unwrap_model(ekd_task.trainable_module)
     meter = LossMeter(accelerator, state.step, state.sums)
     progress.start_epoch(state.epoch, state.step)
-    loader.set_epoch(state.epoch)
     if not state.step:  # else the random states are those of the checkpoint
         torch.manual_seed(hash((args.seed, state.epoch, accelerator.process_index)))
     task.train()
     batches = accelerator.skip_first_batches(loader, state.step) if state.step else loader
+    batches.set_epoch(state.epoch)  # not of the loader: before 1.15, what accelerate makes of it begins at epoch 0
     for images, target in normalize(batches, data_config, accelerator.device):
         if mixup:
             with seeded(args.seed, state.epoch, state.step, accelerator.process_index + 1):

@@ -63,6 +63,7 @@ RATES = 'drop_rate', 'drop_path_rate', 'drop_block_rate', 'attn_drop_rate', 'pos
 # Arguments of a model by any caller; the classes judge the others themselves
 ARGUMENTS = record({}, {
     'layers': BLOCKS,
+    'depths': BLOCKS,
     'channels': items(integer(1, 100_000), 1, 8),
     'in_chans': integer(1, MAX_SIDE),
     'num_classes': integer(0, MAX_CLASSES),
