@@ -96,8 +96,8 @@ def test_every_entrypoint(name):
 INT8_FAMILIES = 'regnet', 'regnetz', 'efficientnet', 'mobilenetv3', 'mobilenetv4', 'wide_resnet'
 
 
-@pytest.mark.parametrize('family', [
-    family if family == 'vit' else pytest.param(family, marks=pytest.mark.slow) for family in SMALL])
+@pytest.mark.slow
+@pytest.mark.parametrize('family', list(SMALL))
 def test_every_family(family):
     """Catches blocks, stages or maps that are sought where ResNets have them, and int8 where a norm does not fold."""
     model, x = small(family, ((2, 1, 3, 2), (1, 1, 1, 1)) if family == 'swin' else None)
