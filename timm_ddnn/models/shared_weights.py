@@ -20,6 +20,7 @@ __all__ = [
 
 Blocks = tuple[int, ...]
 Node = tuple[Blocks, str]  # the blocks of all earlier stages, and the name of a module of the full-net
+_NEW = vars(nn.Module())  # what every module begins with; torch.compile does not trace the constructor
 REFUSAL = 'convert what extract(depth) returns, not a model of several depths'
 
 
@@ -521,8 +522,8 @@ class SharedWeightsMixin:
             plain: Whether what the depth has for itself is put in as modules of timm's classes.
         """
         net = object.__new__(self.plain_cls)
-        nn.Module.__init__(net)
-        vars(net).update({k: v for k, v in vars(self).items() if k not in vars(net) and k not in self._OWN})
+        vars(net).update({k: v for k, v in vars(self).items() if k not in self._OWN})
+        vars(net).update({k: v.copy() if hasattr(v, 'copy') else v for k, v in _NEW.items()})
         net.training = self.training
         net._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
         net._parameters, net._buffers = dict(self._parameters), dict(self._buffers)
