@@ -35,7 +35,7 @@ OPTIONS = {
     'vit': [
         '--model', 'vit_tiny_patch16_224', '--subnets', '8', '4', '--lr', 0.002,
         '--model-kwargs', 'embed_dim=24', 'patch_size=8'],
-    'efficientnet': ['--model', 'efficientnet_b0', '--lr', 0.004, '--model-kwargs', 'channel_multiplier=0.25'],
+    'efficientnet': ['--model', 'efficientnet_b0', '--lr', 0.002],
 }
 FAMILIES = ['convnext', *(pytest.param(name, marks=pytest.mark.slow) for name in ('vit', 'efficientnet'))]
 
