@@ -270,7 +270,9 @@ def test_command(folder, logits, digits, tmp_path, capsys):
     assert 'by class' not in out
 
 
-@pytest.mark.parametrize('wish', [[], ['--target-top1', '60'], ['--budget-macs', '2.2e6'], ['--threshold', '0.5']])
+@pytest.mark.parametrize('wish', [
+    [], ['--budget-macs', '2.2e6'],
+    *(pytest.param(wish, marks=pytest.mark.slow) for wish in (['--target-top1', '60'], ['--threshold', '0.5']))])
 def test_cascade(folder, logits, digits, capsys, wish):
     """Catches a threshold chosen on the wrong images or by the wrong rule, and a result that is not the cascade's."""
     speed_images = 0 if wish else 50

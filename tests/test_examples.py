@@ -157,6 +157,7 @@ def test_device(folder, monkeypatch, capsys):
     assert depths == {20, 14, 8}
 
 
+@pytest.mark.slow
 def test_server_with_wrong_input(folder, monkeypatch, capsys):
     """Catches a server that starts with a file, a depth or a budget that it cannot serve, and tracebacks."""
     model, x = load_model(str(folder / 'model')), torch.randn(2, 3, 32, 32)

@@ -55,7 +55,7 @@ def test_a_folder_goes_before_a_model_of_its_name(folder, caplog):
     ('ddnn_resnet20', {'global_pool': 'none'}, 'ddnn_resnet20 cannot be made with the arguments given'),
     ('ddnn_resnet20', {'act_layer': 'none'}, 'ddnn_resnet20 cannot be made with the arguments given'),
     ('ddnn_resnet20', {'layers': 'many'}, 'cannot be created'),
-    ('ddnn_resnet20', {'depth': 9}, 'depth must be of'),
+    ('ddnn_resnet20', {'depth': 9}, 'depth must be one of'),
     ('net', {'channels': (4, 8, 32), 'pretrained': True}, 'must have shape'),
     ('ddnn_resnet20', {'checkpoint_path': 'none'}, 'none does not exist'),
     ('ddnn_resnet20', {'checkpoint_path': 'net/config.json'}, 'is not a file of weights'),

@@ -173,6 +173,7 @@ def test_resume_goes_on_as_train_py_does(trained):
         assert not [name for name in expected if not torch.equal(mine[name], expected[name])]
 
 
+@pytest.mark.slow
 def test_compiled_model():
     """Catches a compiled model that runs at one depth alone, or whose checkpoint holds other names."""
     run(TRAIN_TIMM, TRAIN, *MODEL, '--torchcompile', 'aot_eager', '--output', 'out')

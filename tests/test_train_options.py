@@ -123,7 +123,8 @@ def test_gradient_checkpointing(plain, monkeypatch):
             assert torch.allclose(mine[name], tensor, atol=1e-3), name
 
 
-@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
 def test_torchcompile(backend, plain):
     """Catches a step that breaks into several graphs or is compiled again, and checkpoints that do not load."""
     torch._dynamo.reset()
