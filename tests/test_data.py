@@ -403,6 +403,7 @@ def test_images_that_were_normalized_by_the_device_are_timms(in_chans):
         assert (0 < int(erased.sum()) < 50) == bool(options)
 
 
+@pytest.mark.slow
 def test_processes_of_the_host_program_end_as_they_would(tmp_path):
     """Catches an exit that kills daemons which are no workers of a loader, before they have cleaned up."""
     (tmp_path / 'host.py').write_text(textwrap.dedent("""

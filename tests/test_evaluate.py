@@ -334,6 +334,7 @@ def test_cascade(folder, logits, digits, capsys, wish):
         assert speed['images'] == 50 and 0 < row['low'] <= row['median'] <= row['high']
 
 
+@pytest.mark.slow
 def test_cascade_for_people(folder, tmp_path, capsys):
     """Catches a table without the speed or the reuse, or that fails where there is no speed."""
     args = [folder, '--data', 'digits', '-j', 0, '--cascade', '8', '14', '--output', tmp_path]

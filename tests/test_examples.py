@@ -110,6 +110,7 @@ def test_feature_pyramid_with_wrong_input(args, message, folder, monkeypatch, ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_device(folder, monkeypatch, capsys):
     """Catches an example that needs the library, prepares images otherwise, or moves the depth by other rules."""
     model = load_model(str(folder / 'model'))

@@ -210,6 +210,7 @@ def test_results_are_of_the_runs_that_the_runner_has(modules):
         experiments.check(runs[f'{path.parent.name}/{path.stem}'], path)
 
 
+@pytest.mark.slow
 def test_a_net_is_cut_with_statistics_of_its_own(modules, monkeypatch, tmp_path):
     """Catches a cut net that keeps the statistics of the whole one, or whose calibration changes the full-net."""
     experiments = modules.experiments

@@ -126,6 +126,7 @@ def test_onnx_is_read_without_torch(depth, tmp_path, capsys):
     assert depth == 8 or np.abs(logits[14] - logits[8]).max() > 0.05
 
 
+@pytest.mark.slow
 def test_formats_of_torch_are_read_without_timm(saved, tmp_path, caplog):
     """Catches files that need this library or timm, and a batch that is not free."""
     model, folder = saved

@@ -31,6 +31,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_extracted_models_are_timms_without_this_library(tmp_path, capsys):
     """Catches a folder that only this library loads, other weights, and lost preprocessing, names or results."""
     cases = {
@@ -60,6 +61,7 @@ def test_extracted_models_are_timms_without_this_library(tmp_path, capsys):
         assert not np.allclose(mine, arrays(tmp_path, models[out], models[out].depths[0], f'{out}.npy')[1], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_extracted_cifar_model_says_what_it_needs(saved, tmp_path, capsys):
     """Catches a folder that timm alone is said to load and does not."""
     model, folder = saved

@@ -144,6 +144,7 @@ def test_a_connection_that_is_reset_is_an_oserror(monkeypatch):
         fetch('me/net', 'config.json')
 
 
+@pytest.mark.slow
 def test_one_depth_is_a_stock_timm_repository(hub, client, tmp_path):
     """Catches a repository that needs this library, or holds the weights of another depth."""
     model = make_model('ddnn_resnet50', channels=(8, 8, 16, 16))

@@ -53,6 +53,7 @@ def dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_task_trains_as_an_uncompiled_one(model, x, dynamo):
     expected_task = make_task(copy.deepcopy(model), **OPTIONS)
     task = make_task(model, **OPTIONS)

@@ -63,6 +63,7 @@ def losses(folder):
     return [record['train_loss'] for record in history(folder)]
 
 
+@pytest.mark.slow
 def test_bfloat16(plain, seen):
     """Catches an option that is reported and not applied, and weights that are rounded with the activations."""
     run(*SHORT, '--mixed-precision', 'bf16', '--output', 'out')

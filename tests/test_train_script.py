@@ -122,6 +122,7 @@ def test_images_of_a_folder_and_pretrained_weights(trained):
     assert read('output/ddnn_resnet20-set')['mixed_precision'] == 'bf16'
 
 
+@pytest.mark.slow
 def test_the_full_net_trains_alone_first():
     """Catches sub-nets that train from the start or never, and a run that resumes otherwise than it would have."""
     short = [*FAST, *few_digits(), '-b', 32, '--epochs', 3]  # of 33 updates
@@ -145,6 +146,7 @@ def test_the_full_net_trains_alone_first():
     assert_same_run('again', 'out')
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_workers():
     """Catches batches, mixup or dropout that change with the number of worker processes, or from run to run."""
     options = ['--epochs', 2, '--mixup', 0.2, '--cutmix', 1, '--drop', 0.1, '--aa', 'rand-m5', '--reprob', 0.2]
@@ -192,6 +194,7 @@ def test_averaged_weights_and_other_options(capsys):
     assert read('out', 'evaluation.json')['depths'] == summary['depths']
 
 
+@pytest.mark.slow
 def test_averaged_weights_differ():
     """Catches an average that is never updated, or is the weights themselves."""
     run(*FAST, '--epochs', 2, '--model-ema', '--model-ema-decay', 0.5, '--output', 'out')
