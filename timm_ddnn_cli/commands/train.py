@@ -11,8 +11,8 @@ from ..ekd_options import add_ekd_options, ekd_options
 HELP = 'Train all depths of a dynamic-depth model at once by embedded knowledge distillation.'
 EXAMPLES = """  timm-ddnn train                                                     # small model, scikit-learn's digits
   timm-ddnn train --model ddnn_resnet50 --pretrained --dataset FOLDER --mixed-precision bf16
-  timm-ddnn train --output FOLDER --resume auto --checkpoint-interval 500    # begins, or resumes
-  timm-ddnn train --evaluate --pretrained --model FOLDER --dataset FOLDER
+  timm-ddnn train --output output/digits --resume auto --checkpoint-interval 500    # begins, or resumes
+  timm-ddnn train --evaluate --pretrained --model output/ddnn_resnet50-food --dataset FOLDER
 
 several processes, with the same options:
   accelerate launch --config_file train_scripts/configs/gpus.yaml --num_processes 4 train_scripts/train_ekd.py"""
