@@ -1,12 +1,10 @@
 """Every snippet of README and the site runs, and what their tables and sentences say of the models is so."""
-import importlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -49,7 +47,7 @@ def place(first_place, surroundings, tmp_path, monkeypatch):
 
 def run_in_child(hub, *arguments):  # noqa: F811
     """Run pages in a process of their own, where the test server is the Hub: it is found out at import."""
-    hub.users[hub.token] = User(hub.user, (hub.organization, 'OWNER', 'me'))
+    hub.users[hub.token] = User(hub.user, (hub.organization, 'OWNER'))
     path = f'{ROOT}{os.pathsep}{ROOT / "tests"}'
     result = child(hub, ['-m', 'helpers.snippets', *arguments], timeout=800, PYTHONPATH=path)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -87,23 +85,6 @@ def test_a_wrong_snippet_is_found(code, tmp_path, surroundings):
     (tmp_path / 'page.md').write_text(f'text\n\n{code}\n', encoding='utf-8')
     with pytest.raises((Exception, SystemExit)):
         run_page(tmp_path / 'page.md')
-
-
-@pytest.mark.slow
-def test_examples_of_the_help_run(place, hub):  # noqa: F811
-    """Catches an example that parses and does not run."""
-    hub.publish('timm/resnet50.a1_in1k', {'model.safetensors': save(timm.create_model('resnet50').state_dict())})
-    lines = ['timm-ddnn push RUN OWNER/NAME']
-    for name in NAMES:
-        examples = importlib.import_module(f'timm_ddnn_cli.commands.{name}').EXAMPLES
-        lines += re.findall(r'^ +((?:timm-ddnn|accelerate|hf) [^|\n]*)', examples, re.MULTILINE)
-    for run in 'ddnn_resnet50-food', 'ddnn_resnet50-cars':
-        shutil.copytree('RUN', f'output/{run}')
-    for folder in 'photos', 'more/some':
-        shutil.copytree('FOLDER/val/cat', folder)
-    Path('more/some/0.jpg').rename('more/some/0.png')
-    Path('page.md').write_text('\n'.join(f'```sh\n{line}\n```\n' for line in lines), encoding='utf-8')
-    run_in_child(hub, 'page.md', '--slow')
 
 
 def test_names_of_the_package_exist():

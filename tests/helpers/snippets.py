@@ -108,8 +108,7 @@ def run_command(arguments, slow):
     if untrained or (not slow and name in SLOW):
         with mock.patch.object(argparse.ArgumentParser, 'parse_args', parse_and_stop):
             return expect(Parsed, main, arguments)
-    if arguments[0] != 'list' or len(arguments) == 1:
-        arguments = [*arguments, *SHORT.get('evaluate' if '--evaluate' in arguments else name, ())]
+    arguments = [*arguments, *SHORT.get('evaluate' if '--evaluate' in arguments else name, ())]
     try:
         main(arguments)
     except SystemExit as stop:
