@@ -10,10 +10,10 @@ import onnx
 import pytest
 import timm
 import torch
+from helpers.families import SMALL, small
 from helpers.models import create, images, logits_by_depth, narrow, some_at_once
 from helpers.saved_model import failing, files, save
 from onnx import helper
-from test_families import SMALL, small
 
 from timm_ddnn.deploy import formats
 from timm_ddnn.deploy.export import ExportMismatchError, describe_net, export
