@@ -17,7 +17,7 @@ from timm.models import is_model, is_model_pretrained, list_pretrained, parse_mo
 from torch import nn
 
 from ..utils.costs import count_costs
-from ..utils.environment import describe_machine
+from ..utils.environment import total_memory
 from ..utils.errors import InputError
 from ..utils.files import write_json
 from ..utils.schema import judge
@@ -103,7 +103,7 @@ def _create(name: str, saved: dict[str, Any], **kwargs: Any) -> nn.Module:
         trial = {**kwargs, 'pretrained': False, 'device': 'meta'}
         model = judge_arguments(partial(timm.create_model, name), name.split('.')[0], **trial)
         need = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) / 2 ** 30
-        memory = describe_machine()['hardware']['memory_gib']
+        memory = total_memory()
         if memory and need > memory:
             raise InputError(f'memory must be {need:.0f} GiB or more for the model alone, got {memory} GiB')
     return timm.create_model(name, **kwargs)

@@ -13,7 +13,7 @@ import torch
 from ..version import __version__
 from .errors import InputError
 
-__all__ = ['describe_machine', 'find_device']
+__all__ = ['describe_machine', 'find_device', 'total_memory']
 
 
 _PACKAGES = ('torchvision', 'timm', 'accelerate', 'datasets', 'onnxruntime')
@@ -40,6 +40,13 @@ def find_device(name: str | None = None) -> torch.device:
     return torch.device(name)
 
 
+def total_memory() -> float | None:
+    """Memory of this machine in GiB, None where the system does not tell."""
+    if not hasattr(os, 'sysconf'):
+        return None
+    return round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2 ** 30, 1)
+
+
 def describe_machine() -> dict[str, Any]:
     """Describe what a number was measured with.
 
@@ -57,7 +64,6 @@ def _describe_once() -> dict[str, Any]:
     if os.path.exists('/proc/cpuinfo'):
         lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
         cpu = next((line.partition(': ')[2] for line in lines if line.startswith('model name')), cpu)
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else None
     return {
         'versions': {
             'timm_ddnn': __version__,
@@ -68,7 +74,7 @@ def _describe_once() -> dict[str, Any]:
         'hardware': {
             'cpu': cpu,
             'cpu_cores': os.cpu_count(),
-            'memory_gib': memory and round(memory / 2 ** 30, 1),
+            'memory_gib': total_memory(),
             'gpus': [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         'git': _git_state(Path(__file__)),
