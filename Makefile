@@ -26,7 +26,7 @@ train: $(STAMP)  ## Train with train_scripts/train_ekd.py; ARGS are its options,
 test: $(STAMP)  ## Run all tests but the slow ones; ARGS go to pytest
 	@$(PYTEST) -m 'not slow' $(ARGS)
 
-test-all: $(STAMP)  ## Run all tests
+test-all: $(STAMP) $(ONNXRUNTIME_WEB)  ## Run all tests; the site's needs npm
 	@$(PYTEST) $(ARGS)
 
 test-demo: docs  ## Build the site and test its page that runs a net, in chromium

@@ -1,10 +1,12 @@
 """Every snippet of README and the site runs, and what their tables and sentences say of the models is so."""
+import importlib
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -47,7 +49,7 @@ def place(first_place, surroundings, tmp_path, monkeypatch):
 
 def run_in_child(hub, *arguments):  # noqa: F811
     """Run pages in a process of their own, where the test server is the Hub: it is found out at import."""
-    hub.users[hub.token] = User(hub.user, (hub.organization, 'OWNER'))
+    hub.users[hub.token] = User(hub.user, (hub.organization, 'OWNER', 'me'))
     path = f'{ROOT}{os.pathsep}{ROOT / "tests"}'
     result = child(hub, ['-m', 'helpers.snippets', *arguments], timeout=800, PYTHONPATH=path)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -72,6 +74,24 @@ def test_snippets_that_train_and_export(page, place, hub):  # noqa: F811
     """Catches options that parse and do not go together, and files that are named otherwise."""
     hub.publish('timm/resnet50.a1_in1k', {'model.safetensors': save(timm.create_model('resnet50').state_dict())})
     run_in_child(hub, ROOT / page, '--slow')
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_examples_of_the_help_run(place, hub):  # noqa: F811
+    """Catches an example that parses and does not run, and a file that a later command looks for elsewhere."""
+    hub.publish('timm/resnet50.a1_in1k', {'model.safetensors': save(timm.create_model('resnet50').state_dict())})
+    for run in 'ddnn_resnet50-food', 'ddnn_resnet50-cars':
+        shutil.copytree('RUN', f'output/{run}')
+    for folder in 'photos', 'more/some':
+        shutil.copytree('FOLDER/val/cat', folder)
+    Path('more/some/0.jpg').rename('more/some/0.png')
+    lines = ['timm-ddnn push RUN OWNER/NAME']
+    for name in sorted(NAMES, key=lambda name: name != 'export'):  # `profile --file` measures what it writes
+        examples = importlib.import_module(f'timm_ddnn_cli.commands.{name}').EXAMPLES
+        lines += re.findall(r'^ +((?:timm-ddnn|accelerate|hf) [^|\n]*)', examples, re.MULTILINE)
+    Path('page.md').write_text('\n'.join(f'```sh\n{line}\n```\n' for line in lines), encoding='utf-8')
+    run_in_child(hub, 'page.md', '--slow')
 
 
 @pytest.mark.parametrize('code', [

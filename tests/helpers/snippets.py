@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT = {
     'calibrate': ['-j', '0'],
     'evaluate': ['-j', '0'],
-    'list': ['ddnn_resnet20'],
     'predict': ['-j', '0'],
     'profile': ['--rounds', '2', '--depths', '14'],
     'train': [

@@ -11,7 +11,7 @@ from .profile import RUNTIMES
 HELP = 'Choose the best depth within limits, from what `profile` measured on this machine and `evaluate` found.'
 EXAMPLES = """  timm-ddnn choose --latency-ms 20
   timm-ddnn choose --profile output/phone/profile.json --memory-mb 100 --min-top1 75 --runtime onnxruntime
-  timm-ddnn choose --evaluation evaluation.json --macs 2.5e9 --json | jq .depth"""
+  timm-ddnn choose --evaluation evaluation/evaluation.json --macs 2.5e9 --json | jq .depth"""
 _logger = logging.getLogger(__name__)
 LIMITS = {'latency_ms': 'latency', 'macs': 'MACs', 'memory_mb': 'memory', 'min_top1': 'top-1'}
 

@@ -6,7 +6,7 @@ from typing import Any
 from ..arguments import number, parse_depth
 
 HELP = 'Write one depth, or every depth, as ONNX, torch.export or TorchScript, compared with the model on real images.'
-EXAMPLES = """  timm-ddnn export output/ddnn_resnet50-food --depth all --format onnx --data FOLDER --int8
+EXAMPLES = """  timm-ddnn export output/ddnn_resnet50-food --depth all --format onnx --data FOLDER --int8 --output files
   timm-ddnn export output/ddnn_resnet50-food --depth 26 --format onnx --data FOLDER
   timm-ddnn export output/ddnn_resnet50-food --depth all --format torch-export --dynamic-batch --output files"""
 FORMATS = ('onnx', 'torch-export', 'torchscript')

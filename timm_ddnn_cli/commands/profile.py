@@ -10,7 +10,7 @@ from ..arguments import fail, number
 HELP = 'Measure latency, peak memory and multiply-accumulates of every depth on this machine.'
 EXAMPLES = """  timm-ddnn profile ddnn_resnet50 --batch-sizes 1 8 --threads 1 2
   timm-ddnn profile output/ddnn_resnet20-digits --runtimes eager compiled onnxruntime --output output/phone
-  timm-ddnn profile hf-hub:OWNER/NAME --evaluation evaluation.json --json
+  timm-ddnn profile hf-hub:OWNER/NAME --evaluation evaluation/evaluation.json --json
   timm-ddnn profile --file files/ddnn_resnet50-int8.onnx --threads 1 2"""
 RUNTIMES = ('eager', 'compiled', 'onnxruntime')
 
