@@ -380,6 +380,14 @@ def test_arguments_that_make_no_model_are_one_line(name, kwargs, message):
     assert len(str(error.value)) <= 1100
 
 
+@pytest.mark.parametrize('tensors', [{}, [torch.zeros(2)], {'conv1.weight': [1.0]}, 'weights.bin', torch.zeros(2)])
+@pytest.mark.parametrize('place', ['pretrained_cfg', 'pretrained_cfg_overlay'])
+def test_a_state_dict_of_another_type_is_one_line(place, tensors):
+    with pytest.raises(InputError, match=r'^state_dict must be tensors by their names, got ') as error:
+        timm.create_model('ddnn_resnet20', pretrained=True, **{place: {'state_dict': tensors}})
+    assert len(str(error.value)) < 200
+
+
 def test_threads_at_different_depths(small):
     """Fails if the depth were a state of the model: threads would see each other's."""
     x = images(small, batch=4)

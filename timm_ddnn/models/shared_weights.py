@@ -110,13 +110,13 @@ class SubNetModule(nn.Module):
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Compute what the full-net's module computes, by the statistics of this one."""
-        original, module = self.original, self._assemble()
+        module = self._assemble()
         if self._is_norm:
-            for hook in original._forward_pre_hooks.values():  # by which torch.nn.utils.prune masks weights
+            for hook in module._forward_pre_hooks.values():  # by which torch.nn.utils.prune masks weights
                 hook(module, (x,))
             if isinstance(x, torch.fx.Proxy):  # torch.fx does not trace into norms of torch.nn, whose check it cannot
                 vars(module)['_check_input_dim'] = lambda x: None
-        return type(original).forward(module, x, **kwargs)
+        return type(module).forward(module, x, **kwargs)
 
     def plain(self) -> nn.Module:
         """Return an instance of the original's class with the statistics of this one; nothing is copied."""
