@@ -5,10 +5,11 @@
 
 The same requests, at the same moments, go to three servers in turn: with the depth that the load allows, with the
 full-net alone and with the shallowest net alone. A request is a batch of images; it is in time if its answer is back
-within the budget, `--budget` times what the full-net takes for a request. It writes server.json and server.png, and
-the table of the replay in README.md unless `--output` is another folder.
+within the budget, `--budget` times what the full-net takes for a request. It writes server.json, server.csv (a row for
+each request) and server.png, and the table of the replay in README.md unless `--output` is another folder.
 """
 import asyncio
+import csv
 import io
 import json
 import statistics
@@ -144,13 +145,22 @@ def table(result):
     return '\n'.join(lines) + '\n'
 
 
-def draw(path, result):
+def write_csv(path, replays):
+    """A row for every request."""
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(['server', *replays['controller'][0]])
+        writer.writerows(
+            [name, *(round(value, 4) for value in row.values())] for name, rows in replays.items() for row in rows)
+
+
+def draw(path, result, replays):
     figure, panels = plt.subplots(4, 1, figsize=(8, 9), sharex=True, layout='constrained')
     panels[0].plot([result['seconds'] * t for t in TIMES], result['rates'], color='black')
     panels[0].axhline(result['capacity'], color='grey', linestyle=':')
     panels[0].set(ylabel='requests per second', title=result['title'])
-    for i, (name, server) in enumerate(result['servers'].items()):
-        rows, style = server['rows'], dict(color=f'C{i}', label=name)
+    for i, (name, rows) in enumerate(replays.items()):
+        style = dict(color=f'C{i}', label=name)
         moments = np.array([row['moment'] for row in rows])
         panels[1].plot(moments, [row['latency_ms'] for row in rows], '.', markersize=3, **style)
         bins = np.linspace(0, result['seconds'], 25)
@@ -194,15 +204,17 @@ def main():
         'file': Path(args.file).name, 'images': args.images, 'seconds': args.seconds, 'budget_ms': budget_ms,
         'capacity': capacity, 'rates': rates, 'servers': {}, **describe_machine(),
     }
+    replays = {}
     for name, depth in (('controller', None), (f'depth {depths[0]}', depths[0]), (f'depth {depths[-1]}', depths[-1])):
         with Served(args.file, budget_ms, depth, args.port) as url:
             measure_service(url, request)
-            rows = asyncio.run(replay(url, moments, requests))
-        result['servers'][name] = {**summarize(rows, budget_ms), 'rows': rows}
-        print(f'{name}: {json.dumps(summarize(rows, budget_ms))}', flush=True)
+            replays[name] = asyncio.run(replay(url, moments, requests))
+        result['servers'][name] = summarize(replays[name], budget_ms)
+        print(f'{name}: {json.dumps(result["servers"][name])}', flush=True)
     with staged_folder(args.output) as folder:
         write_json(folder / 'server.json', result)
-        draw(folder / 'server.png', result)
+        write_csv(folder / 'server.csv', replays)
+        draw(folder / 'server.png', result, replays)
     if args.output == RESULTS:
         write_section(HERE / 'README.md', 'server', table(result))
 
