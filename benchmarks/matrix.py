@@ -309,16 +309,23 @@ RATES = (
     ('0.1', '5e-4'), ('0.05', '1e-3'), ('0.1', '1e-3'), ('0.05', '5e-4'), ('0.1', '2e-3'), ('0.1', '4e-3'),
     ('0.1', '8e-3'))
 THEN_RATES = ('0.025', '2e-3'), ('0.05', '1e-3')
+# Rate and decay of the rows of regime C, chosen by results/tuning
+CHOSEN = dict.fromkeys(('alone_18', 'alone_10', 'ekd', 'joint'), ('0.1', '2e-3'))
+
+
+def regime_c():
+    """Make the rows of regime C of results/PROTOCOL.md, without rate and decay."""
+    return equal_cost(
+        'ddnn_cifar_resnet18', 40, {'--mixed-precision': 'no', '-b': '64'}, channels=(16, 32, 64, 128))
 
 
 def tuning():
     """Make the runs by which options are chosen before a judged run, by seed 0, and 100 and 101: results/tuning."""
-    common = {'--mixed-precision': 'no', '-b': '64'}
-    small = equal_cost('ddnn_cifar_resnet18', 40, common, channels=(16, 32, 64, 128))
-    half = equal_cost('ddnn_cifar_resnet18', 60, common | {'-b': '128'}, channels=(32, 64, 128, 256))
+    half = equal_cost(
+        'ddnn_cifar_resnet18', 60, {'--mixed-precision': 'no', '-b': '128'}, channels=(32, 64, 128, 256))
     runs = []
     for (prefix, data, rows), seed in product(
-            (('', 'cifar10_2500', small), ('cifar100_', 'cifar100_10k', half)), (0, 100, 101)):
+            (('', 'cifar10_2500', regime_c()), ('cifar100_', 'cifar100_10k', half)), (0, 100, 101)):
         for row, (options, teacher) in rows.items():
             for lr, decay in {'first': RATES[:1], 'then': THEN_RATES}.get(row, RATES):
                 rate = {'--lr': lr, '--weight-decay': decay}
@@ -327,6 +334,17 @@ def tuning():
                     f'tuning/{prefix}{row}_lr_{lr}_wd_{decay}-{seed}', f'{data}_tuning', seed, options | rate,
                     teacher=f'tuning/{by}-{seed}' if teacher else None))
     return runs
+
+
+def judged():
+    """Make the judged runs of regime C of results/PROTOCOL.md."""
+    rows = regime_c()
+    return [
+        Run(
+            f'promise_cifar10_2500/{row}-{seed}', 'cifar10_2500_judged', seed,
+            rows[row][0] | {'--lr': lr, '--weight-decay': decay})
+        for row, (lr, decay) in CHOSEN.items() for seed in ((1, 2, 3) if row == 'joint' else (1, 2, 3, 4, 5))
+    ]
 
 
 def all_runs():
@@ -348,5 +366,6 @@ def all_runs():
         *compare('photos_convnext_atto', 'ddnn_convnext_atto', 'photos_judged', CONVNEXT, ('alone', 'ekd'), {}),
         *ablations(seeds=3),
         *tuning(),
+        *judged(),
     ]
     return {run.name: run for run in runs}
