@@ -27,6 +27,8 @@ class Classifier:
 
     def __init__(self, path: str, threads: int = 1) -> None:
         """Open the file, and read from its metadata how images are prepared."""
+        if tuple(map(int, onnxruntime.__version__.split('.')[:2])) < (1, 29):  # its convolutions in int8 are wrong then
+            raise ValueError(f'onnxruntime must be 1.29 or later, got {onnxruntime.__version__}')
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])

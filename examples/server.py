@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Serve one ONNX file of several depths over HTTP; the depth follows the load, so that answers keep a budget of time.
 
-    pip install fastapi uvicorn onnxruntime
+    pip install fastapi uvicorn 'onnxruntime>=1.29'
     python examples/server.py ddnn_resnet56-int8.onnx --budget-ms 300           # the deepest net that the queue allows
     python examples/server.py ddnn_resnet56-int8.onnx --budget-ms 300 --depth 56    # fixed, to compare
 

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 
+import onnxruntime
 import pytest
 import torch
 from helpers.models import create
@@ -140,6 +141,10 @@ def test_device(folder, monkeypatch, capsys):
             run(monkeypatch, 'device.py', *args)
         assert error.value.code == 2
         assert sum('error: ' in line for line in capsys.readouterr().err.splitlines()) == 1
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(onnxruntime, '__version__', '1.28.0')
+        run(monkeypatch, 'device.py', file, folder / 'photo.png')
+    assert 'onnxruntime must be 1.29 or later, got 1.28.0' in capsys.readouterr().err
     run(monkeypatch, 'device.py', file, folder / 'photo.png', '--depth', '19')
     assert 'depth 14,' in capsys.readouterr().out
 

@@ -45,6 +45,7 @@ class SubNetModule(nn.Module):
         self._is_norm = False
         original = self.original
         self.training = original.training
+        vars(self)['_names'] = tuple(vars(original))
         self._is_norm = original in model.find_own(name)
         if self._is_norm:
             own = dict(original.named_buffers(recurse=False))
@@ -91,7 +92,12 @@ class SubNetModule(nn.Module):
         original = self.original
         module = object.__new__(type(original))
         state = vars(module)
-        state.update(vars(original))
+        if torch.compiler.is_compiling():  # up to torch 2.11 at least it reads what a module has by names alone
+            for name in self._names:
+                state[name] = vars(original)[name]
+        else:
+            state.update(vars(original))
+            vars(self)['_names'] = tuple(state)
         state['training'] = self.training
         parameters, buffers, modules = self._parameters, self._buffers, self._modules
         if parameters and 'weight' in original._buffers:  # scale and shift were frozen
