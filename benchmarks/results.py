@@ -17,7 +17,8 @@ from statistics import mean, stdev
 
 from matplotlib.figure import Figure
 
-from timm_ddnn.evaluation.plots import save_figure, show_macs
+from timm_ddnn.evaluation.metrics import wilson_interval
+from timm_ddnn.evaluation.plots import save_figure, show_macs, widen_axis
 
 RESULTS = Path(__file__).resolve().parent.parent / 'results'
 # What is drawn: color, marker, line, label
@@ -28,6 +29,9 @@ STYLES = {
     'ekd': ('tab:blue', 'o', '-', 'EKD'),
     'kd_shared_deep': ('tab:green', 'D', '-', 'shared, distilled from a deeper net'),
 }
+DATA = {
+    'cifar10': 'CIFAR-10 (JPEG)', 'tiny_imagenet': 'Tiny ImageNet', 'photos_judged': 'photographs',
+    'cifar10_2500_judged': '2,500 images of CIFAR-10 (JPEG)'}
 
 
 def split_name(stem):
@@ -161,6 +165,9 @@ def draw(path, rows, title):
         axes.annotate(f'depth {depth}', (value, 0.02), **place)
     show_macs(axes, max(macs.values()))
     axes.margins(x=0.12, y=0.18)
+    images = [row['validation_images'] for row in rows]
+    widen_axis(axes, [
+        wilson_interval(round(row['top1'] * n / 100), n) for row, n in zip(rows, images, strict=True)])
     axes.set(xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)', title=title)
     axes.grid(alpha=0.3, axis='y')
     figure.legend(
@@ -175,8 +182,8 @@ def main():
     write_csv(RESULTS / 'summary.csv', summary_rows(rows))
     for experiment in sorted({row['experiment'] for row in rows} - {'ablations'}):
         shown = [row for row in rows if row['experiment'] == experiment]
-        data = {'cifar10': 'CIFAR-10 (JPEG)', 'tiny_imagenet': 'Tiny ImageNet'}.get(shown[0]['data'], shown[0]['data'])
-        net = shown[0]['model'].removeprefix('ddnn_').replace('resnet', 'ResNet-')
+        data = DATA.get(shown[0]['data'], shown[0]['data'])
+        net = shown[0]['model'].removeprefix('ddnn_').replace('resnet', 'ResNet-').replace('convnext_a', 'ConvNeXt-A')
         title = f'{net} and its sub-nets on {data}, {shown[0]["epochs"]} epochs'
         draw(RESULTS / f'{experiment}.png', shown, title)
 

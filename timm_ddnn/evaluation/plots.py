@@ -12,7 +12,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .metrics import wilson_interval
 
-__all__ = ['MARKERS', 'plot_accuracy', 'plot_calibration', 'plot_curves', 'save_figure', 'show_macs']
+__all__ = [
+    'MARKERS', 'plot_accuracy', 'plot_calibration', 'plot_curves', 'save_figure', 'show_macs', 'widen_axis',
+]
 
 
 MARKERS = 'osD^vP*X'  # of depths, or of other curves of one plot
@@ -53,7 +55,7 @@ def plot_accuracy(
             axes, macs, top1, interval, fmt='o', color=colors[depth], label=f'depth {depth}: {top1:.2f} %')
     show_macs(axes, max(macs for _, macs, *_ in points))
     axes.margins(x=0.1, y=0.1)
-    _widen(axes, [*([cascade['top1_interval']] if cascade else []), *(point[-1] for point in points)])
+    widen_axis(axes, [*([cascade['top1_interval']] if cascade else []), *(point[-1] for point in points)])
     axes.set_title(title, parse_math=False)  # the name of a data set may have dollar signs
     axes.set(xlabel='multiply-accumulates per image', ylabel='top-1 accuracy (%)')
     axes.grid(alpha=0.3)
@@ -63,7 +65,7 @@ def plot_accuracy(
     save_figure(figure, path)
 
 
-def _widen(axes: Axes, intervals: Sequence[Sequence[float]]) -> None:
+def widen_axis(axes: Axes, intervals: Sequence[Sequence[float]]) -> None:
     """Let the axis of an accuracy span three times the widest of some intervals: no difference looks larger than it."""
     low, high = axes.get_ylim()
     more = 3 * max(high - low for low, high in intervals) - (high - low)
@@ -107,7 +109,7 @@ def plot_curves(
                 values = [record.get(f'{metric}_{depth}', math.nan) for record in history]
                 axes.plot(epochs, values, style, color=f'C{i}', marker=MARKERS[i % len(MARKERS)], markersize=4)
         if term == 'top1':
-            _widen(axes, [row['top1_interval'] for row in rows])
+            widen_axis(axes, [row['top1_interval'] for row in rows])
         else:
             axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
