@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from timm_ddnn.models import shared_weights
 from timm_ddnn.models.shared_weights import SubNetModule
 from timm_ddnn.utils.errors import InputError
 from timm_ddnn.utils.modules import find_norms
@@ -296,6 +297,24 @@ def test_compiled_by_inductor_agrees(small):
         outputs = compiled(x, depth='all')
         for depth, expected in logits_by_depth(small, x).items():
             torch.testing.assert_close(outputs[depth].logits, expected, rtol=1e-4, atol=1e-4)
+
+
+class _ScaledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+@pytest.mark.skipif(shared_weights._BY_NAMES, reason='this torch.compile reads attributes by the names noted before')
+def test_compile_takes_what_a_converted_norm_has():
+    """Catches attributes that are noted when the model is made: SyncBatchNorm and its like bring others."""
+    model = create('ddnn_resnet20', layers=(2, 2, 2), subnets=((1, 1, 1),), channels=(4, 8, 16)).eval()
+    norm = _ScaledNorm(8).eval()
+    norm.load_state_dict(model.layer2[0].bn1.state_dict())
+    norm.factor = 2.0
+    model.layer2[0].bn1 = norm
+    x = images(model)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend='eager')(x, depth=8), model(x, depth=8))
 
 
 def test_export_at_a_fixed_depth_and_at_all(small):

@@ -21,6 +21,8 @@ __all__ = [
 Blocks = tuple[int, ...]
 Node = tuple[Blocks, str]  # the blocks of all earlier stages, and the name of a module of the full-net
 _NEW = vars(nn.Module())  # what every module begins with; torch.compile does not trace the constructor
+# torch.compile of 2.9 to 2.11, where it was tried, reads what a module has by names alone; that of 2.14 copies it whole
+_BY_NAMES = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14)
 REFUSAL = 'convert what extract(depth) returns, not a model of several depths'
 
 
@@ -92,12 +94,11 @@ class SubNetModule(nn.Module):
         original = self.original
         module = object.__new__(type(original))
         state = vars(module)
-        if torch.compiler.is_compiling():  # up to torch 2.11 at least it reads what a module has by names alone
+        if _BY_NAMES and torch.compiler.is_compiling():
             for name in self._names:
                 state[name] = vars(original)[name]
         else:
             state.update(vars(original))
-            vars(self)['_names'] = tuple(state)
         state['training'] = self.training
         parameters, buffers, modules = self._parameters, self._buffers, self._modules
         if parameters and 'weight' in original._buffers:  # scale and shift were frozen
