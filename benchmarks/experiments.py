@@ -146,27 +146,29 @@ def count_costs(run, summary, folder, teacher):
     teaching, trained_by = 0, 0
     if teacher:
         trained_by = json.loads((RESULTS / f'{run.teacher}.json').read_text()).get('training_macs')
-    if args['ema_teacher'] or '--average-teacher' in run.options:
+    if args['ema_teacher'] or args['frozen_teacher'] or '--average-teacher' in run.options:
         teaching = full
     elif args['teacher']:
         net = load_teacher(str(teacher or args['teacher']))
         teaching = forward_macs(net, net.depths[:1], size)
         trained_by = trained_by if teacher else None
-    batches = args['epochs'] * (summary['training_images'] // args['batch_size'])
-    first = args['full_net_updates']
-    forwards = first * full + (batches - first) * forward_macs(model, 'all', size)
+    images = summary['training_images'] // args['batch_size'] * args['batch_size']
+    together = 3 * forward_macs(model, 'all', size) + teaching
     return {
-        'training_macs': args['batch_size'] * (3 * forwards + batches * teaching),
+        'training_macs': images * (args['epochs'] * together + 3 * args['full_net_epochs'] * full),
         'teacher_training_macs': trained_by,
     }
 
 
-def flatten(options, teacher=None):
-    """Make arguments of options; {teacher} in a value is the folder of the run's teacher."""
-    arguments = []
-    for flag, value in options.items():
-        arguments += [flag] if value is None else [flag, *value.replace('{teacher}', str(teacher)).split()]
-    return arguments
+def flatten(options):
+    """Make arguments of options."""
+    return [word for flag, value in options.items() for word in (flag, *(value or '').split())]
+
+
+def read_history(folder):
+    """Read the metrics of every epoch of a run, none if there is no run."""
+    path = folder / 'metrics.jsonl'
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @contextmanager
@@ -227,14 +229,15 @@ class Runner:
                 summary, history = truncate(run, teacher, data_folder(run.data, self.root))
             elif memory := self.train(run, folder, teacher, lock):
                 summary = json.loads((folder / 'summary.json').read_text())
-                history = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+                history = read_history(folder)
                 summary['weights_sha256'] = json.loads((folder / 'config.json').read_text())['weights_sha256']
                 summary |= evaluate_test(folder, data_folder(run.data, self.root), summary['mixed_precision'])
                 summary |= count_costs(run, summary, folder, teacher)
-                summary |= {'training_seconds': sum(record['seconds'] for record in history), 'peak_memory': memory}
+                records = history + read_history(folder / 'full_net')
+                summary |= {'training_seconds': sum(record['seconds'] for record in records), 'peak_memory': memory}
             else:
                 return
-            places = 'output', 'resume', 'teacher', 'initial_checkpoint'  # on this machine
+            places = 'output', 'resume', 'teacher'  # on this machine
             summary['arguments'] = {
                 name: value for name, value in summary['arguments'].items() if name not in places
             } | {'dataset': run.data}
@@ -250,10 +253,10 @@ class Runner:
         command = [
             sys.executable, '-W', 'ignore', SCRIPT,
             # Without attention, which the options of `kd` do not say
-            *(('--teacher', teacher, '--beta', '0') if teacher and '{teacher}' not in str(run.options) else ()),
+            *(('--teacher', teacher, '--beta', '0') if teacher else ()),
             '--dataset', os.path.relpath(data_folder(run.data, self.root), ROOT), *LOADER,
             '--checkpoint-hist', '1', '--seed', run.seed, '--output', folder, '--resume', 'auto',
-            '--log-interval', '1000000', *flatten(run.options, teacher),
+            '--log-interval', '1000000', *flatten(run.options),
         ]
         # The library beside the scripts, whichever is installed: it is the one whose commit the result names
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])

@@ -16,7 +16,6 @@ CONVNEXT = {
     '--mixed-precision': 'no', '-b': '64', '--opt': 'adamw', '--lr': '1e-3', '--weight-decay': '0.05', '--epochs': '24',
     '--warmup-epochs': '3', '--img-size': '64'}
 CE_ONLY = {'--alpha': '0', '--beta': '0'}
-TRAIN_IMAGES = {'cifar10': 50_000, 'tiny_imagenet': 100_000}
 
 
 class Run(NamedTuple):
@@ -66,8 +65,7 @@ def compare(experiment, model, data, recipe, methods, seeds):
             named = {f'kd_deep-{depth}': single[depth] | KD_DEEP for depth in net.depths}
         else:
             weights = weigh(net.depths, *SUBNET_WEIGHTS[method]) if method in SUBNET_WEIGHTS else {}
-            first = full_net_first(TRAIN_IMAGES[data], recipe) if method == 'ekd_full_first' else {}
-            named = {method: options | weights | first}
+            named = {method: options | weights}
         for seed, (name, options) in product(range(seeds.get(method, 1)), named.items()):
             runs.append(Run(
                 f'{experiment}/{name}-{seed}',
@@ -94,12 +92,6 @@ def weigh(depths, middle, shallow):
     return {'--weights': ' '.join([*(f'{depth}={middle}' for depth in others), f'{last}={shallow}'])}
 
 
-def full_net_first(images, recipe, part=2):
-    """Make the option by which the full-net trains alone in the first half, or third, of the updates."""
-    updates = int(recipe['--epochs']) * (images // int(recipe['-b']))
-    return {'--full-net-updates': str(updates // part)}
-
-
 # The loss of each method; what is known of their choice is in results/README.md.
 KD = {'--alpha': '1', '--temperature': '4'}
 KD_SHARED = KD | {'--beta': '0'}
@@ -112,16 +104,15 @@ METHODS = {
     'kd_shared': KD_SHARED,
     'kd_shared_weighted': KD_SHARED,
     'kd_shared_deep': KD_DEEP,
-    'kd_shared_deep_private': KD_DEEP | {'--model-kwargs': 'shared_affine=False'},
+    'kd_shared_deep_private': KD_DEEP | {'--private': 'affine'},
     'ekd': EKD,
     'kl': {'--alpha': EKD['--alpha'], '--beta': '0'},
     'attention': EKD | {'--alpha': '0'},
     'kl_only': {'--subnet-ce': '0', '--alpha': '1', '--temperature': '1', '--beta': '0'},
     'truncation': {},
     'ekd_equal': EKD,
-    'ekd_private': EKD | {'--model-kwargs': 'shared_affine=False'},
+    'ekd_private': EKD | {'--private': 'affine'},
     'ekd_light': EKD,
-    'ekd_full_first': EKD,
     'ekd_ema_teacher': EKD | EMA_TEACHER,
     'ekd_late': EKD | {'--subnets': '3,2,1 2,1,1'},
     'joint_weighted': CE_ONLY,
@@ -139,7 +130,6 @@ HALF_WEIGHTS = weigh((20, 14, 8), '0.5', '0.5')
 START = {'warmup_4': {'--warmup-epochs': '4'}, 'clip_1': {'--clip-grad': '1'}}
 FEW = {'--train-split': 'few', '--epochs': '60', '--warmup-epochs': '6'}
 AVERAGE = KD | {'--average-teacher': '0.998'}
-FULL_FIRST = full_net_first(5_000, RECIPE | FEW)
 DEEPER = {'--model': 'ddnn_resnet44'}
 ABLATIONS = [
     ('Which terms', None, {
@@ -154,8 +144,8 @@ ABLATIONS = [
     ('Learning rate', 'ekd', {'lr_0.2': {'--lr': '0.2'}}),
     ('Start of training', 'alone_20', START),
     ('Start of training', 'joint', START),
-    ('Scale and shift', 'joint', {'private': {'--model-kwargs': 'shared_affine=False'}}),
-    ('Scale and shift', 'ekd', {'private': {'--model-kwargs': 'shared_affine=False'}}),
+    ('Scale and shift', 'joint', {'private': {'--private': 'affine'}}),
+    ('Scale and shift', 'ekd', {'private': {'--private': 'affine'}}),
     ('Weight of the sub-nets', 'ekd', {
         'half_weights': HALF_WEIGHTS,
         'half_weights_alpha_1': HALF_WEIGHTS | {'--alpha': '1'},
@@ -193,10 +183,6 @@ ABLATIONS = [
         'few_alone_ema_8': SINGLE | FEW | EMA_TEACHER | {'--model-kwargs': 'layers=1,1,1'},
         'few_joint': CE_ONLY | FEW,
         'few_ekd': EKD | FEW,
-        'few_joint_full_first': CE_ONLY | FEW | FULL_FIRST,
-        'few_ekd_full_first': EKD | FEW | FULL_FIRST,
-        'few_ekd_full_first_third': EKD | FEW | full_net_first(5_000, RECIPE | FEW, part=3),
-        'few_ekd_full_first_soft': EKD | FEW | FULL_FIRST | HALF_WEIGHTS | KD,
         'few_ekd_ema_teacher': EKD | FEW | EMA_TEACHER,
         'few_kd_shared': KD_SHARED | FEW,
     }),
@@ -205,7 +191,6 @@ ABLATIONS = [
         'few_44_alone_32': SINGLE | FEW | DEEPER | {'--model-kwargs': 'layers=5,5,5'},
         'few_44_joint': CE_ONLY | FEW | DEEPER,
         'few_44_ekd': EKD | FEW | DEEPER,
-        'few_44_ekd_full_first': EKD | FEW | FULL_FIRST | DEEPER,
     }),
     ('Number of sub-nets and where they are cut', None, {
         'alone_late_14': SINGLE | {'--model-kwargs': 'layers=3,2,1'},
@@ -217,25 +202,12 @@ ABLATIONS = [
         'cut_late': {'--subnets': '3,2,1 2,1,1'},
     }),
 ]
-# More than the others have: after three, the promise was undecided at depth 8 of few_ekd_full_first, which brought six
-# to all that it is compared with, and at depth 32 of few_44_ekd_full_first
+# More than the others have: runs of an earlier version, the full-net alone in the first updates, had as many
 SEEDS = {
-    **dict.fromkeys(('few_alone_20', 'few_alone_14', 'few_alone_8'), 6),
-    **dict.fromkeys(('few_joint_full_first', 'few_ekd_full_first', 'few_kd_shared'), 6),
-    **dict.fromkeys(('few_44_alone_44', 'few_44_alone_32', 'few_44_ekd_full_first'), 4),
+    **dict.fromkeys(('few_alone_20', 'few_alone_14', 'few_alone_8', 'few_kd_shared'), 6),
+    **dict.fromkeys(('few_44_alone_44', 'few_44_alone_32'), 4),
 }
 ABLATION_RECIPE = {'--model': 'ddnn_resnet20', **RECIPE, '--epochs': '8'}
-# What a variant is compared with at a depth, the first that has it, where that is not the variant which it changes.
-# 'alone' is alone_20 at depth 20, and so on.
-AGAINST = {
-    'joint': ['alone'], 'kl': ['joint'], 'attention': ['joint'], 'ekd': ['joint'], 'kl_only': ['joint'],
-    **{name: ['few_alone'] for name in (
-        'few_alone_ema', 'few_joint', 'few_joint_full_first', 'few_ekd', 'few_ekd_full_first',
-        'few_ekd_full_first_third', 'few_ekd_full_first_soft', 'few_ekd_ema_teacher', 'few_kd_shared')},
-    'few_44_joint': ['few_44_alone', 'few_alone'], 'few_44_ekd': ['few_44_alone', 'few_alone'],
-    'few_44_ekd_full_first': ['few_44_alone', 'few_alone'],
-    'ekd_cut_late': ['alone_late', 'alone'],
-}
 
 
 def ablations(seeds):
@@ -296,19 +268,18 @@ def equal_cost(model, epochs, common, channels=(), size=(3, 32, 32)):
         'joint': (at_once | CE_ONLY, None),
         'ekd': (at_once | EKD, None),
         'adn': (at_once | METHODS['kl_only'] | mean, None),
-        # The full-net alone for a part of its epochs; its frozen copy then teaches all depths, which start from it
-        'first': (train(first, full), None),
-        'then': (then | KD_SHARED | {
-            '--initial-checkpoint': '{teacher}/model.safetensors', '--teacher': '{teacher}'}, 'first'),
+        'ekd_averaged': (train(budget / (3 * together + macs[full])) | EMA_TEACHER, None),
+        # The full-net alone before; its frozen copy then teaches all depths, which start from it
+        'full_first': (then | KD_SHARED | {'--full-net-epochs': str(first), '--frozen-teacher': None}, None),
+        **{f'private_{kind}': (at_once | EKD | {'--private': kind}, None) for kind in ('affine', 'classifier', 'conv')},
     }
 
 
 # For SGD, half the rate and twice the decay is half the loss. At two depths the weights of the losses sum to 2 in joint
-# and ADN, to 2.3 in EKD, and to 4 in `then`, where the first rate makes them 1.
+# and ADN, to 2.3 in EKD, and to 4 in full_first.
 RATES = (
     ('0.1', '5e-4'), ('0.05', '1e-3'), ('0.1', '1e-3'), ('0.05', '5e-4'), ('0.1', '2e-3'), ('0.1', '4e-3'),
     ('0.1', '8e-3'))
-THEN_RATES = ('0.025', '2e-3'), ('0.05', '1e-3')
 # Decay of the rows of regime C at a rate of 0.1, chosen by results/tuning
 CHOSEN = {'alone_18': '8e-3', 'alone_10': '4e-3', 'ekd': '4e-3'}
 
@@ -327,12 +298,11 @@ def tuning():
     for (prefix, data, rows), seed in product(
             (('', 'cifar10_2500', regime_c()), ('cifar100_', 'cifar100_10k', half)), (0, 100, 101)):
         for row, (options, teacher) in rows.items():
-            for lr, decay in {'first': RATES[:1], 'then': THEN_RATES}.get(row, RATES):
+            for lr, decay in RATES:
                 rate = {'--lr': lr, '--weight-decay': decay}
-                by = f'{prefix}{teacher}_lr_{RATES[0][0]}_wd_{RATES[0][1]}'
                 runs.append(Run(
                     f'tuning/{prefix}{row}_lr_{lr}_wd_{decay}-{seed}', f'{data}_tuning', seed, options | rate,
-                    teacher=f'tuning/{by}-{seed}' if teacher else None))
+                    teacher=f'tuning/{prefix}{teacher}_lr_{lr}_wd_{decay}-{seed}' if teacher else None))
     return runs
 
 
@@ -350,12 +320,12 @@ def judged():
 def all_runs():
     several = (
         'alone', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep', 'kd_shared_deep_private', 'joint', 'ekd',
-        'ekd_private', 'ekd_full_first', 'ekd_ema_teacher', 'alone_late', 'ekd_late')
+        'ekd_private', 'ekd_ema_teacher', 'alone_late', 'ekd_late')
     seeds = dict.fromkeys(several, 3)
     small = {**RECIPE, '--epochs': '15', '--warmup-epochs': '3'}
     deep = {**RECIPE, '--epochs': '40', '--warmup-epochs': '5', '-b': '256', '--torchcompile': 'inductor'}
     tiny = {**deep, '--epochs': '20', '--warmup-epochs': '3', '--img-size': '64'}
-    main = 'alone', 'kd', 'kd_shared', 'kd_shared_weighted', 'joint', 'ekd', 'ekd_full_first', 'ekd_ema_teacher'
+    main = 'alone', 'kd', 'kd_shared', 'kd_shared_weighted', 'joint', 'ekd', 'ekd_ema_teacher'
     only_shallow = 'alone_late', 'ekd_late', 'kd_deep', 'kd_shared_deep', 'kd_shared_deep_private'
     cut_alike = 'alone', 'kd', *(method for method in METHODS if method not in only_shallow)
     runs = [

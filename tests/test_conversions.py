@@ -106,19 +106,20 @@ def assert_depths_share(model, x):
     return logits
 
 
-@pytest.mark.parametrize(('kind', 'shared_affine'), [
-    *((kind, True) for kind in CONVERSIONS),
-    *((kind, False) for kind in ('split', 'frozen', 'frozen and unfrozen', 'pruned', 'parametrized', 'adapted')),
+@pytest.mark.parametrize(('kind', 'private'), [
+    *((kind, []) for kind in CONVERSIONS),
+    *((kind, private) for private in (['affine'], ['affine', 'classifier', 'conv']) for kind in (
+        'split', 'frozen', 'frozen and unfrozen', 'pruned', 'parametrized', 'adapted')),
 ])
-def test_every_depth_follows(kind, shared_affine):
+def test_every_depth_follows(kind, private):
     """Catches depths whose scale and shift come apart, in silence, and norms or adapters that are found twice."""
     convert, same = CONVERSIONS[kind]
-    model = create('ddnn_resnet20', shared_affine=shared_affine, channels=(4, 8, 16))
+    model = create('ddnn_resnet20', private=private, channels=(4, 8, 16))
     x = images(model, batch=4)
     expected = logits_by_depth(model, x)
     model = convert(model)
-    if not shared_affine and kind in ('pruned', 'parametrized'):
-        with pytest.raises(InputError, match=r'BatchNorm2d in the place of .* has no weight, which differs by'):
+    if (private and kind in ('pruned', 'parametrized')) or ('conv' in private and kind == 'adapted'):
+        with pytest.raises(InputError, match=r'in the place of .* has no weight, which differs by'):
             model(x, depth=14)
         return
     before = assert_depths_share(model, x)
@@ -138,7 +139,7 @@ def test_every_depth_follows(kind, shared_affine):
     assert not any(torch.allclose(after[d], before[d]) for d in before)
     assert_depths_share(copy.deepcopy(model), x)
 
-    again = convert(timm.create_model('ddnn_resnet20', shared_affine=shared_affine, channels=(4, 8, 16)))
+    again = convert(timm.create_model('ddnn_resnet20', private=private, channels=(4, 8, 16)))
     again.load_state_dict(model.state_dict())
     assert all(torch.equal(z, after[d]) for d, z in logits_by_depth(again.eval(), x).items())
 
@@ -156,17 +157,17 @@ def test_what_is_shared_is_found_once(convert, kind, count):
     assert not [m for outer in found for m in outer.modules() if isinstance(m, kind) and m is not outer]
 
 
-@pytest.mark.parametrize('shared_affine', [True, False])
-def test_frozen_norms_stay_as_they_are(shared_affine):
+@pytest.mark.parametrize('private', [[], ['affine', 'classifier', 'conv']])
+def test_frozen_norms_stay_as_they_are(private):
     """Catches statistics, scale or shift of a sub-net that move though norms were frozen."""
-    model = freeze_batch_norm_2d(create('ddnn_resnet20', shared_affine=shared_affine))
+    model = freeze_batch_norm_2d(create('ddnn_resnet20', private=private))
     before = copy.deepcopy(model.state_dict())
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     sum(output.logits.mean() for output in model(images(model), depth='all').values()).backward()
     optimizer.step()
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved and all('conv' in name or name.startswith('fc') or name == 'subnets.trained' for name in moved)
+    assert moved and all({'conv1', 'conv2', 'fc', 'trained'} & set(name.split('.')) for name in moved)
 
 
 def test_weights_go_between_frozen_and_other_models():

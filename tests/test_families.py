@@ -163,7 +163,8 @@ def test_torch_fx_traces_every_depth(family):
 @pytest.mark.parametrize('family', FAMILIES)
 def test_compilers_take_every_depth(family):
     """torch.compile makes one graph for each depth, and plain nets are exported and scripted as timm's."""
-    model, x = small(family, private_norm=family in ('convnext', 'vit_pooled'))  # in the head, as some BatchNorms
+    private = ['final_norm', 'classifier'] if family in ('convnext', 'vit_pooled') else []  # in the head
+    model, x = small(family, private=private)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -221,8 +222,8 @@ def test_what_cannot_be_made_is_one_line_that_says_why():
             ('vit_tiny_patch16_224.none', 'with or without one of its tags')):
         with pytest.raises(InputError, match=message):
             make_dynamic(name, device='meta')
-    with pytest.raises(InputError, match='private_norm is for a LayerNorm or GroupNorm'):
-        make_dynamic('regnety_002', private_norm=True)
+    with pytest.raises(InputError, match="DynamicDepthRegNet has no 'final_norm'"):
+        make_dynamic('regnety_002', private=['final_norm'])
     net = timm.create_model('mobilenetv4_conv_small', device='meta')
     with pytest.raises(InputError, match=r'blocks\.1\.1 changes the shape .* at least 2 blocks, got 1'):
         make_dynamic(net, ((1, 1, 1, 1, 1),))
@@ -244,24 +245,35 @@ def test_statistics_of_a_new_sub_net_are_calibrated_alone():
     assert any(k.startswith(f'subnets.{depth}.norm_head.') for k in model.state_dict())
 
 
-@pytest.mark.parametrize('family', ['vit', 'convnext', *(
-    pytest.param(family, marks=pytest.mark.slow) for family in ('vit_pooled', 'swin', 'bit'))])
-def test_a_private_final_norm_is_kept_extracted_and_saved(family, tmp_path):
-    """Catches a norm that stays shared, is lost when saved or extracted, or gets no gradient."""
-    model, x = small(family, private_norm=True)  # `randomize` gave each its own values
+@pytest.mark.parametrize(('family', 'private'), [
+    ('vit', ['final_norm', 'classifier']), ('convnext', ['final_norm', 'classifier', 'conv']),
+    ('regnet', ['affine', 'classifier', 'conv']), *(
+        pytest.param(family, private, marks=pytest.mark.slow) for family, private in (
+            ('vit_pooled', ['final_norm']), ('swin', ['final_norm', 'conv']), ('bit', ['final_norm', 'conv']),
+            ('efficientnet', ['classifier', 'conv']), ('mobilenetv3', ['classifier', 'conv']),
+            ('wide_resnet', ['affine', 'classifier', 'conv'])))])
+def test_private_parts_are_kept_extracted_and_saved(family, private, tmp_path):
+    """Catches a part that stays shared, is lost when saved or extracted, or gets no gradient."""
+    model, x = small(family, private=private)
     shared = small_net(family)
-    own = [name for name, _ in model.named_parameters() if name.startswith('subnets.')]
-    depths = [f'subnets.{depth}.' for depth in model.depths[1:]]
-    assert {name.partition('norm')[0] for name in own} <= {prefix + part for prefix in depths for part in (
-        '', 'head.', 'fc_')}
-    assert len(own) == 2 * len(depths)
+    own = {name: p for name, p in model.named_parameters() if name.startswith('subnets.')}
+    with torch.no_grad():
+        for i, p in enumerate(own.values()):  # each its own values
+            p.mul_(1 + 0.01 * i)
+    for depth in model.depths[1:]:
+        names = [name for name in own if name.startswith(f'subnets.{depth}.')]
+        if 'final_norm' in private:
+            assert sum(own[name].ndim == 1 and 'norm' in name for name in names) == 2
+        if 'classifier' in private:
+            assert f'subnets.{depth}.{model.pretrained_cfg["classifier"]}.weight' in names
+    assert ('conv' in private) == any(p.ndim > 1 and len(p) != model.num_classes for p in own.values())
     size = SMALL[family][2]
     save_model(model, tmp_path, data_config=dict(input_size=(3, size, size)), class_names=[], rows=[])
     again = load_model(str(tmp_path)).eval()
     with torch.no_grad():
         for depth, output in model(x, depth='all').items():
             plain = model.extract(depth)
-            assert type(plain) is type(shared) and 'private_norm' not in plain._model_args
+            assert type(plain) is type(shared) and 'private' not in plain._model_args
             assert torch.equal(plain(x), output.logits) and torch.equal(again(x, depth=depth), output.logits)
             plain.load_state_dict(model.extract_state_dict(model.state_dict(), depth))
             assert torch.equal(plain(x), output.logits)
@@ -269,16 +281,39 @@ def test_a_private_final_norm_is_kept_extracted_and_saved(family, tmp_path):
             pooled = model.forward_head(features, pre_logits=True, depth=depth)
             assert torch.equal(pooled, plain.forward_head(features, pre_logits=True))
     sum(output.logits.square().sum() for output in model.train()(x, depth='all').values()).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name in own)
-    private, common = (make_dynamic(copy.deepcopy(shared), private_norm=private).eval() for private in (True, False))
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in own.values())
+    alone, common = (make_dynamic(copy.deepcopy(shared), private=kinds).eval() for kinds in (private, []))
     with torch.no_grad():
-        for depth in model.depths:  # norms begin as copies of the full-net's, of a stock net's weights too
-            assert torch.equal(private(x, depth=depth), common(x, depth=depth))
+        for depth in model.depths:  # they begin as copies of the full-net's, of a stock net's weights too
+            assert torch.equal(alone(x, depth=depth), common(x, depth=depth))
         model.load_state_dict(shared.state_dict())
         for depth in model.depths:
             assert torch.equal(model.eval()(x, depth=depth), common(x, depth=depth))
-    with pytest.raises(InputError, match='private_norm=True'):
+    with pytest.raises(InputError, match='create it with the `private` of the weights'):
         common.load_state_dict(again.state_dict())
+
+
+@pytest.mark.parametrize('family', ['convnext', 'wide_resnet'])
+def test_private_classifiers_are_of_the_classes_asked_for(family, tmp_path):
+    """Catches sub-nets that keep a classifier of other classes, or lose their norm with it."""
+    norm = ['final_norm'] if family == 'convnext' else []
+    model, x = small(family, private=['classifier', *norm])
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if 'norm' in name}
+    size = SMALL[family][2]
+    save_model(model, tmp_path, data_config=dict(input_size=(3, size, size)), class_names=[], rows=[])
+    for count in (3, 0, 5):
+        model.reset_classifier(count)
+        for depth, output in model(x, depth='all').items():
+            assert output.logits.shape == (2, count or model.num_features)
+            assert torch.equal(output.logits, model.extract(depth)(x))
+        private = {id(classifier) for classifier in model.get_classifiers()}
+        assert len(private) == (len(model.depths) if count else 1)
+        assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters() if name in kept)
+    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3).eval()
+    assert {output.logits.shape for output in other(x, depth='all').values()} == {(2, 3)}
+    assert all(torch.equal(p, kept[name]) for name, p in other.named_parameters() if name in kept)
+    features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=0).eval()
+    assert features(x, depth=features.depths[-1]).shape == (2, model.num_features)
 
 
 def test_pruning_and_gradient_checkpointing_at_every_depth():

@@ -365,7 +365,7 @@ def count_modules(module, kind):
     ('ddnn_resnet20', dict(block_args=dict(gamma=1)), 'gamma'),
     ('ddnn_vit_tiny_patch16_224', dict(drop_path_rate=-0.1), 'drop_path_rate in .* a number from 0 to 1, got -0.1'),
     ('ddnn_convnext_tiny', dict(drop_rate=float('nan')), 'drop_rate in arguments of .*, got nan'),
-    ('ddnn_resnet20', dict(shared_affine='no'), "shared_affine in arguments of .* must be true or false, got 'no'"),
+    ('ddnn_resnet20', dict(private='no'), "private must be a sequence of .*'conv'.*, got 'no'"),
     ('ddnn_resnet20', dict(num_classes=-1), 'num_classes in arguments of .* must be an integer from 0 to 1000000'),
     ('ddnn_resnet20', dict(layers=(10 ** 5, 1, 1)), r'layers\[0\] in arguments of .* from 1 to 1000, got 100000'),
     ('ddnn_convnext_tiny', dict(depths=(10 ** 6, 1, 1, 1)), r'depths\[0\] in arguments of .*, got 1000000'),
@@ -410,14 +410,14 @@ def test_threads_at_different_depths(small):
 
 
 @pytest.mark.parametrize('name', ONE_OF_EACH_KIND)
-@pytest.mark.parametrize('shared_affine', [True, False])
-def test_group_matcher_puts_a_sub_nets_parameters_with_their_block(name, shared_affine):
-    model = timm.create_model(name, device='meta', shared_affine=shared_affine)
+@pytest.mark.parametrize('private', [[], ['affine', 'classifier', 'conv']])
+def test_group_matcher_puts_a_sub_nets_parameters_with_their_block(name, private):
+    model = timm.create_model(name, device='meta', private=private)
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     names = [n for n, _ in model.named_parameters()]
     assert set(groups) == set(names)
     own = [n for n in names if n.startswith('subnets.')]
-    assert bool(own) is not shared_affine
+    assert bool(own) is bool(private)
     for n in own:
         assert groups[n] == groups[n.split('.', 2)[2]]
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)

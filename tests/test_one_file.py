@@ -255,21 +255,21 @@ def test_other_signs_of_a_depth_are_refused():
         graph = helper.make_graph(
             [node], 'net', values[:1], values[1:], [onnx.numpy_helper.from_array(weight.numpy(), 'w')])
         nets[depth] = helper.make_model(graph)
-    with pytest.raises(InputError, match=r'shared_affine=True, got other signs in layer3\.0 at depth 8'):
+    with pytest.raises(InputError, match=r'got others in layer3\.0 at depth 8'):
         quantize_nets(nets, torch.zeros(1, 3, 4, 4))
 
 
 @pytest.mark.slow
 def test_signs_that_differ_by_depth_are_refused_in_int8_alone():
     """Catches a float file that shares what differs by depth: one channel of one depth has another sign."""
-    model = create('ddnn_resnet20', **TINY, shared_affine=False)
+    model = create('ddnn_resnet20', **TINY, private=['affine'])
     x = images(model, 4)
     with torch.no_grad():
         model.path_norms(8)[-1].weight[3] *= -1
     compute = run(merge_nets(trace(model, x, fold_norms=False)))
     for depth, logits in logits_by_depth(model, x).items():
         torch.testing.assert_close(compute(x, depth), logits, atol=1e-5, rtol=1e-4)
-    with pytest.raises(InputError, match='with shared_affine=True, got other signs in layer3'):
+    with pytest.raises(InputError, match='got others in layer3'):
         quantize_nets(trace(model, x, fold_norms=True), x)
 
 

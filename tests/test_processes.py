@@ -181,14 +181,13 @@ def test_other_kinds_of_processes_are_refused(monkeypatch, capfd):
             f'error: several processes must be those of accelerate launch --multi_gpu, got {kind.value}\n')
 
 
-def test_weights_without_a_gradient_are_refused(monkeypatch, capfd):
-    """Catches private scales that get no gradient in some steps, which DistributedDataParallel waits for."""
-    monkeypatch.setattr(Accelerator, 'num_processes', 2)
-    private = [*FAST, '--model-kwargs', 'shared_affine=False']
-    with pytest.raises(SystemExit) as exit_info:
-        run(*private, '--img-size', 32, '--full-net-updates', 3, '--output', 'out')
-    assert exit_info.value.code == 2
-    assert capfd.readouterr().err.startswith('error: --full-net-updates is for one process, or for scale and shift')
+@pytest.mark.slow
+def test_the_full_net_trains_alone_first_in_several_processes():
+    """Catches private weights that a process waits for gradients of, and a group of processes that ends too early."""
+    options = [*FAST, *few_digits(), '--epochs', 1, '--full-net-epochs', 1, '--private', 'affine', 'classifier']
+    output = train(None, *options, '--frozen-teacher', '--output', 'out')
+    assert output.count('epoch 1/1') == 2 and read('out')['processes'] == read('out/full_net')['processes'] == 2
+    assert {'train_ce_14', 'train_ce_8', 'train_kl_14'} <= history('out')[-1].keys()
 
 
 @pytest.mark.parametrize('name, processes', [('cpu', 1), ('gpu', 1), ('gpus', 8), ('machines', 32)])

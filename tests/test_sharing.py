@@ -48,7 +48,7 @@ def test_state_dict_is_the_stock_one_and_the_sub_nets_own_statistics(name):
 
 
 def test_private_affine_keeps_scale_and_shift_per_path():
-    model = create('ddnn_resnet20', shared_affine=False)
+    model = create('ddnn_resnet20', private=['affine'])
     x = images(model)
     own = {n for n, _ in model.named_parameters() if n.startswith('subnets.')}
     assert own and all(n.endswith(('weight', 'bias')) for n in own)
@@ -58,7 +58,7 @@ def test_private_affine_keeps_scale_and_shift_per_path():
     after = logits_by_depth(model, x)
     assert not torch.equal(before[20], after[20])
     assert torch.equal(before[14], after[14]) and torch.equal(before[8], after[8])
-    other = timm.create_model('ddnn_resnet20', shared_affine=False).eval()
+    other = timm.create_model('ddnn_resnet20', private=['affine']).eval()
     other.load_state_dict(copy.deepcopy(model).state_dict())
     assert all(torch.equal(a, after[d]) for d, a in logits_by_depth(other, x).items())
     assert torch.equal(model.extract(14)(x), after[14])
@@ -66,8 +66,8 @@ def test_private_affine_keeps_scale_and_shift_per_path():
 
 def test_private_affine_is_not_lost_in_a_model_that_shares_it():
     """Catches weights that load without a word and give other sub-nets."""
-    private, shared = create('ddnn_resnet20', shared_affine=False), timm.create_model('ddnn_resnet20')
-    message = r"the first being 'subnets.14.layer2.0.bn1.weight': create it with shared_affine=False"
+    private, shared = create('ddnn_resnet20', private=['affine']), timm.create_model('ddnn_resnet20')
+    message = r"the first being 'subnets.14.layer2.0.bn1.weight': create it with the `private` of the weights"
     for strict in (True, False):
         with pytest.raises(InputError, match=message):
             shared.load_state_dict(private.state_dict(), strict=strict)

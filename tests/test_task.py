@@ -99,9 +99,9 @@ def test_one_forward_runs_all_depths(model, x):
     assert calls == [{'depth': 'all'}]
 
 
-@pytest.mark.parametrize('shared_affine', [True, False])
-def test_every_parameter_gets_a_gradient(x, shared_affine):
-    model = tiny(shared_affine=shared_affine)
+@pytest.mark.parametrize('private', [[], ['affine', 'classifier', 'conv']])
+def test_every_parameter_gets_a_gradient(x, private):
+    model = tiny(private=private)
     make_task(model)(x, TARGET)['loss'].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -109,14 +109,15 @@ def test_every_parameter_gets_a_gradient(x, shared_affine):
         assert parameter.grad.any(), name
 
 
-@pytest.mark.parametrize('shared_affine', [True, False])
-def test_clipping_can_leave_out_the_classifier(shared_affine):
-    model = tiny(shared_affine=shared_affine)
+@pytest.mark.parametrize('private', [[], ['affine', 'classifier', 'conv']])
+def test_clipping_can_leave_out_the_classifier(private):
+    model = tiny(private=private)
     task = make_task(model)
     everything = {id(p) for p in model.parameters()}
     assert {id(p) for p in task.get_clip_parameters()} == everything
     without_head = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
-    assert without_head == everything - {id(model.fc.weight), id(model.fc.bias)}
+    head = {id(p) for name, p in model.named_parameters() if 'fc' in name.split('.')}
+    assert without_head == everything - head and len(head) == (6 if private else 2)
 
 
 def test_training_lowers_the_cross_entropy_of_every_depth(model, x):

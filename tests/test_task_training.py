@@ -22,9 +22,9 @@ def x(model):
 
 # EMA
 
-@pytest.mark.parametrize('shared_affine', [True, False])
-def test_ema_averages_and_keeps_sharing(x, shared_affine):
-    model = tiny(shared_affine=shared_affine)
+@pytest.mark.parametrize('private', [[], ['affine', 'classifier', 'conv']])
+def test_ema_averages_and_keeps_sharing(x, private):
+    model = tiny(private=private)
     task = make_task(model)
     task.setup_ema(decay=0.75)
     before = copy.deepcopy(model.state_dict())
@@ -38,7 +38,7 @@ def test_ema_averages_and_keeps_sharing(x, shared_affine):
     assert not torch.equal(before['conv1.weight'], after['conv1.weight'])
     assert ema.trained_depths == DEPTHS
 
-    loaded = tiny(seed=1, shared_affine=shared_affine).eval()
+    loaded = tiny(seed=1, private=private).eval()
     loaded.load_state_dict(ema.state_dict())
     for d, logits in logits_by_depth(ema, x).items():
         assert torch.equal(logits, loaded(x, depth=d))

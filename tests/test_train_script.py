@@ -124,26 +124,25 @@ def test_images_of_a_folder_and_pretrained_weights(trained):
 
 @pytest.mark.slow
 def test_the_full_net_trains_alone_first():
-    """Catches sub-nets that train from the start or never, and a run that resumes otherwise than it would have."""
-    short = [*FAST, *few_digits(), '-b', 32, '--epochs', 3]  # of 33 updates
-    first = ['--full-net-updates', 16, '--checkpoint-interval', 14]
-    run(*short, '--subnets', '--output', 'alone')
-    run(*short, *first, '--checkpoint-hist', 9, '--output', 'out')
-    alone, records = history('alone'), history('out')
-    terms = ['train_loss', 'train_ce_14', 'train_ce_8', 'train_kl_8', 'train_attention_8']
-    for record, expected in zip(records, (terms[:2], terms, terms), strict=True):
-        assert [name for name in record if name.startswith('train_')] == expected
-        loss, *values = (record.get(name, 0) for name in terms)
-        assert loss == pytest.approx(np.dot(values, [1, 1, 0.3, 0.1]), rel=1e-4)
-    for name in (*terms[:2], 'top1_14'):
-        assert records[0][name] == pytest.approx(alone[0][name], rel=1e-4)
-    assert 0 < records[1]['train_ce_8'] < 0.75 * records[1]['train_ce_14']  # it is 0 in 5 of the 11 batches
-    assert Path('out/curves.png').stat().st_size > 10_000
-    for updates in (22, 28, 33):
-        shutil.rmtree(f'out/checkpoints/step-{updates:08d}')
-    shutil.copytree('out/checkpoints', 'again/checkpoints')
-    run(*short, *first, '--resume', 'auto', '--output', 'again')
+    """Catches sub-nets that train from the start, another start, another teacher, or a run that resumes otherwise."""
+    short = [*FAST, *few_digits(), '-b', 32]  # 11 updates in an epoch
+    both = [*short, '--epochs', 2, '--model-ema', '--private', 'affine', 'classifier', '--alpha', 1]
+    first = ['--full-net-epochs', 1, '--frozen-teacher', '--weights', '8=0.5', '--best-by', 8]
+    run(*both, *first, '--checkpoint-interval', 4, '--checkpoint-hist', 9, '--output', 'out')
+    alone, records = history('out/full_net'), history('out')
+    terms = [{name for name in record if name.startswith('train_')} for record in (*alone, *records)]
+    every = {f'train_{term}_{depth}' for depth in (14, 8) for term in ('ce', 'kl', 'attention')}
+    assert terms == [{'train_loss', 'train_ce_14'}, *2 * [{'train_loss'} | every]]
+    assert alone[-1]['lr'] == pytest.approx(0, abs=1e-9)
+    run(*both, '--epochs', 1, '--subnets', '--output', 'plain')
+    assert_same_run('plain', 'out/full_net')
+    for path in ('out/full_net', 'out'):
+        for updates in (11, 12, 16, 20, 22):
+            shutil.rmtree(f'{path}/checkpoints/step-{updates:08d}', ignore_errors=True)
+        shutil.copytree(f'{path}/checkpoints', Path(path.replace('out', 'again'), 'checkpoints'))
+    run(*both, *first, '--resume', 'auto', '--output', 'again')
     assert_same_run('again', 'out')
+    assert_same_run('again/full_net', 'out/full_net')
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ class EKDTask(ClassificationTask):
         * every term of the loss in the returned dict
         * `ekd_options`, the arguments of `EKDLoss`
         * `set_teacher`, for a net that teaches in the place of the full-net
-        * clipping without the head leaves out the classifier, not the last parameters: they may be a sub-net's
+        * clipping without the head leaves out the classifiers, not the last parameters: they may be a sub-net's
 
     Attributes:
         teacher: `Teacher` in the place of the full-net, or None.
@@ -119,8 +119,8 @@ class EKDTask(ClassificationTask):
         }
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Iterable[nn.Parameter]:
-        """Parameters for gradient clipping, as timm's method; `exclude_head` leaves out those of the classifier."""
+        """Parameters for gradient clipping, as timm's method; `exclude_head` leaves out those of classifiers."""
         module = self.get_trainable_module()
-        head = unwrap_model(module).get_classifier().parameters() if exclude_head else ()
-        excluded = {id(p) for p in head}
+        heads = unwrap_model(module).get_classifiers() if exclude_head else ()
+        excluded = {id(p) for head in heads for p in head.parameters()}
         return [p for p in module.parameters() if id(p) not in excluded]

@@ -1,8 +1,8 @@
 """ONNX graphs: of one plain net, and of several depths in one graph that stores what they share once.
 
 The graph of several depths is that of the deepest net, with an input `depth`. Where a constant differs by depth, in the
-statistics of norms, or in scales and biases of int8, a table has a row for each depth and the input picks the row. A
-block that some depth leaves out stands in an `If`. Convolutions are the same at every depth, so each stands once.
+statistics of norms, in scales and biases of int8, or in weights that are private, a table has a row for each depth and
+the input picks the row. A block that some depth leaves out stands in an `If`. What depths share stands once.
 """
 import ast
 import itertools
@@ -93,6 +93,7 @@ class _Merger:
         self.initializers: list[onnx.TensorProto] = []
         self.vectors: dict[str, list[tuple[str, list[np.ndarray]]]] = defaultdict(list)  # by type
         self.scalars: dict[tuple, str] = {}  # name by type and values by depth
+        self.matrices: list[tuple[str, list[np.ndarray]]] = []
         self.small: dict[tuple, str] = {}  # name of a constant by type, shape and content
 
     def merge(self) -> onnx.ModelProto:
@@ -142,7 +143,9 @@ class _Merger:
         values = [known[0] if value is None else value for value in values]
         if known[0].ndim == 0:  # often the same scale
             return self.scalars.setdefault((known[0].dtype.name, *map(np.ndarray.item, values)), name)
-        assert known[0].ndim == 1, name
+        if known[0].ndim > 1:
+            self.matrices.append((name, values))
+            return name
         self.vectors[known[0].dtype.name].append((name, values))
         return name
 
@@ -196,7 +199,7 @@ class _Merger:
         yield _transpose(f'{target}/if', target, from_branch)
 
     def _pick_rows(self) -> Iterator[onnx.NodeProto]:
-        """Pick what differs by depth: a Gather for each scalar, a Gather and a Split for all vectors of a type."""
+        """Pick what differs by depth: a Gather for each scalar and matrix, a Gather and a Split for all vectors."""
         def add(name: str, value: np.ndarray) -> str:
             self.initializers.append(numpy_helper.from_array(value, name))
             return name
@@ -208,6 +211,8 @@ class _Merger:
         for (dtype, *values), name in self.scalars.items():
             table = add(f'{name}/table', np.array(values, dtype))
             yield helper.make_node('Gather', [table, 'pick/row'], [name])
+        for name, values in self.matrices:
+            yield helper.make_node('Gather', [add(f'{name}/table', np.stack(values)), 'pick/row'], [name])
         for dtype, picks in self.vectors.items():
             names, vectors = zip(*picks, strict=True)
             table = add(f'pick/{dtype}_table', np.stack([np.concatenate(row) for row in zip(*vectors, strict=True)]))

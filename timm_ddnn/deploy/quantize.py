@@ -74,7 +74,7 @@ def quantize_nets(nets: Mapping[int, onnx.ModelProto], images: torch.Tensor) -> 
         Graphs of quantized operators by depth, in which a convolution has the same integers at every depth.
 
     Raises:
-        InputError: If a norm scales a channel with different signs at different depths.
+        InputError: If a convolution has other integers at another depth.
     """
     _share_integers(nets)
     ranges: dict[str, TensorData] = {}
@@ -120,6 +120,7 @@ def _share_integers(nets: Mapping[int, onnx.ModelProto]) -> None:
             shared = integers.setdefault(node.name, rounded)
             if np.abs(rounded - shared).max() > 1:  # a tie may be rounded otherwise
                 raise InputError(
-                    f'int8 needs norms that scale a channel with one sign at all depths, as with shared_affine=True, '
-                    f'got other signs in {node.name} at depth {depth}: export the model without int8')
+                    'int8 of several depths needs convolutions of the same integers at all of them, which private '
+                    f"'conv' has not, nor private 'affine' where norms have other signs; got others in {node.name} at "
+                    f'depth {depth}: export one depth at a time, or without int8')
             tensor.CopyFrom(numpy_helper.from_array((shared * step).astype(weight.dtype), tensor.name))

@@ -20,7 +20,7 @@ def convert(net: nn.Module, subnets: Sequence[Sequence[int]] | None = None, **kw
     Args:
         net: The net, whose modules are taken over.
         subnets: As for `make_dynamic`.
-        **kwargs: `depth`, `shared_affine` and `private_norm` as for `make_dynamic`.
+        **kwargs: `depth` and `private` as for `make_dynamic`.
 
     Raises:
         InputError: If the net is of no family, or does not take the arguments.
@@ -108,18 +108,16 @@ def create_of_base(
         base: Name of timm's model, without a tag.
         pretrained: Whether to load weights.
         blocks: Number of blocks per stage of the full-net, the base's if None.
-        **kwargs: Arguments of the model: `subnets`, `depth`, `shared_affine` and `private_norm` as for `make_dynamic`,
-            others of timm's.
+        **kwargs: Arguments of the model: `subnets`, `depth` and `private` as for `make_dynamic`, others of timm's.
     """
     def make(
             subnets: Sequence[Sequence[int]] | None = None,
             depth: int | None = None,
-            shared_affine: bool = True,
-            private_norm: bool = False,
+            private: Sequence[str] = (),
             **model_args: Any,
     ) -> DynamicDepthMixin:
         net = _create_plain(base, blocks, **model_args)
-        return convert(net, subnets, depth=depth, shared_affine=shared_affine, private_norm=private_norm)
+        return convert(net, subnets, depth=depth, private=private)
 
     return create_dynamic(find_family(_class_of(base)), variant, pretrained, make=make, **_without_base(kwargs))
 

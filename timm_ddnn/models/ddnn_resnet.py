@@ -29,7 +29,7 @@ class _ResNetFamily(DynamicDepthMixin):
             layers: Sequence[int],
             subnets: Sequence[Sequence[int]] = (),
             depth: int | None = None,
-            shared_affine: bool = True,
+            private: Sequence[str] = (),
             **kwargs: Any,
     ) -> None:
         """Build the full-net and its sub-nets.
@@ -39,13 +39,13 @@ class _ResNetFamily(DynamicDepthMixin):
             layers: Number of blocks per stage of the full-net.
             subnets: As for `DynamicDepthMixin`.
             depth: As for `DynamicDepthMixin`.
-            shared_affine: As for `DynamicDepthMixin`.
+            private: As for `DynamicDepthMixin`.
             **kwargs: Arguments of the parent class.
 
         Raises:
             InputError: If a classifier has no pooling before it, or as for `DynamicDepthMixin`.
         """
-        super().__init__(self.plain_cls(block, layers, **kwargs), subnets, depth, shared_affine)
+        super().__init__(self.plain_cls(block, layers, **kwargs), subnets, depth, private)
 
     def check(self, net: nn.Module) -> None:
         """Refuse a classifier without pooling before it, which classifies pixels."""

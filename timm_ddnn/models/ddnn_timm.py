@@ -19,8 +19,7 @@ def make_dynamic(
         subnets: Sequence[Sequence[int]] | None = None,
         *,
         depth: int | None = None,
-        shared_affine: bool = True,
-        private_norm: bool = False,
+        private: Sequence[str] = (),
         **kwargs: Any,
 ) -> DynamicDepthMixin:
     """Make a model of several depths out of one of timm's.
@@ -31,9 +30,8 @@ def make_dynamic(
         subnets: Number of blocks per stage of every sub-net, between 1 and the net's. Two thirds and one third of the
             blocks of each stage if None, rounded, at least one; of Swin, pairs of blocks.
         depth: The depth that `forward` runs when it is given none. The full-net's if None.
-        shared_affine: Whether a norm with statistics of its own still shares scale and shift with the full-net.
-        private_norm: Whether every depth has a final norm without statistics for itself: the LayerNorm or GroupNorm
-            between the last block and the classifier.
+        private: What sub-nets have for themselves besides statistics, of 'affine', 'final_norm', 'classifier' and
+            'conv', see `SharedWeightsMixin`. Nothing by default.
         **kwargs: With a name, further arguments of `timm.create_model`, such as `pretrained`.
 
     Returns:
@@ -43,7 +41,7 @@ def make_dynamic(
     Raises:
         InputError: If the net is of none of the families, or does not take the arguments.
     """
-    own = dict(subnets=subnets, depth=depth, shared_affine=shared_affine, private_norm=private_norm)
+    own = dict(subnets=subnets, depth=depth, private=private)
     if isinstance(model, str):
         return create_model('dynamic_timm', base=model, **own, **kwargs)
     if kwargs:
@@ -52,9 +50,7 @@ def make_dynamic(
     dynamic.mark_trained(dynamic.depths[:1])
     if hasattr(model, 'pretrained_cfg'):
         dynamic.pretrained_cfg = dynamic.default_cfg = {**model.pretrained_cfg, 'architecture': 'dynamic_timm'}
-        args = {
-            'base': model.pretrained_cfg['architecture'], **dynamic._model_args, 'shared_affine': shared_affine,
-            'private_norm': private_norm}
+        args = {'base': model.pretrained_cfg['architecture'], **dynamic._model_args, 'private': list(private)}
         if dynamic.depth_argument == 'depth' and args.pop('depth', None):  # which names the default depth here
             args['blocks'] = list(dynamic.blocks(dynamic.depths[0]))
         dynamic._model_args = args

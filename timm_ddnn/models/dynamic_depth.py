@@ -47,10 +47,10 @@ class DynamicDepthMixin(StateDictMixin):
     Depth-level Dynamic Neural Network' (arXiv 2103.00793). Two nets share a block, norms included, while their paths
     from the input are the same; after they part, a block's weights stay shared and its BatchNorm statistics are
     kept per path. That last choice is this library's, the paper's abstract is silent on it. LayerNorm and GroupNorm
-    have no statistics: of nets that have no other norm everything is shared, but for the last by `private_norm`.
+    have no statistics: of nets that have no other norm everything is shared, but for what is `private`.
 
     Modifications against the parent class:
-        * `subnets` and `depth` arguments, `depths`, `blocks()`, `add_subnet()`, `extract()`
+        * `subnets`, `depth` and `private` arguments, `depths`, `blocks()`, `add_subnet()`, `extract()`
         * `forward*()` take `depth`: None, one depth, several, or 'all'. It is an argument and never a state of the
           model: threads may ask one model for different depths at once
         * the state dict holds the parent's keys plus `subnets.*`, whatever is shared stands in it once
@@ -307,7 +307,7 @@ class DynamicDepthMixin(StateDictMixin):
         return 'shallow_timm', {**self._plain_args(), 'base': self.base_name, 'blocks': list(self._blocks[depth])}
 
     def _plain_args(self) -> dict[str, Any]:
-        own = ('base', 'blocks', 'subnets', 'depth', 'shared_affine', 'private_norm', self.depth_argument)
+        own = ('base', 'blocks', 'subnets', 'depth', 'private', self.depth_argument)
         return {k: v for k, v in getattr(self, '_model_args', {}).items() if k not in own}
 
     @property

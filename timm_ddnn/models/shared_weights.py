@@ -3,6 +3,7 @@
 State dicts are in `state_dict.py`, the forward and the extraction of plain nets in `dynamic_depth.py`.
 """
 import copy
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -14,7 +15,8 @@ from ..utils.modules import find_norms
 from ..utils.schema import brief
 
 __all__ = [
-    'Blocks', 'Node', 'SharedWeightsMixin', 'SubNetModule', 'SubNets', 'count_resnet_layers', 'count_shared_blocks',
+    'PRIVATE', 'Blocks', 'Node', 'SharedWeightsMixin', 'SubNetModule', 'SubNets', 'count_resnet_layers',
+    'count_shared_blocks',
 ]
 
 
@@ -23,41 +25,41 @@ Node = tuple[Blocks, str]  # the blocks of all earlier stages, and the name of a
 _NEW = vars(nn.Module())  # what every module begins with; torch.compile does not trace the constructor
 # torch.compile of 2.9 to 2.11, where it was tried, reads what a module has by names alone; that of 2.14 copies it whole
 _BY_NAMES = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14)
+PRIVATE = 'affine', 'final_norm', 'classifier', 'conv'  # what sub-nets may have for themselves
 REFUSAL = 'convert what extract(depth) returns, not a model of several depths'
 
 
 class SubNetModule(nn.Module):
     """A module of the full-net as a sub-net runs it: the same module but for what its norms have for themselves.
 
-    Only running statistics are registered here (and scale and shift where a sub-net has its own). Everything else is
+    Only running statistics are registered here, and parameters that a sub-net has for itself. Everything else is
     looked up in the full-net's module whenever this one runs, and stands in the module tree once. So nothing can come
     apart: whatever replaces, freezes, converts or moves a module or a parameter of the full-net does so for all depths.
     """
 
-    def __init__(self, model: 'SharedWeightsMixin', name: str, shared_affine: bool) -> None:
-        """Begin with copies of the full-net's statistics.
+    def __init__(self, model: 'SharedWeightsMixin', name: str) -> None:
+        """Begin with copies of what the full-net has.
 
         Args:
             model: The model.
             name: Name of the module in the full-net.
-            shared_affine: Whether norms use the full-net's scale and shift, rather than copies.
         """
         super().__init__()
         vars(self)['_place'] = (model, name)  # not as an attribute, which would register the model here
-        self._is_norm = False
+        self._is_own = False
         original = self.original
         self.training = original.training
         vars(self)['_names'] = tuple(vars(original))
-        self._is_norm = original in model.find_own(name)
-        if self._is_norm:
+        self._is_own = original in model.find_own(name)
+        if self._is_own:
             own = dict(original.named_buffers(recurse=False))
-            if not (shared_affine and own):
+            if not own or 'affine' in model.private:
                 own |= original.named_parameters(recurse=False)
             for key, tensor in copy.deepcopy(own).items():
                 (self._parameters if isinstance(tensor, nn.Parameter) else self._buffers)[key] = tensor
         for key, _ in original.named_children():
             if model.find_own(f'{name}.{key}'):
-                self.add_module(key, SubNetModule(model, f'{name}.{key}', shared_affine))
+                self.add_module(key, SubNetModule(model, f'{name}.{key}'))
 
     @property
     def original(self) -> nn.Module:
@@ -86,7 +88,7 @@ class SubNetModule(nn.Module):
 
     def reset_running_stats(self) -> None:
         """Reset the statistics of a norm; any other module has none."""
-        if self._is_norm:
+        if self._buffers:
             self._assemble().reset_running_stats()
 
     def _assemble(self) -> nn.Module:
@@ -118,7 +120,7 @@ class SubNetModule(nn.Module):
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Compute what the full-net's module computes, by the statistics of this one."""
         module = self._assemble()
-        if self._is_norm:
+        if self._is_own:
             for hook in module._forward_pre_hooks.values():  # by which torch.nn.utils.prune masks weights
                 hook(module, (x,))
             if isinstance(x, torch.fx.Proxy):  # torch.fx does not trace into norms of torch.nn, whose check it cannot
@@ -192,8 +194,7 @@ class SharedWeightsMixin:
             net: nn.Module,
             subnets: Sequence[Sequence[int]] | None = (),
             depth: int | None = None,
-            shared_affine: bool = True,
-            private_norm: bool = False,
+            private: Sequence[str] = (),
     ) -> None:
         """Make a plain net the full-net, whose modules are taken over, and give it sub-nets.
 
@@ -201,13 +202,18 @@ class SharedWeightsMixin:
             net: Net of the class `plain_cls`.
             subnets: Number of blocks per stage of every sub-net, from 1 to the full-net's. `default_subnets` if None.
             depth: The depth that `forward` runs when it is given none. The full-net's when None.
-            shared_affine: Whether a norm with statistics of its own still shares scale and shift with the full-net.
-                If so, and not `private_norm`, the model has exactly the parameters of the full-net.
-            private_norm: Whether sub-nets have a final norm without statistics, behind the last block, for themselves.
+            private: What sub-nets have for themselves, besides statistics, where their paths have left the full-net's;
+                of `PRIVATE`. Without any, the model has exactly the parameters of the full-net.
+
+                * 'affine': scale and shift of norms with running statistics.
+                * 'final_norm': norms without statistics, LayerNorm or GroupNorm, behind the last block.
+                * 'classifier'.
+                * 'conv': the first layer with a matrix of weights in each stage, in ResNets a 3x3 or 1x1 convolution.
 
         Raises:
-            InputError: If a layer has no channels, there is no such final norm, the blocks of a sub-net are not within
-                the full-net's, two nets have the same depth, or no net has the default depth asked for.
+            InputError: If a layer has no channels, what is to be private is unknown or not in this net, the blocks of
+                a sub-net are not within the full-net's, two nets have the same depth, or no net has the default depth
+                asked for.
         """
         self.check(net)
         nn.Module.__init__(self)
@@ -217,11 +223,12 @@ class SharedWeightsMixin:
             raise InputError(f'channels must be at least 1 everywhere, got none in {empty[0]!r}')
         vars(self).setdefault('base_models', [])
         self.grad_checkpointing = any(getattr(m, 'grad_checkpointing', False) for m in self.modules())
-        self.shared_affine, self.private_norm = shared_affine, private_norm
-        if private_norm and not any(map(self._find_final, (*self.tail_names, *self.head_names))):
-            raise InputError('private_norm is for a LayerNorm or GroupNorm behind the last block, this net has none')
+        if not (isinstance(private, (tuple, list)) and all(kind in PRIVATE for kind in private)):
+            raise InputError(f'private must be a sequence of {PRIVATE}, got {brief(private)}')
+        self.private = tuple(private)
         self.subnets = SubNets(next(self.parameters()).device)
         full = self._note_stages()
+        self._check_private()
         self._blocks: dict[int, Blocks] = {self.depth_of(full): full}
         self._least = (1,) * len(full) if self.blocks_keep_shape else self._find_least(net)
         self._places: dict[Node, str] = {}
@@ -332,6 +339,27 @@ class SharedWeightsMixin:
         depths = tuple(d for d in self.depths if any(d == w for w in wanted)) if valid else ()
         return (depths if len(depths) >= len(wanted) else ()), single
 
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
+        """Make a new classifier, as timm's method; those that sub-nets have for themselves become copies of it."""
+        super().reset_classifier(*args, **kwargs)
+        if 'classifier' not in self.private:
+            return
+        top = self._classifier_name.partition('.')[0]
+        for depth in self.depths[1:]:
+            node = self._blocks[depth], top
+            kept = {
+                name: tensor for name, tensor in self._find(self._places[node]).state_dict().items()
+                if not f'{top}.{name}'.startswith(f'{self._classifier_name}.')}
+            self.subnets[str(depth)]._modules.pop(top, None)
+            self._place(depth, node)
+            self._find(self._places[node]).load_state_dict(kept, strict=False)
+        self._note_ends()
+
+    def get_classifiers(self) -> list[nn.Module]:
+        """List the classifier, and those that sub-nets have for themselves."""
+        pattern = rf'(subnets\.\d+\.)?{re.escape(self._classifier_name)}'
+        return [module for name, module in self.named_modules() if re.fullmatch(pattern, name)]
+
     # Paths
 
     def path(self, depth: int) -> list[nn.Module]:
@@ -364,16 +392,31 @@ class SharedWeightsMixin:
         Args:
             name: Name of the module.
         """
-        return find_norms(self._find(name)) + (self._find_final(name) if self.private_norm else [])
+        return find_norms(self._find(name)) + [
+            module for kind in self.private for module in self._find_private(kind, name)]
 
-    def _find_final(self, name: str) -> list[nn.Module]:
-        """List the norms without statistics behind the last block: what has vectors as parameters and nothing else."""
-        top = name.partition('.')[0]
-        if top not in (*self.tail_names, *self.head_names) or top not in self._modules:
-            return []
-        return [
-            m for m in self._find(name).modules()
-            if m._parameters.get('weight') is not None and m.weight.ndim == 1 and not find_norms(m)]
+    def _check_private(self) -> None:
+        """Check that what is to be private is in this net; of classifiers, that may come later."""
+        names = [name for stage in self._stages for name in stage] + self._end_names
+        for kind in self.private:
+            found = any(find_norms(self) if kind == 'affine' else self._find_private(kind, name) for name in names)
+            if not found and not (kind == 'classifier' and not self.num_classes):
+                raise InputError(f'private must be of what this net has, {type(self).__name__} has no {kind!r}')
+
+    def _find_private(self, kind: str, name: str) -> list[nn.Module]:
+        """List the modules, in one of the full-net, whose parameters are a sub-net's own; norms with statistics aside.
+
+        Args:
+            kind: One of `PRIVATE`.
+            name: Name of the module.
+        """
+        if kind == 'final_norm' and name.partition('.')[0] in self._end_names:
+            return [
+                m for m in self._find(name).modules()
+                if m._parameters.get('weight') is not None and m.weight.ndim == 1 and not find_norms(m)]
+        names = {'classifier': [self._classifier_name], 'conv': self._first_names}.get(kind, [])
+        found = [self._find(inner) for inner in names if f'{inner}.'.startswith(f'{name}.')]
+        return [module for module in found if module._parameters]
 
     @torch.no_grad()
     def _find_least(self, net: nn.Module) -> Blocks:
@@ -456,6 +499,16 @@ class SharedWeightsMixin:
         """Note where the stages and their blocks are; -> the number of blocks in every stage."""
         self._stages = self.stage_names()
         self._block_names = [list(self._find(container)._modules) for *_, container in self._stages]
+        classifier = self.get_classifier()
+        self._classifier_name, = (name for name, module in self.named_modules() if module is classifier)
+        classifiers = [self._classifier_name.partition('.')[0]] if 'classifier' in self.private else []
+        ends = dict.fromkeys([*self.tail_names, *self.head_names, *classifiers])
+        self._end_names = [name for name in ends if name in self._modules]
+        # The first layer of a stage that has a matrix of weights; that of the first stage is the same at all depths
+        self._first_names = [
+            next(f'{name}.{key}' for name in names for key, p in self._find(name).named_parameters() if p.ndim > 1
+                 ).rpartition('.')[0]
+            for names in self._stages[1:]]
         return tuple(map(len, self._block_names))
 
     def _arrange(self, blocks: dict[int, Blocks]) -> None:
@@ -470,18 +523,25 @@ class SharedWeightsMixin:
                 self.subnets[str(depth)].training = self.training
             # A module is the same for two nets where their paths to it are; the deepest of them has it
             for node in self._nodes(depth):
-                name = node[1]
-                if node in self._places:
-                    continue
-                self._places[node] = name
-                if depth != full and self.find_own(name):
-                    self._places[node] = f'subnets.{depth}.{name}'
-                    module = own.get(node) or SubNetModule(self, name, self.shared_affine)
-                    self._put(self.subnets[str(depth)], name, module)
+                if node not in self._places:
+                    self._place(depth, node, own.get(node))
         self._steps = {d: [[self._places[n] for n in step] for step in self._block_nodes(d)] for d in blocks}
+        self._note_ends()
+
+    def _place(self, depth: int, node: Node, module: nn.Module | None = None) -> None:
+        """Give a depth a module: what it has for itself, made anew if there is none, or the full-net's."""
+        name = node[1]
+        self._places[node] = name
+        if depth != self.depths[0] and self.find_own(name):
+            self._places[node] = f'subnets.{depth}.{name}'
+            self._put(self.subnets[str(depth)], name, module or SubNetModule(self, name))
+
+    def _note_ends(self) -> None:
+        """Note where the tail and the head of every depth are."""
         self._ends = {
-            d: tuple([self._places[blocks[d], n] for n in names if n in self._modules] for names in (
-                self.tail_names, self.head_names)) for d in blocks}
+            d: tuple([self._places[self._blocks[d], name] for name in self._end_names
+                      if (name in self.tail_names) is is_tail] for is_tail in (True, False))
+            for d in self.depths}
 
     def _block_nodes(self, depth: int) -> list[list[Node]]:
         """The blocks of a depth in order, those that begin a stage after what stands before them."""
@@ -494,7 +554,7 @@ class SharedWeightsMixin:
 
     def _nodes(self, depth: int) -> list[Node]:
         """All that differs or may differ between depths, in the order in which it runs."""
-        ends = [(self._blocks[depth], name) for name in (*self.tail_names, *self.head_names) if name in self._modules]
+        ends = [(self._blocks[depth], name) for name in self._end_names]
         return [node for step in self._block_nodes(depth) for node in step] + ends
 
     def _find(self, name: str) -> nn.Module:
@@ -546,8 +606,8 @@ class SharedWeightsMixin:
         return net
 
     _OWN: ClassVar[frozenset[str]] = frozenset({
-        '_block_names', '_blocks', '_ends', '_least', '_places', '_stages', '_steps', 'default_depth', 'private_norm',
-        'saved_results', 'shared_affine',
+        '_block_names', '_blocks', '_classifier_name', '_end_names', '_ends', '_first_names', '_least', '_places',
+        '_stages', '_steps', 'default_depth', 'private', 'saved_results',
     })
 
 

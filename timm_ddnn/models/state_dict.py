@@ -40,6 +40,11 @@ class StateDictMixin(SharedWeightsMixin):
             InputError: If entries are missing, or sub-nets have other entries than those of this model.
         """
         state_dict, own = dict(state_dict), self.state_dict()
+        if f'{self._classifier_name}.weight' not in own.keys() & state_dict.keys():
+            # Weights of other classes, or a model of none: sub-nets go without their classifiers as the full-net does
+            state_dict = {
+                name: tensor for name, tensor in state_dict.items()
+                if not (name.startswith('subnets.') and self._in_classifier(name))}
         trained = state_dict.get('subnets.trained')
         held = _subnets_in(state_dict)
         alone = trained is not None and trained.numel() == 1 < len(self.depths) and not held
@@ -65,6 +70,9 @@ class StateDictMixin(SharedWeightsMixin):
                 state_dict.setdefault(name, torch.zeros_like(tensor, device='cpu'))
         return state_dict
 
+    def _in_classifier(self, name: str) -> bool:
+        return re.sub(r'^subnets\.\d+\.', '', name).startswith(f'{self._classifier_name}.')
+
     def _check_names(self, given: Iterable[str], own: Iterable[str], alone: bool) -> None:
         """Refuse weights of other sub-nets, and such as lack entries, though timm loads them non-strictly."""
         held, wanted = _subnets_in(given), _subnets_in(own)
@@ -75,15 +83,13 @@ class StateDictMixin(SharedWeightsMixin):
             )
         unknown = [name for name in given if name.startswith('subnets.') and name not in own]
         if unknown:
-            affine = unknown[0].endswith(('.weight', '.bias'))
+            private = unknown[0].endswith(('.weight', '.bias'))
             raise InputError(
                 f'the weights have {len(unknown)} entries of sub-nets that the model has not, the first being '
-                f'{unknown[0]!r}' + affine * ': create it with shared_affine=False or private_norm=True'
+                f'{unknown[0]!r}' + private * ': create it with the `private` of the weights'
             )
-        classifier = self.get_classifier()
-        head, = (name for name, module in self.named_modules() if module is classifier)
         missing = [
-            name for name in own if name not in given and not name.startswith(f'{head}.')
+            name for name in own if name not in given and not self._in_classifier(name)
             and not name.endswith('.num_batches_tracked')
             and not (alone and name.startswith('subnets.'))
         ]
@@ -124,6 +130,8 @@ class StateDictMixin(SharedWeightsMixin):
         given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         given = self.expand_state_dict(given)
         check_values(given, self.state_dict(), 'the state dict')
+        for key in [key for key in state_dict if key.startswith(prefix) and key.removeprefix(prefix) not in given]:
+            del state_dict[key]
         state_dict.update((prefix + k, v) for k, v in given.items())
         super()._load_from_state_dict(state_dict, prefix, *args)
 

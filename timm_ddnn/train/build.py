@@ -113,6 +113,7 @@ def create_model(
         # Saved weights are evaluated with the classifier that they have
         num_classes=None if args.evaluate and args.pretrained else num_classes,
         subnets=args.subnets,
+        private=args.private,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
     )
@@ -262,7 +263,7 @@ def set_teacher(
         data: ImageData,
         data_config: Mapping[str, Any],
 ) -> None:
-    """Let the net of --teacher teach, if there is one; its weights are then base models of the student's, too.
+    """Let a trained net teach, if there is one; its base models are then the student's, too.
 
     Args:
         args: Options of the run.
@@ -276,14 +277,20 @@ def set_teacher(
     """
     if not teacher:
         return
+    student, flag = unwrap_model(task.trainable_module), f'--teacher {args.teacher}'
+    if args.frozen_teacher:
+        flag, classes = '--frozen-teacher', student.pretrained_cfg['num_classes']
+        if args.pretrained and not args.full_net_epochs and classes != student.num_classes:
+            raise InputError(
+                f'{flag} needs weights of {student.num_classes} classes, those of {args.model} are of {classes}: '
+                '--full-net-epochs trains the full-net before')
     if match_classes(data, teacher, same_names=True) is not data:
-        raise InputError(f'--teacher {args.teacher}: its classes must be in the order of those of the model')
+        raise InputError(f'{flag}: its classes must be in the order of those of the model')
     try:
         task.set_teacher(teacher)
         task.teacher(torch.zeros(1, *data_config['input_size'], device=next(teacher.parameters()).device))
     except InputError as e:
-        raise InputError(f'--teacher {args.teacher}: {e}') from e
-    student = unwrap_model(task.trainable_module)
+        raise InputError(f'{flag}: {e}') from e
     student.base_models = list(dict.fromkeys([*student.base_models, *teacher.base_models]))
 
 
@@ -376,12 +383,3 @@ def check_sizes(
         raise InputError(f'--batch-size must be at most {most} for {len(data.train)} images, got {args.batch_size}')
     if args.best_by not in (None, *model.depths):
         raise InputError(f'--best-by must be one of the depths {model.depths}, got {args.best_by}')
-    updates = args.epochs * math.ceil(batches / args.grad_accum_steps)
-    if args.full_net_updates >= updates:
-        raise InputError(
-            f'--full-net-updates must be less than the {updates} updates of the run, got {args.full_net_updates}')
-    private = not model.shared_affine or model.private_norm
-    if args.full_net_updates and accelerator.num_processes > 1 and private:
-        raise InputError(
-            '--full-net-updates is for one process, or for scale and shift that the depths share, got '
-            f'{accelerator.num_processes} processes and shared_affine=False or private_norm=True')

@@ -169,9 +169,8 @@ def train_one_epoch(
             with seeded(args.seed, state.epoch, state.step, accelerator.process_index + 1):
                 images, target = mixup(images, target)
         images = images.contiguous(memory_format=memory_format(args))
-        depth = model.depths[:1] if state.updates < args.full_net_updates else 'all'
         with accelerator.accumulate(task):
-            terms = task(images, target, depth=depth)
+            terms = task(images, target)
             # accelerate divides by the accumulated batches, but the last update may be of fewer
             parts = min(accumulated, steps - state.step // accumulated * accumulated)
             accelerator.backward(terms['loss'] * (accumulated / parts))

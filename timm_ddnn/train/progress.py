@@ -139,11 +139,12 @@ def print_banner(
     name = hardware['gpus'][device.index or 0] if device.type == 'cuda' else hardware['cpu']
     size = ' x '.join(map(str, data_config['input_size'][1:]))
     weights = args.initial_checkpoint or (args.model if args.pretrained else 'random')
+    weights = f'weights in {args.output}/full_net' if args.full_net_epochs else f'{weights} weights'
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     batches = f'batches of {args.batch_size}' + f' x {args.grad_accum_steps}' * (args.grad_accum_steps > 1)
     lines = {
         'model': f'{model.pretrained_cfg["architecture"]}, depths {", ".join(map(str, model.depths))}, '
-                 f'{parameters:.2f} M parameters, from {weights} weights',
+                 f'{parameters:.2f} M parameters, from {weights}',
         'data': f'{args.dataset}: {len(data.train):,} images to train, {len(data.validation):,} to validate '
                 f'({data.val_split}), {len(data.class_names):,} classes, {size} px',
         'device': f'{accelerator.num_processes} x {device.type} ({name}), '

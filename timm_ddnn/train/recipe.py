@@ -4,15 +4,18 @@ Its parts are built in `build.py`. The steps of an epoch are in `loop.py`, the p
 what it writes in `output.py`, and what it resumes from in `checkpoint.py`.
 """
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
+from safetensors.torch import load_file
 from timm.data import resolve_input_data_config
 from timm.utils import distribute_bn
 from torch import nn
@@ -47,6 +50,9 @@ def train(
 ) -> dict[str, Any] | None:
     """Train a model, and write it, its metrics and its checkpoints to a folder.
 
+    With --full-net-epochs the full-net trains alone before, as a run of its own in the folder `full_net` of this one,
+    which then begins with its weights.
+
     Args:
         args: Options of `timm-ddnn train`.
         ekd_options: Arguments of `EKDLoss`.
@@ -61,6 +67,18 @@ def train(
             read, a checkpoint or the output cannot be written, or a number is not finite.
         SystemExit: With status 75 after a signal has stopped the run, which may be resumed.
     """
+    summary = train_run(args, ekd_options, console, task_type)
+    PartialState().destroy_process_group()
+    return summary
+
+
+def train_run(
+        args: argparse.Namespace,
+        ekd_options: Mapping[str, Any],
+        console: Console,
+        task_type: Callable[..., EKDTask] = EKDTask,
+) -> dict[str, Any] | None:
+    """Train as `train`, and leave the group of processes as it is."""
     quiet_datasets()
     accelerator = build.create_accelerator(args)
     device, main_process = accelerator.device, accelerator.is_main_process
@@ -72,6 +90,7 @@ def train(
         teacher, data = build.create_teacher(args, data, device)
         set_seed(args.seed)
         model, data = build.create_model(args, data, device, console)
+        teacher = copy.deepcopy(model) if args.frozen_teacher else teacher
         data_config = resolve_input_data_config(model, args={'img_size': args.img_size})
         task = build.create_task(args, model, data, device, ekd_options, task_type)
         build.set_teacher(args, task, teacher, data, data_config)
@@ -85,11 +104,16 @@ def train(
         scheduler = build.create_scheduler(args, optimizer, batches=len(train_loader))
 
         names = model.pretrained_cfg['architecture'], Path(args.dataset).resolve().name
-        arguments = fixed_arguments(args, accelerator, data, teacher)
         nets = {'': model, 'ema_': ema.module} if ema else {'': model}
         prefix, net = list(nets.items())[-1]  # what is reported and saved
         costs = count_costs(model, data_config['input_size'])
     progress = TrainProgress(console, args.epochs, len(train_loader))
+    if args.full_net_epochs:
+        with open_output(args, '-'.join(names)) as output:
+            model.load_state_dict(train_full_net(args, ekd_options, console, task_type, output / 'full_net'))
+        for copied in filter(None, (ema and ema.module, args.frozen_teacher and teacher)):
+            copied.load_state_dict(model.state_dict())
+    arguments = fixed_arguments(args, accelerator, data, teacher)
     with open_output(args, '-'.join(names)) as output, stop_signals() as request, progress:
         folder = RunFolder(output, net, prefix, costs, data_config, data.class_names, args.best_by)
         checkpoints = Checkpoints(
@@ -124,9 +148,11 @@ def train(
             checkpoints.save(state)  # last: a run that resumes from it has all that the epoch writes
             print_line(console, describe_epoch(args, state, rows))
             request.agree()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
         if request.agreed:
             print_line(console, f'{request.agreed}: stopped after update {state.updates}, --resume auto resumes')
+            accelerator.end_training()
             sys.exit(EXIT_STOPPED)
 
         if not main_process:
@@ -140,6 +166,33 @@ def train(
             'duplicates': duplicates,
             'teacher_sha256': arguments['teacher_sha256'],
         }, ' on '.join(names))
+
+
+def train_full_net(
+        args: argparse.Namespace,
+        ekd_options: Mapping[str, Any],
+        console: Console,
+        task_type: Callable[..., EKDTask],
+        folder: Path,
+) -> dict[str, torch.Tensor]:
+    """Train the full-net alone for --full-net-epochs, or resume that; return its weights.
+
+    Args:
+        args: Options of the run that begins with the weights.
+        ekd_options: Arguments of `EKDLoss`.
+        console: Where to show progress.
+        task_type: `EKDTask`, or what takes its place.
+        folder: Where it is written.
+    """
+    print_line(console, f'the full-net alone, {args.full_net_epochs} epochs, in {folder}')
+    alone = argparse.Namespace(**{
+        **vars(args), 'epochs': args.full_net_epochs, 'full_net_epochs': 0, 'output': folder,
+        # What is of sub-nets alone
+        'subnets': [], 'frozen_teacher': False, 'best_by': None,
+        'model_kwargs': [(name, value) for name, value in args.model_kwargs if name != 'depth'],
+    })
+    train_run(alone, {**ekd_options, 'weights': {}}, console, task_type)
+    return load_file(folder / 'model.safetensors')
 
 
 @loading()

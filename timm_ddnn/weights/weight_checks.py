@@ -1,5 +1,6 @@
 """Files of weights, and whether the weights can be right: types, shapes and values of their tensors."""
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,13 @@ def check_tensors(
         InputError: If tensors are missing or unknown, one has another shape than in the model, or `check_values`
             refuses them.
     """
+    def is_adapted(name: str) -> bool:
+        return re.sub(r'^subnets\.\d+\.', '', name).rpartition('.')[0] in adapted
+
     own = model.state_dict()
     missing, unknown = (
         [name for name in names if not name.startswith('subnets.') and not name.endswith('num_batches_tracked')
-         and name.rpartition('.')[0] not in adapted]
+         and not is_adapted(name)]
         for names in (own.keys() - tensors.keys(), tensors.keys() - own.keys())
     )
     if whole and (missing or unknown):
@@ -126,7 +130,7 @@ def check_tensors(
         )
     for name, expected in own.items():
         shape, fits = tuple(expected.shape), name in tensors and tensors[name].shape == expected.shape
-        if name in tensors and not fits and name.rpartition('.')[0] not in adapted and name != 'subnets.trained':
+        if name in tensors and not fits and not is_adapted(name) and name != 'subnets.trained':
             raise InputError(
                 f'{name} of {source} must have shape {shape} as in the model, got {tuple(tensors[name].shape)}')
     check_values(tensors, own, source)

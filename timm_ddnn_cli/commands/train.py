@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arg('--model', default='ddnn_resnet20', help="timm's name, the folder or hf-hub:ID of a dynamic-depth model")
     arg('--subnets', nargs='*', type=parse_blocks, metavar='BLOCKS',
         help="blocks per stage of every sub-net, '2,2,2,2' '1,1,1,1'; of none: the full-net alone")
+    arg('--private', nargs='+', choices=('affine', 'final_norm', 'classifier', 'conv'), metavar='WHAT',
+        help="what sub-nets have for themselves: 'affine' (scale and shift of batch norms), 'final_norm', 'classifier' "
+             "or 'conv' (the first convolution of each stage); nothing if not given")
     arg('--pretrained', action='store_true', help='start from published or saved weights')
     arg('--initial-checkpoint', default='', metavar='PATH',
         help='start from the weights in a file or the folder of a model, of as many classes')
@@ -70,8 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('loss')
     add_ekd_options(group)
     arg = group.add_argument
-    arg('--full-net-updates', type=counter, default=0, metavar='N',
-        help='train the full-net alone in the first N updates, and all depths in the others')
+    arg('--full-net-epochs', type=counter, default=0, metavar='N',
+        help='train the full-net alone before, for N epochs with a schedule of their own, and start from its weights; '
+             'it is kept in full_net/')
+    arg('--frozen-teacher', action='store_true',
+        help='the full-net as it is at the start teaches all depths, the full-net too; needs trained weights to start '
+             'from (--full-net-epochs, --pretrained, --initial-checkpoint)')
     arg('--smoothing', type=fraction, default=0.0, help='label smoothing')
     arg('--class-weights', action='store_true',
         help='weight the cross-entropy of a class inversely to its number of images')
@@ -186,6 +193,12 @@ def _check(args: argparse.Namespace) -> None:
         fail('--class-weights are of cross-entropy, got --bce-loss')
     if args.ema_teacher and not args.model_ema:
         fail('--ema-teacher needs the average: --model-ema')
+    if args.frozen_teacher and not (args.full_net_epochs or args.pretrained or args.initial_checkpoint):
+        fail('--frozen-teacher needs trained weights: --full-net-epochs, --pretrained or --initial-checkpoint')
+    if args.frozen_teacher and (args.teacher or args.ema_teacher):
+        fail(f'--frozen-teacher must be the only teacher, got {"--ema-teacher" if args.ema_teacher else args.teacher}')
+    if args.full_net_epochs and args.resume not in (None, 'auto'):
+        fail(f'--full-net-epochs resumes by --resume auto, got {args.resume!r}')
     if args.evaluate and args.resume:
         fail(f'--resume is for training, not for --evaluate, got {args.resume!r}')
     if args.resume == 'auto' and not args.output:
@@ -196,7 +209,7 @@ def _check(args: argparse.Namespace) -> None:
         args.output = args.output or Path(args.resume).resolve().parent.parent
     if args.output and args.output.exists() and not args.output.is_dir():
         fail(f'--output must be a folder, got the file {args.output}')
-    if args.output and not (args.evaluate or args.resume) and any(args.output.glob('checkpoints/step-*')):
+    if args.output and not (args.evaluate or args.resume) and any(args.output.glob('**/checkpoints/step-*')):
         fail(f'--output {args.output} has checkpoints: resume by --resume auto, or choose another folder')
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         fail(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')
