@@ -268,7 +268,7 @@ def equal_cost(model, epochs, common, channels=(), size=(3, 32, 32)):
         'joint': (at_once | CE_ONLY, None),
         'ekd': (at_once | EKD, None),
         'adn': (at_once | METHODS['kl_only'] | mean, None),
-        'ekd_averaged': (train(budget / (3 * together + macs[full])) | EMA_TEACHER, None),
+        'ekd_averaged': (train(budget / (3 * together + macs[full])) | METHODS['ekd_ema_teacher'], None),
         # The full-net alone before; its frozen copy then teaches all depths, which start from it
         'full_first': (then | KD_SHARED | {'--full-net-epochs': str(first), '--frozen-teacher': None}, None),
         **{f'private_{kind}': (at_once | EKD | {'--private': kind}, None) for kind in ('affine', 'classifier', 'conv')},
@@ -317,6 +317,31 @@ def judged():
     ]
 
 
+def gpu():
+    """Make runs on CIFAR-100 for a GPU: nets of three depths that fit their data, and the smaller ones of the paper."""
+    common = {'--mixed-precision': 'bf16', '-b': '128', '--torchcompile': 'inductor'}
+    half = equal_cost('ddnn_cifar_resnet34', 100, common, channels=(32, 64, 128, 256))
+    small = equal_cost('ddnn_resnet56', 100, common)
+    runs = []
+    for seed, (name, rows) in product((1, 2, 3), (('cifar_resnet34', half), ('resnet56', small))):
+        wanted = {row for row in rows if row.startswith('alone_')} | {'ekd', 'full_first', 'ekd_averaged'}
+        runs += [
+            Run(f'cifar100_{name}/{row}-{seed}', 'cifar100_judged', seed,
+                rows[row][0] | {'--lr': '0.1', '--weight-decay': '5e-4'})
+            for row in rows if row in wanted]
+    return runs
+
+
+def tags():
+    """Make the runs that become tags, of a seed that was fixed before."""
+    recipe = {'--model': 'ddnn_cifar_resnet18_025', '--mixed-precision': 'no', '-b': '64', '--lr': '0.1', **EKD}
+    many = {'--weight-decay': '5e-4', '--epochs': '10', '--warmup-epochs': '1'}
+    few = {'--weight-decay': '4e-3', '--epochs': '40', '--warmup-epochs': '4', '--img-size': '64'}
+    return [
+        Run(f'tags/ekd_{data}-0', f'{data}_judged', 0, recipe | options)
+        for data, options in (('cifar100', many), ('cifar10', many), ('photos', few))]
+
+
 def all_runs():
     several = (
         'alone', 'kd_shared', 'kd_shared_weighted', 'kd_shared_deep', 'kd_shared_deep_private', 'joint', 'ekd',
@@ -337,5 +362,7 @@ def all_runs():
         *ablations(seeds=3),
         *tuning(),
         *judged(),
+        *gpu(),
+        *tags(),
     ]
     return {run.name: run for run in runs}

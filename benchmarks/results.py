@@ -51,12 +51,6 @@ def load_experiments():
     return {name: load_runs(name) for name in sorted(names)}
 
 
-def rank_runs(runs, method):
-    """List the names of a method's runs, the one of the highest mean top-1 over depths first."""
-    names = sorted(name for name in runs if split_name(name)[0] == method)
-    return sorted(names, key=lambda name: -mean(row['top1'] for row in runs[name]['depths']))
-
-
 def alone_for(method):
     """Name the nets trained alone that a method is compared with; the first that has the depth counts."""
     if method in ('alone', 'few_alone', 'few_44_alone', 'alone_late'):
@@ -180,7 +174,7 @@ def main():
     rows = list(run_rows(load_experiments()))
     write_csv(RESULTS / 'runs.csv', rows)
     write_csv(RESULTS / 'summary.csv', summary_rows(rows))
-    for experiment in sorted({row['experiment'] for row in rows} - {'ablations'}):
+    for experiment in sorted({row['experiment'] for row in rows} - {'ablations', 'tags'}):
         shown = [row for row in rows if row['experiment'] == experiment]
         data = DATA.get(shown[0]['data'], shown[0]['data'])
         net = shown[0]['model'].removeprefix('ddnn_').replace('resnet', 'ResNet-').replace('convnext_a', 'ConvNeXt-A')

@@ -57,16 +57,6 @@ def test_gains_are_of_the_same_seed_and_have_the_error_of_their_mean(some_runs, 
     assert (tmp_path / 'results/some.png').stat().st_size > 10_000
 
 
-def test_the_best_run_of_a_method_becomes_a_tag(modules, some_runs):
-    """Catches the weights of the best full-net, of another method, and a name without results."""
-    results = some_runs({
-        ('ekd', 0): {20: 85.0, 8: 80.0}, ('ekd', 1): {20: 84.0, 8: 82.0}, ('ekd_light', 0): {20: 90.0, 8: 90.0}})
-    runs = results.load_runs('some')
-    assert results.rank_runs(runs, 'ekd') == ['ekd-1', 'ekd-0'] and results.rank_runs(runs, 'kd') == []
-    with pytest.raises(ValueError, match='experiment must be one with results of ekd in '):
-        modules.make_tag.best_run('other', 'ekd')
-
-
 def test_seeds_of_a_method_had_the_same_arguments():
     """Catches a mean over runs of which some had other defaults."""
     first, compared = {}, 0

@@ -21,6 +21,7 @@ EXPECTED_DEPTHS = {
     'ddnn_resnet56': (56, 32, 20),
     'ddnn_resnet110': (110, 56, 20),
     'ddnn_cifar_resnet18': (18, 10),
+    'ddnn_cifar_resnet18_025': (18, 10),
     'ddnn_cifar_resnet34': (34, 18, 10),
     'ddnn_cifar_resnet50': (50, 26, 14),
 }

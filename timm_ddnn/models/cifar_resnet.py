@@ -14,9 +14,10 @@ from ..utils.errors import InputError
 from ..utils.schema import brief
 from ..weights.build import build_model
 
-__all__ = ['CIFAR100_ARGS', 'CifarResNet', 'cifar100_cfg', 'cifar_cfg', 'feature_cfg']
+__all__ = ['CIFAR100_ARGS', 'QUARTER_ARGS', 'CifarResNet', 'cifar100_cfg', 'cifar_cfg', 'feature_cfg']
 
 CIFAR100_ARGS = dict(channels=(64, 128, 256, 512), projection=True)  # of the nets of four stages
+QUARTER_ARGS = dict(CIFAR100_ARGS, channels=(16, 32, 64, 128))
 
 
 class PadShortcut(nn.Module):
@@ -183,7 +184,7 @@ def cifar100_cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     **{f'cifar_resnet{depth}': cifar_cfg() for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f'cifar_resnet{depth}': cifar100_cfg() for depth in (18, 34, 50)},
+    **{f'cifar_resnet{depth}': cifar100_cfg() for depth in ('18', '18_025', '34', '50')},
 })
 
 
@@ -250,6 +251,13 @@ def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Construct a ResNet-18 for images of 32 px."""
     model_args = dict(CIFAR100_ARGS, block=BasicBlock, layers=(2, 2, 2, 2))
     return _create_cifar_resnet('cifar_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_resnet18_025(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """Construct a ResNet-18 for images of 32 px, a quarter as wide."""
+    model_args = dict(QUARTER_ARGS, block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_cifar_resnet('cifar_resnet18_025', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -10,7 +10,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from ..utils.errors import InputError
-from .cifar_resnet import CIFAR100_ARGS, CifarResNet, cifar100_cfg, cifar_cfg, feature_cfg
+from .cifar_resnet import CIFAR100_ARGS, QUARTER_ARGS, CifarResNet, cifar100_cfg, cifar_cfg, feature_cfg
 from .create import create_dynamic
 from .dynamic_depth import DynamicDepthMixin
 from .shared_weights import count_resnet_layers
@@ -111,6 +111,7 @@ default_cfgs = generate_default_cfgs({
     'ddnn_resnet56.ekd_cifar10': _bundled('ddnn_resnet56.ekd_cifar10'),
     'ddnn_resnet110': cifar_cfg(),
     'ddnn_cifar_resnet18': cifar100_cfg(),
+    'ddnn_cifar_resnet18_025': cifar100_cfg(),
     'ddnn_cifar_resnet34': cifar100_cfg(),
     'ddnn_cifar_resnet50': cifar100_cfg(),
 })
@@ -217,6 +218,13 @@ def ddnn_cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> DynamicDepth
     """Construct a dynamic ResNet of depths 18 and 10, for images of 32 px."""
     model_args = dict(CIFAR100_ARGS, block=BasicBlock, layers=(2, 2, 2, 2), subnets=((1, 1, 1, 1),))
     return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_cifar_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ddnn_cifar_resnet18_025(pretrained: bool = False, **kwargs: Any) -> DynamicDepthCifarResNet:
+    """Construct a dynamic ResNet of depths 18 and 10, for images of 32 px, a quarter as wide."""
+    model_args = dict(QUARTER_ARGS, block=BasicBlock, layers=(2, 2, 2, 2), subnets=((1, 1, 1, 1),))
+    return _create_ddnn(DynamicDepthCifarResNet, 'ddnn_cifar_resnet18_025', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
