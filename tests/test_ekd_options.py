@@ -14,7 +14,7 @@ def test_options_are_the_arguments_of_the_loss(prefix):
     parser = argparse.ArgumentParser()
     add_ekd_options(parser, prefix)
     expected = {name: p.default for name, p in inspect.signature(EKDLoss).parameters.items() if name != 'criterion'}
-    assert ekd_options(parser.parse_args([]), prefix) == expected | {'weights': {}}
+    assert ekd_options(parser.parse_args([]), prefix) == expected | {'weights': {}, 'stages': [*expected['stages']]}
     given = f'--{prefix}temperature 2 --{prefix}alpha 1 --{prefix}beta 0 --{prefix}attention standardized ' \
             f'--{prefix}stages 0 -1 --{prefix}weights 14=0.25 8=0.75'
     assert ekd_options(parser.parse_args(given.split()), prefix) == dict(

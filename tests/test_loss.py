@@ -97,7 +97,7 @@ def test_loss_is_the_documented_sum_of_its_terms(options):
 
 def test_terms_in_loops():
     outputs = make_outputs()
-    terms = EKDLoss(temperature=3.0, weights={8: 7.0}).terms(outputs, TARGET)
+    terms = EKDLoss(temperature=3.0, weights={8: 7.0}, stages=None).terms(outputs, TARGET)
     assert all(term.ndim == 0 for term in terms.values())
     for d in DEPTHS:
         assert terms[f'ce_{d}'].item() == pytest.approx(cross_entropy_loop(outputs[d].logits, TARGET), rel=1e-12)
@@ -111,7 +111,7 @@ def test_terms_in_loops():
 @pytest.mark.parametrize('form', FORMS)
 def test_another_teacher_teaches_all_depths_in_loops(form):
     outputs, teacher = as_leaves(make_outputs()), as_leaves(make_outputs(depths=(44,), seed=1))[44]
-    loss_fn = EKDLoss(temperature=3.0, alpha=0.5, beta=0.25, attention=form, weights={8: 7.0})
+    loss_fn = EKDLoss(temperature=3.0, alpha=0.5, beta=0.25, attention=form, weights={8: 7.0}, stages=None)
     terms = loss_fn.terms(outputs, TARGET, teacher)
     assert set(terms) == {'loss', *(f'{name}_{d}' for name in ('ce', 'kl', 'attention') for d in DEPTHS)}
     loss = 0.0
@@ -152,7 +152,8 @@ def test_without_beta_the_maps_are_not_looked_at():
 def test_weight_zero_takes_a_depth_out_of_the_gradient():
     outputs = make_outputs(requires_grad=True)
     grads = torch.autograd.grad(
-        EKDLoss(weights={14: 0})(outputs, TARGET), [outputs[14].logits, outputs[8].logits, *outputs[14].features])
+        EKDLoss(weights={14: 0}, stages=None)(outputs, TARGET),
+        [outputs[14].logits, outputs[8].logits, *outputs[14].features])
     assert [bool(g.any()) for g in grads] == [False, True, False, False, False]
 
 
@@ -160,7 +161,7 @@ def test_loss_refuses_maps_of_another_resolution():
     outputs = make_outputs()
     outputs[8].features[1] = torch.randn(BATCH, 3, 2, 3)
     with pytest.raises(ValueError, match=r'\(3, 3, 2, 3\)'):
-        EKDLoss()(outputs, TARGET)
+        EKDLoss(stages=None)(outputs, TARGET)
 
 
 # Options

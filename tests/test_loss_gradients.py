@@ -66,7 +66,7 @@ def test_loss_gradcheck(form):
 def test_full_net_gets_the_gradient_of_its_cross_entropy_alone(form):
     outputs = make_outputs(requires_grad=True)
     full = outputs[20]
-    loss = EKDLoss(temperature=2.0, alpha=5.0, beta=5.0, attention=form)(outputs, TARGET)
+    loss = EKDLoss(temperature=2.0, alpha=5.0, beta=5.0, attention=form, stages=None)(outputs, TARGET)
     grad, *map_grads = torch.autograd.grad(loss, [full.logits, *full.features], allow_unused=True, retain_graph=True)
     assert map_grads == [None] * 3
     for row, z, y in zip(grad.tolist(), full.logits.tolist(), TARGET.tolist(), strict=True):
@@ -182,7 +182,7 @@ def test_outputs_of_low_precision_are_computed_in_float32(form, dtype):
     outputs[20].features[0].mul_(200)  # squares beyond the range of float16
     outputs[8].features[0].mul_(200)
     outputs = as_leaves(outputs)
-    loss_fn = EKDLoss(temperature=2.0, attention=form)
+    loss_fn = EKDLoss(temperature=2.0, attention=form, stages=None)
     terms = loss_fn.terms(outputs, TARGET)
     expected = loss_fn.terms(convert(outputs, torch.float32), TARGET)
     for name, term in terms.items():

@@ -18,7 +18,7 @@ from timm_ddnn.utils.modules import find_norms
 NAMES = list(EXPECTED_DEPTHS)
 CIFAR_NAMES = [
     'ddnn_resnet20', 'ddnn_resnet32', 'ddnn_resnet44', 'ddnn_resnet56', 'ddnn_resnet110', 'ddnn_cifar_resnet18',
-    'ddnn_cifar_resnet34', 'ddnn_cifar_resnet50']
+    'ddnn_cifar_resnet18_025', 'ddnn_cifar_resnet34', 'ddnn_cifar_resnet50']
 ONE_OF_EACH_KIND = some_at_once('ddnn_resnet18', 'ddnn_resnet50', 'ddnn_resnet20', 'ddnn_cifar_resnet18')
 
 

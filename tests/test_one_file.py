@@ -86,6 +86,22 @@ def test_every_convolution_stands_once():
     onnx.checker.check_model(graphs[0], full_check=True)
 
 
+def test_private_weights_are_picked_by_depth():
+    """Catches matrices that one depth lends to another, and integers that are taken for those of all depths."""
+    model = create('ddnn_resnet20', **NOT_NESTED, private=['classifier', 'conv'])
+    x = images(model, 4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.startswith('subnets.'):
+                torch.nn.init.normal_(p, std=0.2)
+    compute = run(merge_nets(trace(model, x, fold_norms=False)))
+    for depth, logits in logits_by_depth(model, x).items():
+        torch.testing.assert_close(compute(x, depth), logits, atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match=r"which private 'conv' has not, .* export one depth at a time"):
+        quantize_nets(trace(model, x, fold_norms=True), x)
+    check_both(create('ddnn_resnet20', **NOT_NESTED, private=['classifier']), x)
+
+
 @pytest.mark.parametrize('name', some_at_once())  # all slow
 def test_every_entrypoint(name):
     """Catches a kind of block, or an operator of it, that a file of several depths cannot hold."""

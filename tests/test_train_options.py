@@ -41,13 +41,13 @@ def seen(monkeypatch):
     """What the task and the loss are given, by name."""
     seen = {}
 
-    def forward(task, images, target, depth, original=EKDTask.forward):
+    def forward(task, images, target, original=EKDTask.forward):
         channels_last = dict(memory_format=torch.channels_last)
         seen['images'] = images.is_contiguous(**channels_last), images.is_contiguous()
         seen['input'] = images
         weight = task.trainable_module.layer2[0].conv1.weight
         seen['weights'] = weight.is_contiguous(**channels_last), weight.is_contiguous()
-        return original(task, images, target, depth)
+        return original(task, images, target)
 
     def terms(loss, outputs, target, teacher=None, original=EKDLoss.terms):
         seen['logits'] = {output.logits.dtype for output in outputs.values()}
@@ -143,7 +143,7 @@ def test_torchcompile(backend, plain):
 
 def test_averaged_weights_of_every_depth(monkeypatch):
     """Catches an average that is evaluated or saved at one depth alone, or with the statistics of the other weights."""
-    run(*SHORT, '--model-ema', '--model-ema-decay', 0.5, '--output', 'out')
+    run(*SHORT, '--model-ema', '--model-ema-decay', 0.7, '--output', 'out')
     record = history('out')[-1]
     model = timm.create_model('local-dir:out', pretrained=True)
     state = load_file('out/checkpoints/step-00000022/model.safetensors')

@@ -152,7 +152,7 @@ class EKDLoss(nn.Module):
             alpha: float = 0.3,
             beta: float = 0.1,
             attention: str = 'energy',
-            stages: Sequence[int] | None = None,
+            stages: Sequence[int] | None = (-1,),
             weights: Mapping[int, float] | None = None,
             criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
@@ -164,8 +164,8 @@ class EKDLoss(nn.Module):
             alpha: Weight of the KL divergence, from 0 to 1e6. It is not computed if 0.
             beta: Weight of the attention, from 0 to 1e6. It is not computed if 0.
             attention: Form of the attention, 'energy' or 'standardized', see `attention_map`.
-            stages: Indices of the stages whose maps are compared, each once, negative ones counting from the last. All
-                if None.
+            stages: Indices of the stages whose maps are compared, each once, negative ones counting from the last; all
+                if None. The last by default.
             weights: Weight w_k by depth, from 0 to 1e6. A depth that is not in it has weight 1.
             criterion: Takes logits [B, num_classes] and the target and returns a scalar, for instance one of
                 `timm.loss`. It is applied as it is, to every depth alike. Cross-entropy if None.

@@ -24,8 +24,8 @@ def add_ekd_options(parser: Any, prefix: str = '') -> None:
     add(parser, 'alpha', type=float, default=0.3, help='weight of the KL divergence, >= 0')
     add(parser, 'beta', type=float, default=0.1, help='weight of the attention, >= 0')
     add(parser, 'attention', choices=('energy', 'standardized'), default='energy', help='form of the attention')
-    add(parser, 'stages', nargs='+', type=int, metavar='STAGE',
-        help='stages whose attention is compared, from 0, or from the last by negative numbers; all if not given')
+    add(parser, 'stages', nargs='+', type=int, default=[-1], metavar='STAGE',
+        help='stages whose attention is compared, from 0, or from the last by negative numbers; the last if not given')
     add(parser, 'weights', nargs='+', type=parse_weight, default=[], metavar='DEPTH=WEIGHT',
         help='loss weights of sub-nets, 1 if not given')
     teacher = parser.add_mutually_exclusive_group()

@@ -107,7 +107,7 @@ def loss_loop(
         alpha=0.3,
         beta=0.1,
         attention='energy',
-        stages=(0, 1, 2),
+        stages=(-1,),
         weights=None,
         cross_entropy=cross_entropy_loop,
 ):
