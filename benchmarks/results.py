@@ -1,21 +1,23 @@
 #!/usr/bin/env python3
-"""Write results/runs.csv and results/summary.csv from the JSON files of the runs, and draw the plots.
+"""Write results/runs.csv, summary.csv and verdict.csv from the JSON files of the runs, and draw the plots.
 
     python benchmarks/results.py
 
 `runs.csv` has a row for every depth of every run, `summary.csv` one for every depth of every method: the mean over
-seeds, and what it gains on the same depth trained alone, seed by seed. The page about them is results/README.md, which
-a person writes. `experiments.py` makes the runs.
+seeds, and what it gains on the same depth trained alone, seed by seed. `verdict.csv` has the tests of
+results/PROTOCOL.md. The page about them is results/README.md, which a person writes. `experiments.py` makes the runs.
 """
 import csv
 import json
 import math
 import re
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.figure import Figure
+from scipy.stats import ttest_1samp
 
 from timm_ddnn.evaluation.metrics import wilson_interval
 from timm_ddnn.evaluation.plots import save_figure, show_macs, widen_axis
@@ -118,12 +120,43 @@ def summary_rows(rows):
         }
 
 
+def verdict_rows(rows):
+    """Make the rows of verdict.csv: the one-sided t-tests of the protocol, with p-values by Holm over all of them.
+
+    `holds` tests that the mean gain over seeds is above the margin, -0.2 at full depth and 0 at a sub-net, `fails` that
+    it is below.
+    """
+    top1 = defaultdict(dict)  # {(experiment, depth): {(method, seed): top-1}}
+    for row in rows:
+        if row['experiment'].startswith('promise_'):
+            top1[row['experiment'], row['depth']][row['method'], row['seed']] = row['top1']
+    verdicts = []
+    for ((experiment, depth), found), method in product(sorted(top1.items(), reverse=True), ('ekd', 'recipe')):
+        seeds = [seed for name, seed in sorted(found) if name == method and ('alone', seed) in found]
+        gains = [found[method, seed] - found['alone', seed] for seed in seeds]
+        if len(gains) > 2:
+            margin = -0.2 if depth == max(d for e, d in top1 if e == experiment) else 0.0
+            verdicts.append({
+                'experiment': experiment, 'method': method, 'depth': depth, 'seeds': ' '.join(map(str, seeds)),
+                'gain': f'{mean(gains):+.2f}', 'standard_error': standard_error(gains), 'margin': margin,
+                'holds': ttest_1samp(gains, margin, alternative='greater').pvalue,
+                'fails': ttest_1samp(gains, margin, alternative='less').pvalue})
+    for side in ('holds', 'fails'):
+        adjusted = 0.0
+        for i, row in enumerate(sorted(verdicts, key=lambda row: row[side])):
+            adjusted = max(adjusted, min(1.0, (len(verdicts) - i) * row[side]))
+            row |= {side: f'{row[side]:.4f}', f'{side}_by_holm': f'{adjusted:.4f}'}
+    return verdicts
+
+
 def standard_error(values):
     return f'{stdev(values) / math.sqrt(len(values)):.2f}' if len(values) > 2 else ''
 
 
 def write_csv(path, rows):
     rows = list(rows)
+    if not rows:
+        return
     with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, rows[0], lineterminator='\n')
         writer.writeheader()
@@ -174,6 +207,7 @@ def main():
     rows = list(run_rows(load_experiments()))
     write_csv(RESULTS / 'runs.csv', rows)
     write_csv(RESULTS / 'summary.csv', summary_rows(rows))
+    write_csv(RESULTS / 'verdict.csv', verdict_rows(rows))
     for experiment in sorted({row['experiment'] for row in rows} - {'ablations', 'tags'}):
         shown = [row for row in rows if row['experiment'] == experiment]
         data = DATA.get(shown[0]['data'], shown[0]['data'])

@@ -57,6 +57,21 @@ def test_gains_are_of_the_same_seed_and_have_the_error_of_their_mean(some_runs, 
     assert (tmp_path / 'results/some.png').stat().st_size > 10_000
 
 
+def test_the_verdict_is_that_of_the_protocol(modules):
+    """Catches another margin or side, pairs of other seeds, and p-values that Holm's correction is not over all of."""
+    gains = {20: (0.1, -0.3, 0.0, -0.1, 0.2), 8: (0.5, 0.9, 0.7, 0.4, 1.0)}
+    rows = [
+        {'experiment': 'promise_some', 'method': method, 'depth': depth, 'seed': seed,
+         'top1': 60.0 + seed + gains[depth][seed] * (method == 'ekd')}
+        for depth in gains for seed in range(5) for method in ('alone', 'ekd', 'joint')]
+    full, sub = modules.results.verdict_rows([*rows, rows[0] | {'experiment': 'other'}])
+    assert (full['depth'], full['margin'], full['gain'], sub['depth'], sub['margin'], sub['gain']) == (
+        20, -0.2, '-0.02', 8, 0.0, '+0.70')
+    # t = 0.18 / (0.1924 / sqrt(5)) = 2.092 and 0.7 / (0.2550 / sqrt(5)) = 6.139 with 4 degrees of freedom
+    assert (full['holds'], sub['holds'], full['fails']) == ('0.0523', '0.0018', '0.9477')
+    assert (full['holds_by_holm'], sub['holds_by_holm']) == ('0.0523', '0.0036')
+
+
 def test_seeds_of_a_method_had_the_same_arguments():
     """Catches a mean over runs of which some had other defaults."""
     first, compared = {}, 0
@@ -76,8 +91,8 @@ def test_files_are_those_of_the_runs(modules, tmp_path, monkeypatch):
     results, model_card = modules.results, modules.model_card
     monkeypatch.setattr(results, 'RESULTS', ROOT / 'results')
     rows = list(results.run_rows(results.load_experiments()))
-    for name, made in ('runs.csv', rows), ('summary.csv', results.summary_rows(rows)):
-        results.write_csv(tmp_path / name, made)
+    for name, make in ('runs.csv', list), ('summary.csv', results.summary_rows), ('verdict.csv', results.verdict_rows):
+        results.write_csv(tmp_path / name, make(rows))
         assert (tmp_path / name).read_bytes() == (ROOT / 'results' / name).read_bytes(), 'run benchmarks/results.py'
     for place in {'RESULTS': ROOT / 'results', 'ROOT': tmp_path, 'WEIGHTS': ROOT / 'timm_ddnn/models/tags'}.items():
         monkeypatch.setattr(model_card, *place)
