@@ -335,8 +335,8 @@ def gpu():
 def tags():
     """Make the runs that become tags, of a seed that was fixed before."""
     recipe = {'--model': 'ddnn_cifar_resnet18_025', '--mixed-precision': 'no', '-b': '64', '--lr': '0.1', **EKD}
-    many = {'--weight-decay': '5e-4', '--epochs': '10', '--warmup-epochs': '1'}
-    few = {'--weight-decay': '4e-3', '--epochs': '40', '--warmup-epochs': '4', '--img-size': '64'}
+    many = {'--weight-decay': '5e-4', '--epochs': '8', '--warmup-epochs': '1'}
+    few = {'--weight-decay': '4e-3', '--epochs': '30', '--warmup-epochs': '3', '--img-size': '64'}
     return [
         Run(f'tags/ekd_{data}-0', f'{data}_judged', 0, recipe | options)
         for data, options in (('cifar100', many), ('cifar10', many), ('photos', few))]
