@@ -153,9 +153,10 @@ def count_costs(run, summary, folder, teacher):
         teaching = forward_macs(net, net.depths[:1], size)
         trained_by = trained_by if teacher else None
     images = summary['training_images'] // args['batch_size'] * args['batch_size']
+    alone = 3 * full + (0 if args['frozen_teacher'] else teaching)
     together = 3 * forward_macs(model, 'all', size) + teaching
     return {
-        'training_macs': images * (args['epochs'] * together + 3 * args['full_net_epochs'] * full),
+        'training_macs': images * (args['epochs'] * together + args['full_net_epochs'] * alone),
         'teacher_training_macs': trained_by,
     }
 

@@ -31,6 +31,7 @@ STYLES = {
     'ekd': ('tab:blue', 'o', '-', 'EKD'),
     'kd_shared_deep': ('tab:green', 'D', '-', 'shared, distilled from a deeper net'),
 }
+JUDGED_SEEDS = {'promise_cifar10_2500': 5}  # of results/PROTOCOL.md
 DATA = {
     'cifar10': 'CIFAR-10 (JPEG)', 'tiny_imagenet': 'Tiny ImageNet', 'photos_judged': 'photographs',
     'cifar10_2500_judged': '2,500 images of CIFAR-10 (JPEG)'}
@@ -88,7 +89,8 @@ def run_rows(experiments):
                     'epochs': run['options']['--epochs'],
                     'training_macs': run.get('training_macs'),  # forward and backward; older runs do not know it
                     'teacher_training_macs': run.get('teacher_training_macs'),
-                    'hours': round(sum(record['seconds'] for record in run['history']) / 3600, 3),
+                    'hours': round(
+                        run.get('training_seconds', sum(record['seconds'] for record in run['history'])) / 3600, 3),
                     'device': ' '.join(run['hardware']['gpus'][:1]) or run['hardware']['cpu'],
                     'teacher': run['teacher'],
                     'options': ' '.join(f'{flag} {value or ""}'.strip() for flag, value in run['options'].items()),
@@ -128,13 +130,13 @@ def verdict_rows(rows):
     """
     top1 = defaultdict(dict)  # {(experiment, depth): {(method, seed): top-1}}
     for row in rows:
-        if row['experiment'].startswith('promise_'):
+        if row['experiment'] in JUDGED_SEEDS:
             top1[row['experiment'], row['depth']][row['method'], row['seed']] = row['top1']
     verdicts = []
     for ((experiment, depth), found), method in product(sorted(top1.items(), reverse=True), ('ekd', 'recipe')):
         seeds = [seed for name, seed in sorted(found) if name == method and ('alone', seed) in found]
         gains = [found[method, seed] - found['alone', seed] for seed in seeds]
-        if len(gains) > 2:
+        if len(gains) == JUDGED_SEEDS[experiment]:
             margin = -0.2 if depth == max(d for e, d in top1 if e == experiment) else 0.0
             verdicts.append({
                 'experiment': experiment, 'method': method, 'depth': depth, 'seeds': ' '.join(map(str, seeds)),

@@ -27,8 +27,8 @@ def parse_args(arguments=None):
         help='decay of an average of the weights, whose full-net teaches the sub-nets, and not as by --ema-teacher all')
     arg('--sample', action='store_true', help='in a step the full-net and one sub-net, at random')
     args = parser.parse_args(arguments, argparse.Namespace(json=False))
-    if args.average_teacher and (args.teacher or args.ema_teacher):
-        parser.error(f'--average-teacher must be without --teacher and --ema-teacher, got {args.average_teacher}')
+    if args.average_teacher and (args.teacher or args.ema_teacher or args.frozen_teacher or args.full_net_epochs):
+        parser.error(f'--average-teacher must be without a teacher or --full-net-epochs, got {args.average_teacher}')
     return args
 
 
@@ -48,8 +48,8 @@ class MethodTask(timm_ddnn.EKDTask):
             # It is a module of the task, too, and so in the mode of the net in training
             self.set_teacher(self.average.module)
 
-    def forward(self, input, target, depth='all'):
-        run = self.subnets if depth == 'all' else []
+    def forward(self, input, target):
+        run = self.subnets
         if self.method.sample and run:
             run = [self.subnets[torch.randint(len(self.subnets), ()).item()]]
         outputs = self.trainable_module(input, depth=(self.full, *run))

@@ -315,11 +315,11 @@ def test_an_average_of_the_weights_teaches(modules, monkeypatch):
 
 def test_there_is_one_teacher(modules, monkeypatch, capsys):
     """Catches two teachers, of which one is passed over in silence."""
-    for option in '--teacher=some', '--ema-teacher':
+    for option in '--teacher=some', '--ema-teacher', '--frozen-teacher', '--full-net-epochs=1':
         monkeypatch.setattr('sys.argv', ['train_method.py', '--average-teacher', '0.9', option])
         with pytest.raises(SystemExit, match='2'):
             modules.train_method.parse_args()
-        message = '--average-teacher must be without --teacher and --ema-teacher, got 0.9'
+        message = '--average-teacher must be without a teacher or --full-net-epochs, got 0.9'
         assert message in capsys.readouterr().err
 
 

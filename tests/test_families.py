@@ -286,9 +286,10 @@ def test_private_parts_are_kept_extracted_and_saved(family, private, tmp_path):
     with torch.no_grad():
         for depth in model.depths:  # they begin as copies of the full-net's, of a stock net's weights too
             assert torch.equal(alone(x, depth=depth), common(x, depth=depth))
-        model.load_state_dict(shared.state_dict())
-        for depth in model.depths:
-            assert torch.equal(model.eval()(x, depth=depth), common(x, depth=depth))
+        for weights in (shared, common):  # of the full-net alone, and of sub-nets that share
+            model.load_state_dict(weights.state_dict())
+            for depth in model.depths:
+                assert torch.equal(model.eval()(x, depth=depth), common(x, depth=depth))
     with pytest.raises(InputError, match='create it with the `private` of the weights'):
         common.load_state_dict(again.state_dict())
 
@@ -314,6 +315,9 @@ def test_private_classifiers_are_of_the_classes_asked_for(family, tmp_path):
     assert all(torch.equal(p, kept[name]) for name, p in other.named_parameters() if name in kept)
     features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=0).eval()
     assert features(x, depth=features.depths[-1]).shape == (2, model.num_features)
+    model.prune_intermediate_layers([0], prune_head=False)
+    model.reset_classifier(3)
+    assert len(model.get_classifiers()) == len({model.blocks(depth) for depth in model.depths})  # equal nets have one
 
 
 def test_pruning_and_gradient_checkpointing_at_every_depth():

@@ -73,6 +73,33 @@ def test_private_affine_is_not_lost_in_a_model_that_shares_it():
             shared.load_state_dict(private.state_dict(), strict=strict)
 
 
+def test_weights_that_share_what_is_private_here_compute_the_same():
+    """Catches private parts that stay random, and weights of which some are lost that pass for such."""
+    shared, x = create('ddnn_resnet20'), torch.randn(2, 3, 32, 32)
+    for private in (['affine'], ['classifier', 'conv'], ['affine', 'classifier', 'conv']):
+        model = timm.create_model('ddnn_resnet20', private=private).eval()
+        model.load_state_dict(shared.state_dict())
+        assert all(torch.equal(z, logits_by_depth(shared, x)[d]) for d, z in logits_by_depth(model, x).items())
+        state_dict = model.state_dict()
+        name = [name for name in state_dict if name.startswith('subnets.14.') and name.endswith('.weight')][-1]
+        del state_dict[name]
+        for strict in (True, False):
+            with pytest.raises(InputError, match=f'damaged or foreign weights: 1 of .*{name}'):
+                model.load_state_dict(state_dict, strict=strict)
+
+
+def test_hooks_of_a_private_module_run_at_every_depth():
+    """Catches hooks that see the full-net alone, though what is shared has them at every depth."""
+    model, seen = create('ddnn_resnet20', private=['classifier', 'conv']), []
+    for module in (model.fc, model.layer2[0].conv1, model.layer2[0].bn1):
+        module.register_forward_hook(lambda module, args, out: seen.append(type(module)))
+        module.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    x = images(model)
+    for depth in model.depths:
+        assert torch.equal(model(x, depth=depth), model.extract(depth)(x))
+    assert Counter(seen) == dict.fromkeys([torch.nn.Linear, torch.nn.Conv2d, torch.nn.BatchNorm2d], 6)
+
+
 def count_blocks(model, x, depth):
     """Number of executions of every block object in one forward."""
     blocks = {id(block): block for d in model.depths for block in model.path(d)}.values()

@@ -105,6 +105,8 @@ WRONG = [
     ('--full-net-epochs 1 --frozen-teacher --teacher some', '--frozen-teacher must be the only teacher, got some'),
     ('--full-net-epochs 1 --frozen-teacher --alpha 0 --beta 0', '--frozen-teacher: a teacher needs alpha or'),
     ('--full-net-epochs 1 --weights 20=1', r'sub-nets of \(14, 8\), got \[20\]'),
+    ('--model ddnn_resnet20 --pretrained --frozen-teacher',
+     '--frozen-teacher: 10 classes are called otherwise in the data than in the model'),
     ('--private foo', "invalid choice: 'foo' .*classifier"),
     ('--private final_norm', "private must be of what this net has, DynamicDepthCifarResNet has no 'final_norm'"),
     ('--best-by 26', r'--best-by must be one of the depths \(20, 14, 8\), got 26'),

@@ -143,6 +143,9 @@ def test_the_full_net_trains_alone_first():
     run(*both, *first, '--resume', 'auto', '--output', 'again')
     assert_same_run('again', 'out')
     assert_same_run('again/full_net', 'out/full_net')
+    # The frozen copy knows the classes that the full-net does
+    run(*short, '--epochs', 1, '--num-classes', 12, '--full-net-epochs', 1, '--frozen-teacher', '--output', 'more')
+    assert read('more')['depths'] and read('more', 'config.json')['num_classes'] == 12
 
 
 @pytest.mark.slow

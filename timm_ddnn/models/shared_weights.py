@@ -121,8 +121,8 @@ class SubNetModule(nn.Module):
         """Compute what the full-net's module computes, by the statistics of this one."""
         module = self._assemble()
         if self._is_own:
-            for hook in module._forward_pre_hooks.values():  # by which torch.nn.utils.prune masks weights
-                hook(module, (x,))
+            if module._forward_pre_hooks or module._forward_hooks:  # by which torch.nn.utils.prune masks weights
+                return module(x, **kwargs)
             if isinstance(x, torch.fx.Proxy):  # torch.fx does not trace into norms of torch.nn, whose check it cannot
                 vars(module)['_check_input_dim'] = lambda x: None
         return type(module).forward(module, x, **kwargs)
@@ -135,7 +135,7 @@ class SubNetModule(nn.Module):
 
 
 class SubNets(nn.ModuleDict):
-    """What sub-nets have for themselves, by depth and name: the modules whose statistics are their own.
+    """What sub-nets have for themselves, by depth and name: the modules whose statistics or parameters are their own.
 
     A module that several sub-nets run stands with the deepest of them; what is the full-net's is not here.
 
@@ -345,8 +345,11 @@ class SharedWeightsMixin:
         if 'classifier' not in self.private:
             return
         top = self._classifier_name.partition('.')[0]
-        for depth in self.depths[1:]:
-            node = self._blocks[depth], top
+        owners = {self._blocks[depth]: depth for depth in reversed(self.depths)}  # pruned nets may have the same blocks
+        for blocks, depth in owners.items():
+            if depth == self.depths[0]:
+                continue
+            node = blocks, top
             kept = {
                 name: tensor for name, tensor in self._find(self._places[node]).state_dict().items()
                 if not f'{top}.{name}'.startswith(f'{self._classifier_name}.')}
@@ -387,7 +390,7 @@ class SharedWeightsMixin:
         return count_shared_blocks(self.blocks(depth), self.blocks(other))
 
     def find_own(self, name: str) -> list[nn.Module]:
-        """List the norms that a sub-net has for itself, or something of them, in a module of the full-net.
+        """List the modules of which a sub-net has something for itself, in a module of the full-net.
 
         Args:
             name: Name of the module.
@@ -455,7 +458,7 @@ class SharedWeightsMixin:
         return list(distinct.values())
 
     def add_subnet(self, blocks: Sequence[int]) -> int:
-        """Add a sub-net, its statistics beginning as copies of the full-net's.
+        """Add a sub-net; what it has for itself begins as a copy of the full-net's.
 
         Nothing changes for the other depths. The new one is untrained until it is trained or calibrated.
 

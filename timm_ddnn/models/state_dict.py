@@ -26,9 +26,9 @@ class StateDictMixin(SharedWeightsMixin):
     def expand_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Complete a state dict to all names of this model.
 
-        Weights of a full-net alone, a stock net or a model without sub-nets, give the sub-nets copies of its
-        statistics. In any other state dict a missing entry is an error, the classifier's excepted, which timm takes
-        out to adapt weights to other classes.
+        Weights of a full-net alone, a stock net or a model without sub-nets, give the sub-nets copies of what they have
+        for themselves, and weights without private parts give copies of what was shared. In any other state dict a
+        missing entry is an error, the classifier's excepted, which timm takes out to adapt weights to other classes.
 
         Args:
             state_dict: State dict of this model, or of a stock net or a model without sub-nets like the full-net.
@@ -48,11 +48,15 @@ class StateDictMixin(SharedWeightsMixin):
         trained = state_dict.get('subnets.trained')
         held = _subnets_in(state_dict)
         alone = trained is not None and trained.numel() == 1 < len(self.depths) and not held
+        private = {name: _in_full_net(name) for name, _ in self.subnets.named_parameters(prefix='subnets')}
         if held or trained is not None:
+            if not state_dict.keys() & private.keys():  # shared so far: copies of the full-net's compute the same
+                state_dict |= {
+                    name: state_dict[full].clone() for name, full in private.items() if full in state_dict}
             self._check_names(state_dict, own, alone)
         if alone or (state_dict and not held and trained is None):
             for name in own:
-                original = re.sub(r'^subnets\.\d+\.', '', name)
+                original = _in_full_net(name)
                 if name != original and original in state_dict:
                     state_dict[name] = state_dict[original].clone()  # load_state_dict may assign it
             state_dict['subnets.trained'] = torch.arange(len(self.depths)) == 0
@@ -71,7 +75,7 @@ class StateDictMixin(SharedWeightsMixin):
         return state_dict
 
     def _in_classifier(self, name: str) -> bool:
-        return re.sub(r'^subnets\.\d+\.', '', name).startswith(f'{self._classifier_name}.')
+        return _in_full_net(name).startswith(f'{self._classifier_name}.')
 
     def _check_names(self, given: Iterable[str], own: Iterable[str], alone: bool) -> None:
         """Refuse weights of other sub-nets, and such as lack entries, though timm loads them non-strictly."""
@@ -88,8 +92,9 @@ class StateDictMixin(SharedWeightsMixin):
                 f'the weights have {len(unknown)} entries of sub-nets that the model has not, the first being '
                 f'{unknown[0]!r}' + private * ': create it with the `private` of the weights'
             )
+        adapted = f'{self._classifier_name}.weight' not in given
         missing = [
-            name for name in own if name not in given and not self._in_classifier(name)
+            name for name in own if name not in given and not (adapted and self._in_classifier(name))
             and not name.endswith('.num_batches_tracked')
             and not (alone and name.startswith('subnets.'))
         ]
@@ -134,6 +139,10 @@ class StateDictMixin(SharedWeightsMixin):
             del state_dict[key]
         state_dict.update((prefix + k, v) for k, v in given.items())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _in_full_net(name: str) -> str:
+    return re.sub(r'^subnets\.\d+\.', '', name)
 
 
 def _subnets_in(names: Iterable[str]) -> list[int]:

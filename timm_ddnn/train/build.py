@@ -284,8 +284,13 @@ def set_teacher(
             raise InputError(
                 f'{flag} needs weights of {student.num_classes} classes, those of {args.model} are of {classes}: '
                 '--full-net-epochs trains the full-net before')
-    if match_classes(data, teacher, same_names=True) is not data:
-        raise InputError(f'{flag}: its classes must be in the order of those of the model')
+    if not args.full_net_epochs or not args.frozen_teacher:
+        try:
+            matched = match_classes(data, teacher, more=args.frozen_teacher and bool(args.num_classes), same_names=True)
+        except InputError as e:
+            raise InputError(f'{flag}: {e}') from e
+        if matched is not data:
+            raise InputError(f'{flag}: its classes must be in the order of those of the model')
     try:
         task.set_teacher(teacher)
         task.teacher(torch.zeros(1, *data_config['input_size'], device=next(teacher.parameters()).device))

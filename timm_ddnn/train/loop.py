@@ -61,14 +61,13 @@ class LossMeter:
         """Add the terms of a step, without waiting for them.
 
         Args:
-            terms: What `EKDTask` returns: the terms of the steps before, and maybe others, which have been 0 until
-                now. Its key 'output' is passed over.
+            terms: What `EKDTask` returns, the same terms in every step. Its key 'output' is passed over.
         """
-        self.names += [name for name in terms if name not in ('output', *self.names)]
-        values = torch.stack([terms[name].detach() for name in self.names])
-        new = len(values) - len(self._sums)
-        self._sums = nn.functional.pad(self._sums, (0, new)) + values
-        self._finite_steps = nn.functional.pad(self._finite_steps, (0, new), value=self.steps)
+        if not self.names:
+            self.names = [name for name in terms if name != 'output']
+            self._sums, self._finite_steps = (values.new_zeros(len(self.names)) for values in (
+                self._sums, self._finite_steps))
+        self._sums += torch.stack([terms[name].detach() for name in self.names])
         self._finite_steps += self._sums.isfinite()  # a sum that is not finite never becomes so again
         self.steps += 1
 

@@ -7,6 +7,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -35,7 +36,7 @@ from .checkpoint import Checkpoints
 from .loop import check_weights, loss_record, train_one_epoch
 from .output import RunFolder, copy_best, describe_results, describe_run, open_output
 from .progress import TrainProgress, print_banner, print_line, start_tracker
-from .signals import EXIT_STOPPED, stop_signals
+from .signals import EXIT_STOPPED, StopRequest, stop_signals
 from .state import TrainState, fixed_arguments
 
 __all__ = ['evaluate_only', 'train']
@@ -76,9 +77,10 @@ def train_run(
         args: argparse.Namespace,
         ekd_options: Mapping[str, Any],
         console: Console,
-        task_type: Callable[..., EKDTask] = EKDTask,
+        task_type: Callable[..., EKDTask],
+        request: StopRequest | None = None,
 ) -> dict[str, Any] | None:
-    """Train as `train`, and leave the group of processes as it is."""
+    """Train as `train`, and leave the group of processes as it is; `request` is that of the run around this one."""
     quiet_datasets()
     accelerator = build.create_accelerator(args)
     device, main_process = accelerator.device, accelerator.is_main_process
@@ -108,13 +110,15 @@ def train_run(
         prefix, net = list(nets.items())[-1]  # what is reported and saved
         costs = count_costs(model, data_config['input_size'])
     progress = TrainProgress(console, args.epochs, len(train_loader))
-    if args.full_net_epochs:
-        with open_output(args, '-'.join(names)) as output:
-            model.load_state_dict(train_full_net(args, ekd_options, console, task_type, output / 'full_net'))
-        for copied in filter(None, (ema and ema.module, args.frozen_teacher and teacher)):
-            copied.load_state_dict(model.state_dict())
-    arguments = fixed_arguments(args, accelerator, data, teacher)
-    with open_output(args, '-'.join(names)) as output, stop_signals() as request, progress:
+    with ExitStack() as stack:
+        output = stack.enter_context(open_output(args, '-'.join(names)))
+        request = request or stack.enter_context(stop_signals())
+        if args.full_net_epochs:
+            model.load_state_dict(train_full_net(args, ekd_options, console, task_type, request))
+            for copied in filter(None, (ema and ema.module, args.frozen_teacher and teacher)):
+                copied.load_state_dict(model.state_dict())
+        arguments = fixed_arguments(args, accelerator, data, teacher)
+        stack.enter_context(progress)
         folder = RunFolder(output, net, prefix, costs, data_config, data.class_names, args.best_by)
         checkpoints = Checkpoints(
             accelerator, output / 'checkpoints', model, folder.save_net, ema=ema.module if ema else None,
@@ -152,7 +156,7 @@ def train_run(
             tracker.finish()
         if request.agreed:
             print_line(console, f'{request.agreed}: stopped after update {state.updates}, --resume auto resumes')
-            accelerator.end_training()
+            PartialState().destroy_process_group()
             sys.exit(EXIT_STOPPED)
 
         if not main_process:
@@ -173,7 +177,7 @@ def train_full_net(
         ekd_options: Mapping[str, Any],
         console: Console,
         task_type: Callable[..., EKDTask],
-        folder: Path,
+        request: StopRequest,
 ) -> dict[str, torch.Tensor]:
     """Train the full-net alone for --full-net-epochs, or resume that; return its weights.
 
@@ -182,16 +186,18 @@ def train_full_net(
         ekd_options: Arguments of `EKDLoss`.
         console: Where to show progress.
         task_type: `EKDTask`, or what takes its place.
-        folder: Where it is written.
+        request: Whether a signal asks to stop.
     """
+    folder = args.output / 'full_net'
     print_line(console, f'the full-net alone, {args.full_net_epochs} epochs, in {folder}')
     alone = argparse.Namespace(**{
         **vars(args), 'epochs': args.full_net_epochs, 'full_net_epochs': 0, 'output': folder,
+        'warmup_epochs': round(args.warmup_epochs * args.full_net_epochs / args.epochs),
         # What is of sub-nets alone
         'subnets': [], 'frozen_teacher': False, 'best_by': None,
         'model_kwargs': [(name, value) for name, value in args.model_kwargs if name != 'depth'],
     })
-    train_run(alone, {**ekd_options, 'weights': {}}, console, task_type)
+    train_run(alone, {**ekd_options, 'weights': {}}, console, task_type, request)
     return load_file(folder / 'model.safetensors')
 
 

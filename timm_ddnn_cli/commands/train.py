@@ -209,7 +209,8 @@ def _check(args: argparse.Namespace) -> None:
         args.output = args.output or Path(args.resume).resolve().parent.parent
     if args.output and args.output.exists() and not args.output.is_dir():
         fail(f'--output must be a folder, got the file {args.output}')
-    if args.output and not (args.evaluate or args.resume) and any(args.output.glob('**/checkpoints/step-*')):
-        fail(f'--output {args.output} has checkpoints: resume by --resume auto, or choose another folder')
+    for folder in (args.output, args.output / 'full_net') if args.output and not (args.evaluate or args.resume) else ():
+        if any(folder.glob('checkpoints/step-*')):
+            fail(f'--output {folder} has checkpoints: resume by --resume auto, or choose another folder')
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         fail(f'--batch-size must be even for --mixup and --cutmix, got {args.batch_size}')
