@@ -213,8 +213,10 @@ def main():
     for experiment in sorted({row['experiment'] for row in rows} - {'ablations', 'tags'}):
         shown = [row for row in rows if row['experiment'] == experiment]
         data = DATA.get(shown[0]['data'], shown[0]['data'])
-        net = shown[0]['model'].removeprefix('ddnn_').replace('resnet', 'ResNet-').replace('convnext_a', 'ConvNeXt-A')
-        title = f'{net} and its sub-nets on {data}, {shown[0]["epochs"]} epochs'
+        net = shown[0]['model'].removeprefix('ddnn_').removeprefix('cifar_')
+        net = net.replace('resnet', 'ResNet-').replace('convnext_a', 'ConvNeXt-A')
+        length = 'at equal cost' if experiment in JUDGED_SEEDS else f'{shown[0]["epochs"]} epochs'
+        title = f'{net} and its sub-nets on {data}, {length}'
         draw(RESULTS / f'{experiment}.png', shown, title)
 
 
