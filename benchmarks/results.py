@@ -34,7 +34,7 @@ STYLES = {
 JUDGED_SEEDS = {'promise_cifar10_2500': 5}  # of results/PROTOCOL.md
 DATA = {
     'cifar10': 'CIFAR-10 (JPEG)', 'tiny_imagenet': 'Tiny ImageNet', 'photos_judged': 'photographs',
-    'cifar10_2500_judged': '2,500 images of CIFAR-10 (JPEG)'}
+    'cifar10_2500_judged': '2,500 CIFAR-10 images'}
 
 
 def split_name(stem):

@@ -103,7 +103,8 @@ def test_files_are_those_of_the_runs(modules, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('page', 'heading', 'experiments', 'count'), [
-    ('README.md', 'What to expect', ['cifar10_resnet20'], 12),
+    ('README.md', 'What to expect', ['promise_cifar10_2500'], 6),
+    ('results/README.md', 'At equal cost', ['promise_cifar10_2500'], 6),
     ('results/README.md', 'What was found', ['cifar10_resnet20'], 12),
     ('results/README.md', 'What failed', ['cifar10_resnet20', 'cifar10_resnet56', 'tiny_imagenet_resnet34',
                                           'tiny_imagenet_resnet50'], 70),
