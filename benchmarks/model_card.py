@@ -25,16 +25,17 @@ median.{sealed}
 - **Method:** {method}
 - **Training:** {epochs} epochs, {hours:.1f} h on {machine}; the options are those of
   `{run}` in `results/runs.csv`.
+- **Data:** {data}
 - **By class:** {by_class}
 """
 HEAD = """# Model card
 
-Weights that come with timm_ddnn, under Apache-2.0: small ResNets for images of 32 px and the ten classes of CIFAR-10
-({classes}).
-They come from short schedules, show what depth costs, and are not the best nets of their size.
+Weights that come with timm_ddnn, under Apache-2.0: small nets for images of 32 px, of the classes of CIFAR-10
+or CIFAR-100. They come from short schedules, show what depth costs, and are not the best nets of their size.
 
-`timm.create_model('ddnn_resnet20', pretrained=True)` takes `ddnn_resnet20.kd_cifar10`, and `ddnn_resnet56` takes
-`ddnn_resnet56.ekd_cifar10`, whose depth 20 is the better ResNet-20 where depths 14 and 8 are not needed.
+`timm.create_model('ddnn_resnet20', pretrained=True)` takes `ddnn_resnet20.kd_cifar10`, `ddnn_resnet56` takes
+`ddnn_resnet56.ekd_cifar10`, and `ddnn_cifar_resnet18_025` takes `ddnn_cifar_resnet18_025.ekd_cifar100`. The others are
+asked for by name.
 
 ```python
 import timm
@@ -51,17 +52,15 @@ name = model.pretrained_cfg['label_names'][probabilities.argmax()]
 ![Accuracy of every depth over its multiply-accumulates](results/cifar10_resnet20.png)
 
 """
-FOOT = """## Data, limits and biases
+FOOT = """## Limits and biases
 
-- **Data:** CIFAR-10, recoded as JPEG of quality 75, so compare these accuracies with each other and not with those of
-  the original files. 50,000 training images; the 5,000 validation images are a random half of the test images.
-- **Optimistic accuracies:** methods, options and the seed that was kept were chosen on the validation images that the
-  tables report. For what a run of your own may be expected to reach, see the means in `results/README.md`.
-- A net names one of its ten classes whatever the image shows, and knows images of 32 px of the kind of CIFAR-10.
+- CIFAR-10 (JPEG) is recoded as JPEG of quality 75, so its accuracies compare with each other and not with those of the
+  original files. CIFAR-100 is lossless.
+- A net names one of its classes whatever the image shows, and knows images of the kind and size that it was trained on.
 - The confidence is what training left, without calibration afterwards: see the ECE.
-- CIFAR-10 was collected from the Internet by search terms as a part of 80 Million Tiny Images, which its authors
-  withdrew in 2020 for offensive labels among its other classes. Whom and what its images show was not balanced, and
-  nothing here measures what follows from that.
+- CIFAR-10 and CIFAR-100 were collected from the Internet by search terms as parts of 80 Million Tiny Images, which its
+  authors withdrew in 2020 for offensive labels among its other classes. Whom and what these images show was not
+  balanced, and nothing here measures what follows from that.
 
 ## Citation
 
@@ -69,6 +68,13 @@ FOOT = """## Data, limits and biases
 {citation}
 ```
 """
+
+DATA = {
+    'cifar10': '50,000 images of CIFAR-10 (JPEG). Methods, options and seed were chosen on the images of the table, a '
+               'random half of the test images: they are optimistic, see the means in `results/README.md`.',
+    'cifar100_judged': '45,000 images of CIFAR-100; the seed was fixed before, and the images of the table, a random '
+                       'half of the test images, were looked at once, after the last epoch.',
+}
 
 
 def read(path):
@@ -123,14 +129,14 @@ def card_section(tag):
         machine=' '.join(run['hardware']['gpus'][:1]) or f'{run["hardware"]["cpu_cores"]} cores of '
         f'{run["hardware"]["cpu"]}',
         run=evaluation['run'],
+        data=DATA[run['arguments']['dataset']],
         by_class=', '.join(by_class) + '.',
     )
 
 
 def main():
     tags = [path.parent for path in sorted(Path(WEIGHTS).glob('[!.]*/config.json'))]
-    classes = ', '.join(read(tags[0] / 'config.json')['label_names'])
-    text = HEAD.format(classes=classes) + '\n'.join(map(card_section, tags)) + '\n' + FOOT.format(citation=CITATION)
+    text = HEAD + '\n'.join(map(card_section, tags)) + '\n' + FOOT.format(citation=CITATION)
     write_text(ROOT / 'MODEL_CARD.md', text)
 
 

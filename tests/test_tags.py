@@ -52,6 +52,8 @@ def test_the_default_is_the_first_tag_of_the_table():
     """Catches a default that other weights in the folder change."""
     assert timm.get_pretrained_cfg('ddnn_resnet20').tag == 'kd_cifar10'
     assert timm.create_model('ddnn_resnet20', pretrained=True).pretrained_cfg['tag'] == 'kd_cifar10'
+    model = timm.create_model('ddnn_cifar_resnet18_025', pretrained=True)
+    assert model.num_classes == 100 and model.pretrained_cfg['tag'] == 'ekd_cifar100'
 
 
 def test_every_folder_of_weights_is_in_the_table():

@@ -1,6 +1,6 @@
 """Dynamic-depth ResNets: the classes, their default configurations and their entrypoints in timm's registry."""
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,25 @@ class DynamicDepthCifarResNet(_ResNetFamily, CifarResNet):
 
 # Weights that come with this library, a folder MODEL.TAG each
 WEIGHTS = Path(__file__).with_name('tags')
+CIFAR10 = 'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'
+CIFAR100 = (
+    'apple', 'aquarium_fish', 'baby', 'bear', 'beaver', 'bed', 'bee', 'beetle', 'bicycle', 'bottle', 'bowl', 'boy',
+    'bridge', 'bus', 'butterfly', 'camel', 'can', 'castle', 'caterpillar', 'cattle', 'chair', 'chimpanzee', 'clock',
+    'cloud', 'cockroach', 'couch', 'crab', 'crocodile', 'cup', 'dinosaur', 'dolphin', 'elephant', 'flatfish',
+    'forest', 'fox', 'girl', 'hamster', 'house', 'kangaroo', 'keyboard', 'lamp', 'lawn_mower', 'leopard', 'lion',
+    'lizard', 'lobster', 'man', 'maple_tree', 'motorcycle', 'mountain', 'mouse', 'mushroom', 'oak_tree', 'orange',
+    'orchid', 'otter', 'palm_tree', 'pear', 'pickup_truck', 'pine_tree', 'plain', 'plate', 'poppy', 'porcupine',
+    'possum', 'rabbit', 'raccoon', 'ray', 'road', 'rocket', 'rose', 'sea', 'seal', 'shark', 'shrew', 'skunk',
+    'skyscraper', 'snail', 'snake', 'spider', 'squirrel', 'streetcar', 'sunflower', 'sweet_pepper', 'table', 'tank',
+    'telephone', 'television', 'tiger', 'tractor', 'train', 'trout', 'tulip', 'turtle', 'wardrobe', 'whale',
+    'willow_tree', 'wolf', 'woman', 'worm',
+)
 
 
-def _bundled(name: str) -> dict[str, Any]:
-    """Configuration of weights for CIFAR-10 that come with this library."""
-    return cifar_cfg(source='local-dir', file=str(WEIGHTS / name), license='apache-2.0', label_names=(
-        'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'))
+def _bundled(name: str, cfg: Callable[..., dict[str, Any]] = cifar_cfg, classes: tuple[str, ...] = CIFAR10) -> Any:
+    """Configuration of weights that come with this library, by that of the model."""
+    about = dict(license='apache-2.0', num_classes=len(classes), label_names=classes)
+    return cfg(source='local-dir', file=str(WEIGHTS / name), **about)
 
 
 # The first tag of a model is the one that timm takes by default. timm's own weights make a full-net, whose sub-nets are
@@ -111,7 +124,7 @@ default_cfgs = generate_default_cfgs({
     'ddnn_resnet56.ekd_cifar10': _bundled('ddnn_resnet56.ekd_cifar10'),
     'ddnn_resnet110': cifar_cfg(),
     'ddnn_cifar_resnet18': cifar100_cfg(),
-    'ddnn_cifar_resnet18_025': cifar100_cfg(),
+    'ddnn_cifar_resnet18_025.ekd_cifar100': _bundled('ddnn_cifar_resnet18_025.ekd_cifar100', cifar100_cfg, CIFAR100),
     'ddnn_cifar_resnet34': cifar100_cfg(),
     'ddnn_cifar_resnet50': cifar100_cfg(),
 })
