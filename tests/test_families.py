@@ -123,7 +123,7 @@ def test_attention_of_tokens_is_that_of_plain_loops(family, form):
     model, x = small(family)
     model, x = model.double(), x.double()
     outputs = model(x, depth='all')
-    terms = EKDLoss(attention=form).terms(outputs, torch.tensor([3, 7]))
+    terms = EKDLoss(attention=form, stages=None).terms(outputs, torch.tensor([3, 7]))
     full, *subnets = model.depths
     maps = {}  # by depth and stage: nested lists [B][C][H][W]
     for depth in model.depths:

@@ -143,7 +143,7 @@ def test_torchcompile(backend, plain):
 
 def test_averaged_weights_of_every_depth(monkeypatch):
     """Catches an average that is evaluated or saved at one depth alone, or with the statistics of the other weights."""
-    run(*SHORT, '--model-ema', '--model-ema-decay', 0.7, '--output', 'out')
+    run(*SHORT, '--stages', 0, 1, 2, '--model-ema', '--model-ema-decay', 0.5, '--output', 'out')
     record = history('out')[-1]
     model = timm.create_model('local-dir:out', pretrained=True)
     state = load_file('out/checkpoints/step-00000022/model.safetensors')
