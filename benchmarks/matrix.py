@@ -280,23 +280,30 @@ def equal_cost(model, epochs, common, channels=(), size=(3, 32, 32)):
 RATES = (
     ('0.1', '5e-4'), ('0.05', '1e-3'), ('0.1', '1e-3'), ('0.05', '5e-4'), ('0.1', '2e-3'), ('0.1', '4e-3'),
     ('0.1', '8e-3'))
-# Decay of the rows of regime C at a rate of 0.1, chosen by results/tuning
-CHOSEN = {'alone_18': '8e-3', 'alone_10': '4e-3', 'ekd': '4e-3'}
+# Decay of the rows at a rate of 0.1, chosen by results/tuning; a regime that has none here is not judged yet
+CHOSEN = {'': {'alone_18': '8e-3', 'alone_10': '4e-3', 'ekd': '4e-3'}}
 
 
-def regime_c():
-    """Make the rows of regime C of results/PROTOCOL.md, without rate and decay."""
-    return equal_cost(
-        'ddnn_cifar_resnet18', 40, {'--mixed-precision': 'no', '-b': '64'}, channels=(16, 32, 64, 128))
+def regimes():
+    """Make the rows of the regimes of results/PROTOCOL.md, without rate and decay: by prefix, data and rows."""
+    common = {'--mixed-precision': 'no', '-b': '128'}
+    few = {**common, '-b': '64'}
+    half = equal_cost('ddnn_cifar_resnet18', 60, common, channels=(32, 64, 128, 256))
+    small = equal_cost('ddnn_resnet20', 15, common)
+    return {
+        '': ('cifar10_2500', equal_cost('ddnn_cifar_resnet18', 40, few, channels=(16, 32, 64, 128))),  # C
+        'cifar100_': ('cifar100_10k', half),  # A.1
+        'cifar10_': ('cifar10_10k', half),
+        'photos_': ('photos', equal_cost('ddnn_resnet34', 60, few | {'--img-size': '96'}, size=(3, 96, 96))),  # A.2
+        'resnet20_cifar100_': ('cifar100', small),  # B
+        'resnet20_cifar10_': ('cifar10', small),
+    }
 
 
 def tuning():
     """Make the runs by which options are chosen before a judged run, by seed 0, and 100 and 101: results/tuning."""
-    half = equal_cost(
-        'ddnn_cifar_resnet18', 60, {'--mixed-precision': 'no', '-b': '128'}, channels=(32, 64, 128, 256))
     runs = []
-    for (prefix, data, rows), seed in product(
-            (('', 'cifar10_2500', regime_c()), ('cifar100_', 'cifar100_10k', half)), (0, 100, 101)):
+    for (prefix, (data, rows)), seed in product(regimes().items(), (0, 100, 101)):
         for row, (options, teacher) in rows.items():
             for lr, decay in RATES:
                 rate = {'--lr': lr, '--weight-decay': decay}
@@ -307,14 +314,15 @@ def tuning():
 
 
 def judged():
-    """Make the judged runs of regime C of results/PROTOCOL.md."""
-    rows = regime_c()
-    return [
-        Run(
-            f'promise_cifar10_2500/{row}-{seed}', 'cifar10_2500_judged', seed,
-            rows[row][0] | {'--lr': '0.1', '--weight-decay': decay})
-        for seed in (1, 2, 3, 4, 5) for row, decay in CHOSEN.items()
-    ]
+    """Make the judged runs of the regimes whose decays are chosen."""
+    runs = []
+    for prefix, chosen in CHOSEN.items():
+        data, rows = regimes()[prefix]
+        runs += [
+            Run(f'promise_{data}/{row}-{seed}', f'{data}_judged', seed,
+                rows[row][0] | {'--lr': '0.1', '--weight-decay': decay})
+            for seed in (1, 2, 3, 4, 5) for row, decay in chosen.items()]
+    return runs
 
 
 def gpu():
