@@ -1,4 +1,5 @@
 """The runs whose results are compared: methods, and variants by which the options of EKD were chosen."""
+from functools import cache
 from itertools import product
 from typing import NamedTuple
 
@@ -284,6 +285,7 @@ RATES = (
 CHOSEN = {'': {'alone_18': '8e-3', 'alone_10': '4e-3', 'ekd': '4e-3'}}
 
 
+@cache
 def regimes():
     """Make the rows of the regimes of results/PROTOCOL.md, without rate and decay: by prefix, data and rows."""
     common = {'--mixed-precision': 'no', '-b': '128'}

@@ -5,6 +5,8 @@ import inspect
 import pytest
 
 from timm_ddnn import EKDLoss
+from timm_ddnn.models.shared_weights import PRIVATE
+from timm_ddnn_cli.commands import train
 from timm_ddnn_cli.ekd_options import add_ekd_options, ekd_options
 
 
@@ -19,3 +21,11 @@ def test_options_are_the_arguments_of_the_loss(prefix):
             f'--{prefix}stages 0 -1 --{prefix}weights 14=0.25 8=0.75'
     assert ekd_options(parser.parse_args(given.split()), prefix) == dict(
         temperature=2, alpha=1, beta=0, attention='standardized', stages=[0, -1], weights={14: 0.25, 8: 0.75})
+
+
+def test_private_parts_of_the_command_are_those_of_the_models():
+    """Catches a part that a model has and the command does not: it starts without the models, and names them again."""
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    assert vars(parser.parse_args(['--private', *PRIVATE]))['private'] == [*PRIVATE]
+    assert next(action.choices for action in parser._actions if action.dest == 'private') == PRIVATE

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..utils.errors import InputError
-from ..weights.weight_checks import check_values
+from ..weights.weight_checks import check_values, full_net_name
 from .shared_weights import SharedWeightsMixin
 
 __all__ = ['StateDictMixin']
@@ -48,7 +48,7 @@ class StateDictMixin(SharedWeightsMixin):
         trained = state_dict.get('subnets.trained')
         held = _subnets_in(state_dict)
         alone = trained is not None and trained.numel() == 1 < len(self.depths) and not held
-        private = {name: _in_full_net(name) for name, _ in self.subnets.named_parameters(prefix='subnets')}
+        private = {name: full_net_name(name) for name, _ in self.subnets.named_parameters(prefix='subnets')}
         if held or trained is not None:
             if not state_dict.keys() & private.keys():  # shared so far: copies of the full-net's compute the same
                 state_dict |= {
@@ -56,7 +56,7 @@ class StateDictMixin(SharedWeightsMixin):
             self._check_names(state_dict, own, alone)
         if alone or (state_dict and not held and trained is None):
             for name in own:
-                original = _in_full_net(name)
+                original = full_net_name(name)
                 if name != original and original in state_dict:
                     state_dict[name] = state_dict[original].clone()  # load_state_dict may assign it
             state_dict['subnets.trained'] = torch.arange(len(self.depths)) == 0
@@ -75,7 +75,7 @@ class StateDictMixin(SharedWeightsMixin):
         return state_dict
 
     def _in_classifier(self, name: str) -> bool:
-        return _in_full_net(name).startswith(f'{self._classifier_name}.')
+        return full_net_name(name).startswith(f'{self._classifier_name}.')
 
     def _check_names(self, given: Iterable[str], own: Iterable[str], alone: bool) -> None:
         """Refuse weights of other sub-nets, and such as lack entries, though timm loads them non-strictly."""
@@ -139,10 +139,6 @@ class StateDictMixin(SharedWeightsMixin):
             del state_dict[key]
         state_dict.update((prefix + k, v) for k, v in given.items())
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _in_full_net(name: str) -> str:
-    return re.sub(r'^subnets\.\d+\.', '', name)
 
 
 def _subnets_in(names: Iterable[str]) -> list[int]:

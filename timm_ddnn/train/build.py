@@ -278,13 +278,14 @@ def set_teacher(
     if not teacher:
         return
     student, flag = unwrap_model(task.trainable_module), f'--teacher {args.teacher}'
+    learns_before = args.frozen_teacher and args.full_net_epochs  # the classes of the data
     if args.frozen_teacher:
         flag, classes = '--frozen-teacher', student.pretrained_cfg['num_classes']
-        if args.pretrained and not args.full_net_epochs and classes != student.num_classes:
+        if args.pretrained and not learns_before and classes != student.num_classes:
             raise InputError(
                 f'{flag} needs weights of {student.num_classes} classes, those of {args.model} are of {classes}: '
                 '--full-net-epochs trains the full-net before')
-    if not args.full_net_epochs or not args.frozen_teacher:
+    if not learns_before:
         try:
             matched = match_classes(data, teacher, more=args.frozen_teacher and bool(args.num_classes), same_names=True)
         except InputError as e:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..utils.errors import InputError
 
-__all__ = ['check_tensors', 'check_values', 'check_weights', 'read_checkpoint', 'read_tensors']
+__all__ = ['check_tensors', 'check_values', 'check_weights', 'full_net_name', 'read_checkpoint', 'read_tensors']
 
 
 FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -115,7 +115,7 @@ def check_tensors(
             refuses them.
     """
     def is_adapted(name: str) -> bool:
-        return re.sub(r'^subnets\.\d+\.', '', name).rpartition('.')[0] in adapted
+        return full_net_name(name).rpartition('.')[0] in adapted
 
     own = model.state_dict()
     missing, unknown = (
@@ -134,6 +134,11 @@ def check_tensors(
             raise InputError(
                 f'{name} of {source} must have shape {shape} as in the model, got {tuple(tensors[name].shape)}')
     check_values(tensors, own, source)
+
+
+def full_net_name(name: str) -> str:
+    """Name, in the full-net, of the tensor in whose place a sub-net has one for itself."""
+    return re.sub(r'^subnets\.\d+\.', '', name)
 
 
 def check_values(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], source: str) -> None:
